@@ -1,0 +1,39 @@
+"""The one place where stored 8-bit pixels become the floats in [-1, 1] of the model, and back."""
+
+from __future__ import annotations
+
+import torch
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """Stored pixels as function values: x = u / 127.5 - 1.
+
+    Args:
+        images: uint8 of any shape.
+
+    Returns:
+        float32 of the same shape in [-1, 1]; 0 becomes -1 and 255 becomes 1 exactly.
+
+    Raises:
+        ValueError: the tensor is not uint8 (it may have been converted before).
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images: dtype {images.dtype}, accepted is torch.uint8")
+    return images.to(torch.float32) / 127.5 - 1.0
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Function values as stored pixels: u = round(127.5 (x + 1)), clamped to 0..255; inverse of :func:`to_float`.
+
+    Args:
+        images: floating point of any shape; values outside [-1, 1] are clamped, half precision is widened first.
+
+    Returns:
+        uint8 of the same shape.
+
+    Raises:
+        ValueError: the tensor is not floating point.
+    """
+    if not images.is_floating_point():
+        raise ValueError(f"images: dtype {images.dtype}, accepted are floating point values in [-1, 1]")
+    return images.to(torch.float32).add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
