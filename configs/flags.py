@@ -1,0 +1,206 @@
+"""Command lines: `--config=FILE --config.section.field=value`, other flags by absl, readable errors.
+
+Overrides follow ml_collections; unlike its flag parser this one reports every fault of the command line
+at once, one line each, and leaves with status 2.
+"""
+
+import ast
+import contextlib
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from configs.schema import ImageConfig, LatentConfig
+from configs.validate import ConfigError, freeze, nearest
+
+_OVERRIDE = re.compile(r"--?(no)?(\w+)\.([\w.]+)(?:=(.*))?", re.DOTALL)
+
+
+class Command:
+    """A script's command line: which configuration files it takes and of which stage each is.
+
+    Args:
+        doc: the help text (the script's docstring).
+        configs: flag name -> stage, for example {"config": LatentConfig, "decoder_config": ImageConfig}.
+    """
+
+    def __init__(self, doc: str, configs: dict[str, type[ImageConfig] | type[LatentConfig]]) -> None:
+        self.doc, self.stages = doc, configs
+        self.configs: dict[str, ImageConfig | LatentConfig] = {}
+        self.overridden: dict[str, list[str]] = {name: [] for name in configs}
+        for name, stage in configs.items():
+            flags.DEFINE_string(name, None, f"{stage.__name__} file, e.g. {_EXAMPLES[stage]}")
+        flags.DEFINE_bool("dry_run", False, "print the resolved configuration and stop")
+
+    def run(self, main: Callable[[dict[str, Any]], None]) -> None:
+        """Parse `sys.argv`, print the resolved configuration under --dry_run, else call `main(configs)`."""
+
+        def body(_: list[str]) -> None:
+            if flags.FLAGS.dry_run:
+                print(json.dumps({name: asdict(config) for name, config in self.configs.items()}, indent=2))
+            else:
+                main(self.configs)
+
+        app.run(body, flags_parser=self._parse)
+
+    def _parse(self, argv: list[str]) -> list[str]:
+        if any(arg in ("--help", "-h", "-help") for arg in argv):
+            print(self._help())
+            sys.exit(0)
+        faults, rest = [], argv[:1]
+        config_files, overrides = _split(argv[1:], self.stages, rest, faults)
+        try:
+            positional = flags.FLAGS(rest)
+        except flags.Error as error:
+            leave([*faults, " ".join(str(error).split())])
+        faults += [f"argument {arg!r}: accepted: flags only, see --help" for arg in positional[1:]]
+        for name, stage in self.stages.items():
+            if name not in config_files:
+                faults.append(f"--{name}: missing; accepted: a configuration file, e.g. {_EXAMPLES[stage]}")
+                continue
+            try:
+                config = load_config(config_files[name], name)
+                mine = [(path, value) for owner, path, value in overrides if owner == name]
+                self.overridden[name] = [path for path, _ in mine]
+                faults += apply_overrides(config, mine, name)
+                self.configs[name] = freeze(config, stage, name)
+            except ConfigError as error:
+                faults += [fault for fault in error.faults if fault not in faults]
+        if faults:
+            leave(faults)
+        return positional
+
+    def _help(self) -> str:
+        lines = [self.doc.strip(), "", "flags:"]
+        own = flags.FLAGS.flags_by_module_dict()
+        names = {f.name for module, fs in own.items() if "absl" not in module for f in fs}
+        for name in sorted(names):
+            flag = flags.FLAGS[name]
+            shown = "" if flag.default is None else f" (default {flag.default!r})"
+            lines.append(f"  --{name}: {flag.help}{shown}")
+        for prefix, stage in self.stages.items():
+            lines += ["", f"fields of --{prefix} ({stage.__name__}), set with --{prefix}.SECTION.FIELD=VALUE:"]
+            for section in fields(stage):
+                for spec in fields(section.type):
+                    default = spec.metadata["derived"] or repr(spec.default)
+                    choices = spec.metadata["choices"]
+                    accepted = f"; one of {', '.join(map(str, choices))}" if choices else ""
+                    lines.append(f"  {section.name}.{spec.name}: {spec.metadata['doc']}{accepted} (default {default})")
+        return "\n".join(lines)
+
+
+_EXAMPLES = {ImageConfig: "configs/ffhq_256_config.py", LatentConfig: "configs/ffhq_latent_config.py"}
+
+
+def leave(faults: list[str]) -> None:
+    """Print one line per fault on standard error and exit with status 2."""
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def readable_errors() -> Iterator[None]:
+    """Turn a user's mistake found while setting up (a `ValueError` or `OSError`) into one line and status 2."""
+    try:
+        yield
+    except ConfigError as error:
+        leave(error.faults)
+    except (ValueError, OSError) as error:
+        leave([" ".join(str(error).split())])
+
+
+def load_config(path: str, name: str = "config") -> ConfigDict:
+    """Run `get_config()` of a configuration file and lock the result.
+
+    Raises:
+        ConfigError: when the file does not exist, does not run, or has no `get_config`.
+    """
+    file = Path(path)
+    if not file.is_file():
+        known = sorted(str(p) for p in file.parent.glob("*_config.py")) if file.parent.is_dir() else []
+        raise ConfigError([f"--{name}={path}: no such file{nearest(path, known) if known else ''}"])
+    spec = importlib.util.spec_from_file_location(f"_{name}_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ConfigError([f"--{name}={path}: accepted: a Python file that defines get_config()"])
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:  # a user's file can raise anything; the line must name it
+        raise ConfigError([f"--{name}={path}: {type(error).__name__}: {error}"]) from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError([f"--{name}={path}: get_config() returned {type(config).__name__}; accepted: ConfigDict"])
+    return config.lock()
+
+
+def apply_overrides(config: ConfigDict, overrides: list[tuple[str, str]], name: str = "config") -> list[str]:
+    """Set `section.field` of `config` from text, in order, and return one line per fault."""
+    faults = []
+    for path, text in overrides:
+        section_name, _, key = path.partition(".")
+        section = config.get(section_name) if section_name in config else None
+        if not isinstance(section, ConfigDict):
+            faults.append(f"--{name}.{path}: no such section{nearest(section_name, list(config))}")
+        elif key not in section:
+            faults.append(f"--{name}.{path}: no such field{nearest(key, list(section))}")
+        else:
+            try:
+                section[key] = _parse_text(text, type(section[key]))
+            except ValueError:
+                faults.append(f"--{name}.{path}={text}: accepted: {type(section[key]).__name__}")
+    return faults
+
+
+def _parse_text(text: str, kind: type) -> Any:
+    if kind is str:
+        return text
+    if kind is bool:
+        if text.lower() in ("true", "1", "yes"):
+            return True
+        if text.lower() in ("false", "0", "no"):
+            return False
+        raise ValueError(text)
+    if kind is tuple:
+        try:
+            value = ast.literal_eval(text)
+        except (SyntaxError, ValueError) as error:
+            raise ValueError(text) from error
+        return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return kind(text)
+
+
+def _split(
+    argv: list[str], stages: dict[str, type], rest: list[str], faults: list[str]
+) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
+    """Sort arguments into configuration files and overrides; what is neither is appended to `rest`."""
+    files: dict[str, str] = {}
+    overrides: list[tuple[str, str, str]] = []
+    queue = list(argv)
+    while queue:
+        arg = queue.pop(0)
+        name, eq, value = arg.lstrip("-").partition("=")
+        match = _OVERRIDE.fullmatch(arg)
+        follows = bool(queue) and not queue[0].startswith("--")
+        if arg.startswith("-") and name in stages:
+            if not eq and not follows:
+                continue
+            files[name] = value if eq else queue.pop(0)
+        elif match and match[2] in stages:
+            negated, owner, path, text = match.groups()
+            if text is None:
+                text = "false" if negated else (queue.pop(0) if follows else "true")
+            overrides.append((owner, path, text))
+        elif match and arg.startswith("--"):
+            faults.append(f"{arg}: no such configuration{nearest(match[2], list(stages))}")
+        else:
+            rest.append(arg)
+    return files, overrides

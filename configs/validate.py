@@ -1,0 +1,159 @@
+"""Check a `ConfigDict` against the schema, all faults at once, and freeze it into typed values."""
+
+import difflib
+import re
+from dataclasses import fields
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs.schema import SCHEDULES, ImageConfig, LatentConfig
+
+
+class ConfigError(ValueError):
+    """One or more configuration faults; `faults` holds one readable line each."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
+
+
+def freeze(config: ConfigDict, cls: type = ImageConfig, name: str = "config") -> ImageConfig | LatentConfig:
+    """Return `config` as the frozen dataclass `cls`.
+
+    Args:
+        config: the sections and fields of `configs/schema.py`.
+        cls: `ImageConfig` or `LatentConfig`.
+        name: prefix of the fields in messages, as on the command line.
+    Raises:
+        ConfigError: with one line per fault, naming the field, its value and what is accepted.
+    """
+    values = config.to_dict()
+    faults = _unknown(values, [f.name for f in fields(cls)], name)
+    sections = {}
+    for section in fields(cls):
+        given = values.get(section.name)
+        if not isinstance(given, dict):
+            faults.append(f"{name}.{section.name}: missing; accepted: a section with the fields of the schema")
+            continue
+        sections[section.name], section_faults = _section(given, section.type, f"{name}.{section.name}")
+        faults += section_faults
+    if not faults:
+        frozen = cls(**sections)
+        faults = (_image_faults if cls is ImageConfig else _latent_faults)(frozen, name)
+    if faults:
+        raise ConfigError(faults)
+    return frozen
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """Return `; did you mean ...?` for a misspelt name, or nothing when no known name is near."""
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else f"; accepted: {', '.join(sorted(known))}"
+
+
+def _unknown(given: dict, known: list[str], where: str) -> list[str]:
+    return [f"{where}.{key}: no such field{nearest(key, known)}" for key in given if key not in known]
+
+
+def _section(given: dict, cls: type, where: str) -> tuple[Any, list[str]]:
+    known = {f.name: f for f in fields(cls)}
+    faults = _unknown(given, list(known), where)
+    checked = {}
+    for key, spec in known.items():
+        if key not in given:
+            faults.append(f"{where}.{key}: missing; accepted: {spec.type.__name__}")
+            continue
+        value, fault = _value(given[key], spec)
+        if fault:
+            faults.append(f"{where}.{key}={given[key]!r}: {fault}")
+        checked[key] = value
+    return (None if faults else cls(**checked)), faults
+
+
+def _value(value: Any, spec: Any) -> tuple[Any, str | None]:
+    """Return the value as the type of its field, and what is wrong with it or None."""
+    rule = spec.metadata
+    if spec.type is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if spec.type is tuple and isinstance(value, list):
+        value = tuple(value)
+    if type(value) is not spec.type:
+        return value, f"accepted: {spec.type.__name__}"
+    if spec.type is tuple and not all(type(v) is int and v > 0 for v in value):
+        return value, "accepted: a tuple of positive integers"
+    if rule["choices"] and value not in rule["choices"]:
+        hint = nearest(value, list(rule["choices"])) if isinstance(value, str) else ""
+        listed = ", ".join(map(str, rule["choices"]))
+        return value, f"accepted: {listed}" + (hint if hint.startswith("; did") else "")
+    low, high = rule["low"], rule["high"]
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        bounds = f">= {low}" if high is None else f"{low} to {high}"
+        return value, f"accepted: {spec.type.__name__} {bounds}"
+    return value, None
+
+
+def _check(faults: list[str], ok: bool, field: str, value: Any, accepted: str) -> None:
+    if not ok:
+        faults.append(f"{field}={value!r}: accepted: {accepted}")
+
+
+def _schedule_faults(name: str, field: str) -> list[str]:
+    faults: list[str] = []
+    constant = re.fullmatch(r"const(\d*\.?\d+)", name)
+    known = name in SCHEDULES[:-1] or (constant is not None and 0 < float(constant[1]) < 1)
+    _check(faults, known, field, name, f"{', '.join(SCHEDULES)} with 0 < beta < 1, e.g. const0.008")
+    return faults
+
+
+def _run_faults(config: ImageConfig | LatentConfig, name: str) -> list[str]:
+    faults: list[str] = []
+    experiment = config.run.experiment
+    plain = bool(experiment) and experiment not in (".", "..") and not set(experiment) & set("/\\\0")
+    _check(faults, plain, f"{name}.run.experiment", experiment, "a folder name without slashes")
+    _check(
+        faults,
+        config.optimizer.learning_rate > 0,
+        f"{name}.optimizer.learning_rate",
+        config.optimizer.learning_rate,
+        "a number > 0",
+    )
+    faults += _schedule_faults(config.diffusion.noise_schedule, f"{name}.diffusion.noise_schedule")
+    return faults
+
+
+def _image_faults(config: ImageConfig, name: str) -> list[str]:
+    faults = _run_faults(config, name)
+    model, mc = config.model, config.mc_integral
+    height, width = config.size
+    _check(faults, model.kernel_size % 2 == 1, f"{name}.model.kernel_size", model.kernel_size, "an odd integer")
+    levels = len(model.uno_mults)
+    _check(faults, levels > 0, f"{name}.model.uno_mults", model.uno_mults, "one multiplier per level, at least one")
+    _check(
+        faults,
+        len(model.uno_blocks_per_level) == levels,
+        f"{name}.model.uno_blocks_per_level",
+        model.uno_blocks_per_level,
+        f"{levels} integers, one per entry of model.uno_mults",
+    )
+    divisor = 2 ** max(levels - 1, 0)
+    _check(
+        faults,
+        model.uno_res % divisor == 0,
+        f"{name}.model.uno_res",
+        model.uno_res,
+        f"a multiple of {divisor} (halved {levels - 1} times)",
+    )
+    _check(faults, model.time_emb_dim % 2 == 0, f"{name}.model.time_emb_dim", model.time_emb_dim, "an even integer")
+    _check(
+        faults,
+        model.knn_neighbours <= mc.q_sample <= height * width,
+        f"{name}.mc_integral.q_sample",
+        mc.q_sample,
+        f"{model.knn_neighbours} (model.knn_neighbours) to {height * width} (data.img_size x data.img_width)",
+    )
+    return faults
+
+
+def _latent_faults(config: LatentConfig, name: str) -> list[str]:
+    return _run_faults(config, name)
