@@ -1,8 +1,8 @@
-"""Where functions are sampled: lattices on the unit square, subsets of their pixels, and what a pixel's coordinate is.
+"""Where functions are sampled: lattices on the unit square, subsets of their pixels, and what a pixel's
+coordinate is.
 
-A function lives on the unit square [0, 1]², rows first. A lattice ``size = (H, W)`` samples it; if H and W differ, the
-pitch differs per axis, the domain does not. A pixel is named by its id ``row * W + column``.
-"""
+A function lives on the unit square [0, 1]², rows first. A lattice ``size = (H, W)`` samples it; if H and W
+differ, the pitch differs per axis, the domain does not. A pixel is named by its id ``row * W + column``."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ Size = tuple[int, int]
 class Points:
     """The pixels of a lattice at which a batch of functions is known.
 
-    size: (H, W) of the lattice. index: int64 (B, M) pixel ids, without repetition within a row; None stands for every
-    pixel of every function in row-major order, without storing the ids.
-    """
+    size: (H, W) of the lattice. index: int64 (B, M) pixel ids, without repetition within a row; None stands
+    for every pixel of every function in row-major order, without storing the ids."""
 
     size: Size
     index: torch.Tensor | None = None
@@ -42,13 +41,15 @@ class Points:
         return self.index if device is None else self.index.to(device)
 
     def rows_cols(self, device: torch.device | str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows and columns of the points, int64, each (B, M), or (1, H·W) on `device` for the full lattice."""
+        """Rows and columns of the points, int64, each (B, M), or (1, H·W) on `device` for the full
+        lattice."""
         ids = self.ids(device)
         return ids.div(self.size[1], rounding_mode="floor"), ids.remainder(self.size[1])
 
 
 def validate_points(points: Points) -> None:
-    """Raise ValueError unless the points are well formed: int64 (B, M), M > 0, ids inside the lattice, none repeated.
+    """Raise ValueError unless the points are well formed: int64 (B, M), M > 0, ids inside the lattice, none
+    repeated.
 
     Reads values back from the device, so it belongs at the borders of the program, not in a training step.
     """
@@ -60,32 +61,39 @@ def validate_points(points: Points) -> None:
         return
     if index.dtype != torch.int64 or index.ndim != 2 or index.shape[1] == 0:
         raise ValueError(
-            f"points.index is {index.dtype} of shape {tuple(index.shape)}; it must be torch.int64 of shape (B, M) with M > 0"
+            f"points.index is {index.dtype} of shape {tuple(index.shape)}; "
+            "it must be torch.int64 of shape (B, M) with M > 0"
         )
     if index.numel() == 0:
         return
     low, high = (int(value) for value in torch.aminmax(index))
     if low < 0 or high >= height * width:
-        raise ValueError(f"points.index reaches from {low} to {high}; ids of a {height}x{width} lattice are 0 to {height * width - 1}")
+        raise ValueError(
+            f"points.index reaches from {low} to {high}; ids of a {height}x{width} lattice are 0 to {height * width - 1}"
+        )
     ordered = index.sort(dim=1).values
     if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
         raise ValueError("points.index repeats a pixel id within one function; ids must be distinct")
 
 
 def image_to_points(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) to the features (B, H·W, C) of the full lattice; a view when x is contiguous or channels_last."""
+    """(B, C, H, W) to the features (B, H·W, C) of the full lattice; a view when x is contiguous or
+    channels_last."""
     return x.flatten(2).transpose(1, 2)
 
 
 def points_to_image(values: torch.Tensor, size: Size) -> torch.Tensor:
-    """Features (B, H·W, C) of the full lattice to (B, C, H, W); a view, channels_last when the features are contiguous."""
+    """Features (B, H·W, C) of the full lattice to (B, C, H, W); a view, channels_last when the features are
+    contiguous."""
     return values.transpose(1, 2).unflatten(2, size)
 
 
 def gather_points(x: torch.Tensor, points: Points) -> torch.Tensor:
     """Read an image (B, C, H, W) at the points: (B, M, C)."""
     if tuple(x.shape[-2:]) != tuple(points.size):
-        raise ValueError(f"x is an image of {tuple(x.shape[-2:])}; points belong to a lattice of {tuple(points.size)}")
+        raise ValueError(
+            f"x is an image of {tuple(x.shape[-2:])}; points belong to a lattice of {tuple(points.size)}"
+        )
     features = image_to_points(x)
     if points.index is None:
         return features
@@ -108,11 +116,10 @@ def scatter_points(values: torch.Tensor, points: Points, fill: float = 0.0) -> t
 class CoordinateConvention:
     """What the coordinate of a pixel is, and how the coarse grid of the network is read at a coordinate.
 
-    The only place that distinguishes the conventions; see `CONVENTIONS`.
-    end_points: pixels 0 and n-1 sit on the border of the unit square, else pixels are the centres of n equal cells.
-    align_corners, padding_mode: arguments of `torch.nn.functional.grid_sample` for the read.
-    transposed_quadrant: pass (row, column) to the read as they are, as the published models do.
-    """
+    The only place that distinguishes the conventions; see `CONVENTIONS`. end_points: pixels 0 and n-1 sit on
+    the border of the unit square, else pixels are the centres of n equal cells. align_corners, padding_mode:
+    arguments of `torch.nn.functional.grid_sample` for the read. transposed_quadrant: pass (row, column) to
+    the read as they are, as the published models do."""
 
     name: str
     end_points: bool
@@ -121,12 +128,14 @@ class CoordinateConvention:
     transposed_quadrant: bool
 
     def pixel_coordinate(self, i: torch.Tensor, n: int) -> torch.Tensor:
-        """Coordinate in [0, 1] of pixel i (any numeric tensor, fractions allowed) on an axis of n pixels, float32 or wider."""
+        """Coordinate in [0, 1] of pixel i (any numeric tensor, fractions allowed) on an axis of n pixels,
+        float32 or wider."""
         i = i if i.is_floating_point() else i.float()
         return i / max(n - 1, 1) if self.end_points else (i + 0.5) / n
 
     def integer_geometry(self, n: int, u: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Put the n pixels and the u grid nodes of one axis on a common integer lattice, so distances compare exactly.
+        """Put the n pixels and the u grid nodes of one axis on a common integer lattice, so distances compare
+        exactly.
 
         Returns `pixels` int64 (n,), `nodes` int64 (u,) and `denominator`: pixel i has the coordinate
         pixels[i] / denominator, node j has nodes[j] / denominator.
@@ -134,14 +143,19 @@ class CoordinateConvention:
         if self.end_points:
             steps_n, steps_u = max(n - 1, 1), max(u - 1, 1)
             denominator = math.lcm(steps_n, steps_u)
-            return torch.arange(n) * (denominator // steps_n), torch.arange(u) * (denominator // steps_u), denominator
+            return (
+                torch.arange(n) * (denominator // steps_n),
+                torch.arange(u) * (denominator // steps_u),
+                denominator,
+            )
         half = math.lcm(n, u)
         pixels = (2 * torch.arange(n) + 1) * (half // n)
         nodes = (2 * torch.arange(u) + 1) * (half // u)
         return pixels, nodes, 2 * half
 
     def grid_read_position(self, rows: torch.Tensor, cols: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The (x, y) that `grid_sample` takes, with this convention's `align_corners` and `padding_mode`, to read at (rows, cols)."""
+        """The (x, y) that `grid_sample` takes, with this convention's `align_corners` and `padding_mode`, to
+        read at (rows, cols)."""
         if self.transposed_quadrant:
             return rows, cols
         return 2 * cols - 1, 2 * rows - 1
@@ -150,11 +164,19 @@ class CoordinateConvention:
 CONVENTIONS: dict[str, CoordinateConvention] = {
     convention.name: convention
     for convention in (
-        # Positions mean the same at every resolution: pixel i is the cell [i/n, (i+1)/n], the read at c is at c·U - 1/2.
-        CoordinateConvention("cell_centred", False, align_corners=False, padding_mode="border", transposed_quadrant=False),
-        # What the published models compute: pixel corners, and a read confined to one transposed quadrant of the grid.
-        CoordinateConvention("reference", True, align_corners=False, padding_mode="zeros", transposed_quadrant=True),
+        # Positions mean the same at every resolution: pixel i is the cell [i/n, (i+1)/n], the read at c is at
+        # c·U - 1/2.
+        CoordinateConvention(
+            "cell_centred", False, align_corners=False, padding_mode="border", transposed_quadrant=False
+        ),
+        # What the published models compute: pixel corners, and a read confined to one transposed quadrant of
+        # the grid.
+        CoordinateConvention(
+            "reference", True, align_corners=False, padding_mode="zeros", transposed_quadrant=True
+        ),
         # The published coordinates with the read at the coordinate itself.
-        CoordinateConvention("corner_aligned", True, align_corners=True, padding_mode="border", transposed_quadrant=False),
+        CoordinateConvention(
+            "corner_aligned", True, align_corners=True, padding_mode="border", transposed_quadrant=False
+        ),
     )
 }

@@ -1,0 +1,152 @@
+"""The mollifier T: the Gaussian smoothing that turns white noise, which is no function, into one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import torch
+
+from diffusion.coordinates import Size
+from diffusion.cosine import CACHED_MATRICES, FFT_FROM, cosine_matrix, dct, idct, on_rows, times_matrix
+
+KINDS = ("dct", "conv")
+
+
+@dataclass(frozen=True)
+class Mollifier:
+    """T, a Gaussian of standard deviation `sigma` pixels of the training lattice, with reflecting boundary.
+
+    T multiplies the cosine coefficient (k, l) of a function sampled on an (H, W) lattice by g = exp(-π² (σ_h²
+    k² / H² + σ_w² l² / W²) / 2). T is one operator on functions: on a lattice r times finer σ is r times as
+    many pixels, and white noise is multiplied by `noise_scale`, r for two axes, so that Tξ has the same
+    variance.
+
+    sigma: ≥ 0, in pixels of `train_size`; 0 makes T the identity, for tensors of any shape. train_size: (N_h,
+    N_w). kind: "dct", exact; or "conv", a truncated Gaussian of side ⌈4σ + 1⌉ with mirrored pixels, which has
+    no inverse. Calling it maps x (..., H, W) of any floating dtype to Tx; half precision is computed in
+    float32. Source: section 3.2 and appendix A."""
+
+    sigma: float
+    train_size: Size
+    kind: str = "dct"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sigma < math.inf:
+            raise ValueError(
+                f"mollifier sigma is {self.sigma}; it must be a finite number of pixels, 0 or more"
+            )
+        if len(self.train_size) != 2 or min(self.train_size) < 1:
+            raise ValueError(f"mollifier train_size is {self.train_size}; it must be (H, W), both at least 1")
+        if self.kind not in KINDS:
+            raise ValueError(f"mollifier kind is {self.kind!r}; accepted are {', '.join(KINDS)}")
+
+    @property
+    def identity(self) -> bool:
+        """Whether T is the identity (sigma = 0): white-noise diffusion, section 3.1."""
+        return self.sigma == 0
+
+    def sigmas(self, size: Size) -> tuple[float, float]:
+        """Standard deviation of T along rows and columns in pixels of a lattice `size`."""
+        return self.sigma * size[0] / self.train_size[0], self.sigma * size[1] / self.train_size[1]
+
+    def noise_scale(self, size: Size) -> float:
+        """Factor of white noise on a lattice `size` that represents the noise function of the training
+        lattice; 1 without T."""
+        return 1.0 if self.identity else math.sqrt(math.prod(size) / math.prod(self.train_size))
+
+    def gain(self, size: Size) -> torch.Tensor:
+        """The factors g by which T multiplies the cosine coefficients of a lattice, float64 (H, W) in (0,
+        1]."""
+        self._require_spectrum("gain")
+        return torch.outer(*(_gains(n, sigma) for n, sigma in zip(size, self.sigmas(size), strict=True)))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.identity:
+            return x
+        work, (sigma_h, sigma_w) = self._working_copy(x)
+        work = on_rows(partial(_smooth, sigma=sigma_h, kind=self.kind), _smooth(work, sigma_w, self.kind))
+        return work.to(x.dtype)
+
+    def noise(self, white: torch.Tensor) -> torch.Tensor:
+        """The mollified noise Tξ (B, C, H, W) of white noise of unit variance on any lattice."""
+        return white if self.identity else self(white * self.noise_scale(white.shape[-2:]))
+
+    def inverse(self, x: torch.Tensor, inv_snr: float = 0.05) -> torch.Tensor:
+        """Undo T by the Wiener filter, coefficients times g / (g² + inv_snr²); x (..., H, W).
+
+        inv_snr > 0: assumed noise-to-signal amplitude ratio, which bounds the amplification at 1 /
+        (2·inv_snr)."""
+        if self.identity:
+            return x
+        self._require_spectrum("inverse")
+        if not inv_snr > 0:
+            raise ValueError(f"inv_snr is {inv_snr}; the Wiener filter needs a number above 0")
+        work, _ = self._working_copy(x)
+        coefficients = on_rows(dct, dct(work)) * _wiener_gains(
+            self, x.shape[-2:], inv_snr, work.dtype, x.device
+        )
+        return idct(on_rows(idct, coefficients)).to(x.dtype)
+
+    def _working_copy(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[float, float]]:
+        if x.ndim < 2 or not x.is_floating_point():
+            raise ValueError(
+                f"the mollifier takes floating images (..., H, W), not {x.dtype} of shape {tuple(x.shape)}"
+            )
+        return x.to(torch.promote_types(x.dtype, torch.float32)), self.sigmas(x.shape[-2:])
+
+    def _require_spectrum(self, name: str) -> None:
+        if self.kind != "dct":
+            raise ValueError(f"the {self.kind!r} mollifier has no {name}; use kind 'dct'")
+
+
+IDENTITY = Mollifier(0.0, (1, 1))
+
+
+def _smooth(x: torch.Tensor, sigma: float, kind: str) -> torch.Tensor:
+    """Smooth along the last axis. T is separable, and per axis one fixed matrix: a single product below the
+    FFT's sizes."""
+    n = x.shape[-1]
+    if kind == "dct" and n >= FFT_FROM:
+        return idct(dct(x) * _gains(n, sigma).to(x.device, x.dtype))
+    return times_matrix(x, partial(_smoothing_matrix, n, sigma, kind))
+
+
+def _gains(n: int, sigma: float) -> torch.Tensor:
+    """exp(-(πσk/n)²/2) for k = 0 … n-1, float64."""
+    return torch.exp(-0.5 * (math.pi * sigma / n * torch.arange(n, dtype=torch.float64)) ** 2)
+
+
+@lru_cache(maxsize=CACHED_MATRICES)
+def _smoothing_matrix(
+    n: int, sigma: float, kind: str, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """The matrix (n, n) of T along one axis, built in float64; x @ matrix smooths rows."""
+    if kind == "conv":
+        return _mirrored_gaussian(n, sigma).mT.to(device, dtype)
+    basis = cosine_matrix(n)
+    return (basis.mT * _gains(n, sigma) @ basis).to(device, dtype)
+
+
+def _mirrored_gaussian(n: int, sigma: float) -> torch.Tensor:
+    """Normalised Gaussian of odd side ⌈4σ + 1⌉ (one more if even), mirrored at the first and last pixel:
+    float64 (n, n)."""
+    radius = math.ceil(4 * sigma + 1) // 2
+    if radius >= n:
+        raise ValueError(
+            f"the 'conv' mollifier reaches {radius} pixels; an axis of {n} pixels is too short for sigma {sigma}"
+        )
+    offsets = torch.arange(-radius, radius + 1)
+    weights = torch.softmax(-0.5 * (offsets.double() / sigma) ** 2, dim=0)
+    pixels = (torch.arange(n).unsqueeze(1) + offsets).abs()
+    pixels = torch.where(pixels < n, pixels, 2 * (n - 1) - pixels)
+    return torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, pixels, weights.expand(n, -1).contiguous())
+
+
+@lru_cache(maxsize=4)
+def _wiener_gains(
+    mollifier: Mollifier, size: Size, inv_snr: float, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    gain = mollifier.gain(size)
+    return (gain / (gain**2 + inv_snr**2)).to(device, dtype)

@@ -1,0 +1,219 @@
+"""Noise schedules in float64, their tables, and subsets of their steps.
+
+Index 0 is the least noisy step. alpha_bar_t is the product of 1 - beta up to and including step t.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+MAX_BETA = 0.999
+NETWORK_TIME_RANGE = 1000.0  # the network sees t·1000/T, so that models of different T share one time scale
+
+
+def make_betas(name: str, steps: int, resolution: float | None = None) -> torch.Tensor:
+    """Variances beta of the noise added per step, float64 (steps,).
+
+    name: "linear" (from 0.1/T to 20/T), "cosine", "shifted_cosine" (cosine with the signal-to-noise ratio
+    shifted by (64/resolution)²; needs `resolution`, the side of the image in pixels), or "const<beta>", e.g.
+    "const0.008", whose beta refers to 1000 steps. Raises ValueError for any other name, for steps < 1 and for
+    a variance outside (0, 1). Source: Ho et al. 2020, Nichol & Dhariwal 2021, Hoogeboom et al. 2023."""
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; a schedule needs at least 1")
+    if name == "linear":
+        betas = torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)
+    elif name == "cosine":
+        betas = _betas_of(_cosine_alpha_bar, steps)
+    elif name == "shifted_cosine":
+        if resolution is None:
+            raise ValueError("shifted_cosine needs resolution, the side of the image in pixels")
+        betas = _betas_of(lambda u: _shifted_cosine_alpha_bar(u, resolution), steps)
+    elif name.startswith("const"):
+        betas = torch.full((steps,), _constant_beta(name) * 1000 / steps, dtype=torch.float64)
+    else:
+        raise ValueError(
+            f"schedule is {name!r}; accepted are linear, cosine, shifted_cosine and const<beta>, e.g. const0.008"
+        )
+    if not (0 < betas.min() and betas.max() < 1):
+        raise ValueError(f"schedule {name!r} with {steps} steps has variances outside (0, 1); use more steps")
+    return betas
+
+
+def _constant_beta(name: str) -> float:
+    try:
+        return float(name.removeprefix("const"))
+    except ValueError:
+        raise ValueError(f"schedule is {name!r}; after const comes a number, e.g. const0.008") from None
+
+
+def _cosine_angle(u: float) -> float:
+    return (u + 0.008) / 1.008 * math.pi / 2
+
+
+def _cosine_alpha_bar(u: float) -> float:
+    return math.cos(_cosine_angle(u)) ** 2
+
+
+def _shifted_cosine_alpha_bar(u: float, resolution: float) -> float:
+    log_snr = -math.log(math.tan(_cosine_angle(u)) ** 2) + 2 * math.log(64 / resolution)
+    return 1 / (1 + math.exp(-log_snr))
+
+
+def _betas_of(alpha_bar: Callable[[float], float], steps: int) -> torch.Tensor:
+    """Betas of a continuous alpha_bar(u), u in [0, 1]; capped, since alpha_bar(1) may be 0."""
+    betas = [min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), MAX_BETA) for i in range(steps)]
+    return torch.tensor(betas, dtype=torch.float64)
+
+
+def space_timesteps(steps: int, spec: str) -> list[int]:
+    """The steps of a `steps`-step process that a shorter one keeps, ascending.
+
+    spec: "100" (evenly spaced, both ends kept), "10,15,20" (that many in each of three equal sections), or
+    "ddim50" (a constant integer stride from step 0). Raises ValueError if the spec cannot be met. Source:
+    Nichol & Dhariwal 2021."""
+    if spec.startswith("ddim"):
+        count = _positive_int(spec.removeprefix("ddim"), spec)
+        for stride in range(1, steps + 1):
+            if len(range(0, steps, stride)) == count:
+                return list(range(0, steps, stride))
+        raise ValueError(
+            f"sampling steps are {spec!r}; no integer stride takes exactly {count} of {steps} steps"
+        )
+    counts = [_positive_int(part, spec) for part in spec.split(",")]
+    kept: list[int] = []
+    start = 0
+    for section, count in enumerate(counts):
+        size = steps // len(counts) + (section < steps % len(counts))
+        if count > size:
+            raise ValueError(
+                f"sampling steps are {spec!r}; section {section} has {size} of {steps} steps, not {count}"
+            )
+        stride = 1.0 if count == 1 else (size - 1) / (count - 1)
+        position = 0.0
+        for _ in range(count):
+            kept.append(start + round(position))
+            position += stride
+        start += size
+    return kept
+
+
+def _positive_int(text: str, spec: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise ValueError(
+            f"sampling steps are {spec!r}; accepted are a number, numbers joined by commas, or ddim and a number"
+        )
+    return int(text)
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The tables of a noise schedule, float64 (num_steps,) on the CPU; build it with `create` or `respace`.
+
+    timestep_map: int64, for every step its index in the process the network was trained on, which has
+    `original_steps`. posterior_*: the posterior q(x_{t-1} | x_t, x_0), eq. (12): variance, its logarithm with
+    the zero at t = 0 replaced by the entry after it, and the factors of x_0 (coef1) and x_t (coef2) in its
+    mean. fixed_large_variance: beta, with the entry at t = 0 replaced by posterior_variance[1]."""
+
+    betas: torch.Tensor
+    timestep_map: torch.Tensor
+    original_steps: int
+    alpha_bar: torch.Tensor = field(init=False)
+    alpha_bar_prev: torch.Tensor = field(init=False)
+    alpha_bar_next: torch.Tensor = field(init=False)
+    sqrt_alpha_bar: torch.Tensor = field(init=False)
+    sqrt_one_minus_alpha_bar: torch.Tensor = field(init=False)
+    log_one_minus_alpha_bar: torch.Tensor = field(init=False)
+    sqrt_recip_alpha_bar: torch.Tensor = field(init=False)
+    sqrt_recipm1_alpha_bar: torch.Tensor = field(init=False)
+    log_betas: torch.Tensor = field(init=False)
+    posterior_variance: torch.Tensor = field(init=False)
+    posterior_log_variance_clipped: torch.Tensor = field(init=False)
+    posterior_mean_coef1: torch.Tensor = field(init=False)
+    posterior_mean_coef2: torch.Tensor = field(init=False)
+    fixed_large_variance: torch.Tensor = field(init=False)
+    fixed_large_log_variance: torch.Tensor = field(init=False)
+    _device_tables: dict[tuple[str, torch.device], torch.Tensor] = field(
+        init=False, repr=False, default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        betas = self.betas
+        alpha_bar = torch.cumprod(1 - betas, dim=0)
+        one, zero = betas.new_ones(1), betas.new_zeros(1)
+        alpha_bar_prev = torch.cat([one, alpha_bar[:-1]])
+        posterior_variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)
+        # The posterior variance of step 0 is zero; the one after it stands in where a logarithm or a sample
+        # is needed.
+        first_variance = posterior_variance[1:2] if len(betas) > 1 else betas
+        fixed_large_variance = torch.cat([first_variance, betas[1:]])
+        tables = {
+            "alpha_bar": alpha_bar,
+            "alpha_bar_prev": alpha_bar_prev,
+            "alpha_bar_next": torch.cat([alpha_bar[1:], zero]),
+            "sqrt_alpha_bar": alpha_bar.sqrt(),
+            "sqrt_one_minus_alpha_bar": (1 - alpha_bar).sqrt(),
+            "log_one_minus_alpha_bar": (1 - alpha_bar).log(),
+            "sqrt_recip_alpha_bar": (1 / alpha_bar).sqrt(),
+            "sqrt_recipm1_alpha_bar": (1 / alpha_bar - 1).sqrt(),
+            "log_betas": betas.log(),
+            "posterior_variance": posterior_variance,
+            "posterior_log_variance_clipped": torch.cat([first_variance, posterior_variance[1:]]).log(),
+            "posterior_mean_coef1": betas * alpha_bar_prev.sqrt() / (1 - alpha_bar),
+            "posterior_mean_coef2": (1 - alpha_bar_prev) * (1 - betas).sqrt() / (1 - alpha_bar),
+            "fixed_large_variance": fixed_large_variance,
+            "fixed_large_log_variance": fixed_large_variance.log(),
+        }
+        for name, table in tables.items():
+            object.__setattr__(self, name, table)
+
+    @classmethod
+    def create(cls, name: str, steps: int, resolution: float | None = None) -> Schedule:
+        """The schedule called `name` with `steps` steps; the arguments are those of `make_betas`."""
+        return cls(make_betas(name, steps, resolution), torch.arange(steps), steps)
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps T of this, possibly respaced, schedule."""
+        return len(self.betas)
+
+    def respace(self, kept: str | Iterable[int]) -> Schedule:
+        """The schedule that visits only some steps, with the same alpha_bar there: beta = 1 - alpha_bar /
+        alpha_bar of the one before.
+
+        kept: a spec of `space_timesteps`, or the step indices themselves (ascending order is restored,
+        repetitions dropped)."""
+        indices = space_timesteps(self.num_steps, kept) if isinstance(kept, str) else sorted(set(kept))
+        if not indices or indices[0] < 0 or indices[-1] >= self.num_steps:
+            raise ValueError(
+                f"kept steps are {indices}; at least one is needed, all from 0 to {self.num_steps - 1}"
+            )
+        alpha_bar = self.alpha_bar[indices]
+        previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+        return Schedule(1 - alpha_bar / previous, self.timestep_map[indices], self.original_steps)
+
+    def at(self, table: str, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Entries t of a table, shaped to multiply `like`.
+
+        table: the name of one of the attributes above. t: int64 (B,), in 0 … T-1. like: (B, ...). Returns (B,
+        1, ...), rounded from float64 at the very end, to the dtype of `like` or float32 if that is narrower.
+        """
+        values = self._on_device(table, t.device)[t].to(torch.promote_types(like.dtype, torch.float32))
+        return values.reshape(-1, *(1,) * (like.ndim - 1))
+
+    def network_time(self, t: torch.Tensor) -> torch.Tensor:
+        """The time float32 (B,) that the network receives at steps t, int64 (B,): the original index times
+        1000 / original_steps."""
+        return self._on_device("timestep_map", t.device)[t].float() * (
+            NETWORK_TIME_RANGE / self.original_steps
+        )
+
+    def _on_device(self, table: str, device: torch.device) -> torch.Tensor:
+        """The table on a device, copied there once: a look-up must not make a GPU wait for the host."""
+        key = (table, device)
+        if key not in self._device_tables:
+            self._device_tables[key] = getattr(self, table).to(device)
+        return self._device_tables[key]
