@@ -1,0 +1,1 @@
+"""Networks: the denoiser of functions, their encoder, and the denoiser of latents."""

@@ -1,0 +1,123 @@
+"""Layers shared by the networks: time features, modulation, attention.
+
+Features carry their channels on the last axis everywhere: (B, M, C) on points, (B, H, W, C) on grids, (B, D) for
+vectors. Letters: B batch, C channels, H × W grid, S = H·W tokens, D latent.
+
+Initialisation, here and in every file beside: PyTorch's defaults of `Linear`, `Conv2d` and `LayerNorm`, nothing
+special for the last layers, as in the published models. The exceptions are the kernels of `sparse_block.py` and
+`spectral.py`, and say so there.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def sinusoidal_features(t: torch.Tensor, dim: int) -> torch.Tensor:
+    """Features of the diffusion time for the networks on functions: sines, then cosines.
+
+    sin(t·f_j), cos(t·f_j) with f_j = 10000^(−j/(h−1)), j < h = dim/2.
+
+    t: (B,), in thousandths of the whole process. dim: even, at least 4, else ValueError. Returns float32 (B, dim).
+    """
+    if dim < 4 or dim % 2:
+        raise ValueError(f"the width of the time features is {dim}; it must be even and at least 4")
+    half = dim // 2
+    angles = _angles(t, half, half - 1)  # (B, h)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def latent_sinusoidal_features(t: torch.Tensor, dim: int) -> torch.Tensor:
+    """Features of the diffusion time for the latent network: cosines, then sines, and a zero where `dim` is odd.
+
+    cos(t·f_j), sin(t·f_j) with f_j = 10000^(−j/h), j < h = ⌊dim/2⌋. Returns float32 (B, dim).
+    """
+    if dim < 2:
+        raise ValueError(f"the width of the latent time features is {dim}; it must be at least 2")
+    half = dim // 2
+    angles = _angles(t, half, half)  # (B, h)
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
+
+
+def _angles(t: torch.Tensor, count: int, steps: int) -> torch.Tensor:
+    exponents = torch.arange(count, device=t.device, dtype=torch.float32)
+    return t.float()[:, None] * torch.exp(exponents * (-math.log(10000.0) / steps))
+
+
+class Modulation(nn.Module):
+    """Conditioning of normalised features on time and latent: h·(1 + scale(e)) + shift(e), then ·(1 + g(z)).
+
+    (scale, shift) = Linear(GELU(e)); g = Linear, GELU, Linear. Either part is left out when its width is None.
+    """
+
+    def __init__(self, channels: int, time_dim: int | None, z_dim: int | None):
+        super().__init__()
+        self.time = nn.Sequential(nn.GELU(), nn.Linear(time_dim, 2 * channels)) if time_dim else None
+        self.z = (
+            nn.Sequential(nn.Linear(z_dim, channels), nn.GELU(), nn.Linear(channels, channels)) if z_dim else None
+        )
+
+    def forward(self, h: torch.Tensor, e: torch.Tensor | None, z: torch.Tensor | None) -> torch.Tensor:
+        """h: (B, …, C); e: (B, time_dim); z: (B, z_dim). Returns the shape of h."""
+        inner = (1,) * (h.ndim - 2)
+        if self.time is not None:
+            scale, shift = self.time(e).unflatten(1, (*inner, -1)).chunk(2, dim=-1)  # (B, 1…, C) each
+            h = h * (1 + scale) + shift
+        if self.z is not None:
+            h = h * (1 + self.z(z).unflatten(1, (*inner, -1)))  # (B, 1…, C)
+        return h
+
+
+HEAD_WIDTH = 32
+ATTENTION_KERNELS = ("sdpa", "flash_attn")
+
+
+class Attention(nn.Module):
+    """Residual attention over all positions of a grid, without positional encoding: x + Linear(softmax(q·k/√32)·v).
+
+    max(⌊C/32⌋, 4) heads of width 32. kernel: "sdpa" (PyTorch), or "flash_attn" (half precision on a GPU only).
+    """
+
+    def __init__(self, channels: int, kernel: str = "sdpa"):
+        super().__init__()
+        if kernel not in ATTENTION_KERNELS:
+            raise ValueError(f"model.attention is {kernel!r}; it must be one of {', '.join(ATTENTION_KERNELS)}")
+        self.attend = _flash_attention() if kernel == "flash_attn" else _sdpa
+        self.heads = max(channels // HEAD_WIDTH, 4)
+        self.norm = nn.LayerNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * self.heads * HEAD_WIDTH)
+        self.out = nn.Linear(self.heads * HEAD_WIDTH, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, H, W, C). Returns the same shape."""
+        h = self.norm(x.flatten(1, 2))  # (B, S, C)
+        qkv = self.qkv(h).unflatten(2, (3, self.heads, HEAD_WIDTH))  # (B, S, 3, heads, 32)
+        h = self.attend(qkv).flatten(2)  # (B, S, heads·32)
+        return x + self.out(h).view(x.shape)  # (B, H, W, C)
+
+
+def _sdpa(qkv: torch.Tensor) -> torch.Tensor:
+    """Attention of packed (B, S, 3, heads, width) queries, keys and values: (B, S, heads, width)."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, S, width) each
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _flash_attention():
+    """The same by the flash_attn package, imported only when asked for."""
+    try:
+        from flash_attn import flash_attn_qkvpacked_func
+    except ImportError as error:
+        raise ValueError(
+            "model.attention is 'flash_attn', which is not installed: pip install flash-attn, or choose 'sdpa'"
+        ) from error
+
+    def attend(qkv: torch.Tensor) -> torch.Tensor:
+        if qkv.dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"model.attention='flash_attn' got {qkv.dtype}; use mixed precision or 'sdpa'")
+        return flash_attn_qkvpacked_func(qkv)
+
+    return attend

@@ -1,0 +1,41 @@
+"""Back ends of the sparse convolution, by name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from models.operators.base import Backend
+from models.operators.torch_dense import TorchDenseBackend
+
+# Fastest first: "auto" takes the first that can be constructed here. A constructor raises ImportError, saying how to
+# install what it lacks.
+BACKENDS: dict[str, Callable[[], Backend]] = {
+    "torch_dense": TorchDenseBackend,
+}
+
+
+def get_backend(name: str) -> Backend:
+    """The back end called `name`, or the fastest that is installed when `name` is "auto" (which one is logged).
+
+    Raises ValueError when there is no such back end, or when it is not installed.
+    """
+    if name == "auto":
+        return _fastest()
+    if name not in BACKENDS:
+        raise ValueError(f"model.backend is {name!r}; it must be one of {', '.join(['auto', *BACKENDS])}")
+    try:
+        return BACKENDS[name]()
+    except ImportError as error:
+        raise ValueError(f"model.backend is {name!r}, which is not installed: {error}") from error
+
+
+def _fastest() -> Backend:
+    for name, constructor in BACKENDS.items():
+        try:
+            backend = constructor()
+        except ImportError:
+            continue
+        logging.getLogger(__name__).info("model.backend=auto: using %s", name)
+        return backend
+    raise RuntimeError("no back end of the sparse convolution could be constructed")

@@ -1,0 +1,101 @@
+"""The sparse convolution every back end computes, and the geometry they share.
+
+At a present pixel p of a lattice, with P the present pixels and W a k'_h × k'_w window around p,
+
+    out(p) = k² / |P ∩ W| · Σ_{q ∈ P ∩ W} weight(q − p) · x(q),
+
+a cross-correlation over the present pixels divided by their local density (paper, section 4.1). It depends on the
+density of points neither when they are thinned out nor, since the kernel is resampled with the lattice, when the
+lattice is refined. Letters: B batch, C channels, M points, H × W lattice, k kernel side at the training lattice, k'
+at the lattice in use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from diffusion.coordinates import Points, Size, scatter_points
+
+
+def kernel_extent(kernel_size: int, n: int, train_n: int) -> int:
+    """Odd number of pixels, at least 3, that covers at n pixels what `kernel_size` pixels cover at `train_n`.
+
+    k' = max(3, 2·round((k·n/n_train − 1)/2) + 1), halves rounded to even; k itself at the training size.
+    """
+    if n == train_n:
+        return kernel_size
+    return max(3, 2 * round((kernel_size * n / train_n - 1) / 2) + 1)
+
+
+def lattice_extent(kernel_size: int, size: Size, train_size: Size) -> Size:
+    """`kernel_extent` along the two axes of a lattice: (k'_h, k'_w)."""
+    return kernel_extent(kernel_size, size[0], train_size[0]), kernel_extent(kernel_size, size[1], train_size[1])
+
+
+def resample_kernel(weight: torch.Tensor, extent: Size) -> torch.Tensor:
+    """Bilinear resampling of kernels (C_out, C_in/groups, k, k) to (…, k'_h, k'_w), values not rescaled.
+
+    The division by the density, whose k² stays that of the training kernel, makes up for the larger number of taps.
+    """
+    if tuple(weight.shape[-2:]) == tuple(extent):
+        return weight
+    return F.interpolate(weight, size=extent, mode="bilinear", align_corners=False)
+
+
+def _window_lengths(n: int, extent: int, device: torch.device) -> torch.Tensor:
+    """How many of n pixels lie in the window of `extent` pixels around each: (n,)."""
+    i = torch.arange(n, device=device)
+    return (i + extent // 2).clamp(max=n - 1) - (i - extent // 2).clamp(min=0) + 1
+
+
+def _window_sums(x: torch.Tensor, dim: int, extent: int) -> torch.Tensor:
+    """Sums of integers over the window of `extent` entries around each along `dim`, those outside counting zero."""
+    n, i = x.shape[dim], torch.arange(x.shape[dim], device=x.device)
+    total = F.pad(x.transpose(dim, -1).cumsum(-1), (1, 0)).transpose(dim, -1)  # n + 1 entries along dim
+    upper, lower = (i + extent // 2 + 1).clamp(max=n), (i - extent // 2).clamp(min=0)
+    return total.index_select(dim, upper) - total.index_select(dim, lower)
+
+
+def window_counts(points: Points, extent: Size, device: torch.device) -> torch.Tensor:
+    """Number of present pixels in the window around each point, itself included: int64 (B, M), or (1, H·W) if full."""
+    height, width = points.size
+    if points.index is None:
+        rows, cols = _window_lengths(height, extent[0], device), _window_lengths(width, extent[1], device)
+        return (rows[:, None] * cols).view(1, -1)  # (1, HW)
+    present = scatter_points(torch.ones_like(points.index).unsqueeze(2), points).squeeze(1)  # (B, H, W)
+    counts = _window_sums(_window_sums(present, 1, extent[0]), 2, extent[1])
+    return counts.flatten(1).gather(1, points.index)  # (B, M)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What the blocks of one forward pass share: points, kernel extent, and k²/count as float32 (B or 1, M, 1)."""
+
+    points: Points
+    batch: int
+    extent: Size
+    inverse_density: torch.Tensor
+
+
+class Backend(Protocol):
+    """A way to compute the convolution above; all back ends give the same numbers up to rounding."""
+
+    name: str
+
+    def plan(self, points: Points, batch: int, extent: Size, kernel_size: int, device: torch.device) -> Plan:
+        """Prepare one forward pass. `kernel_size` is the side at the training lattice, `extent` that at this one."""
+        ...
+
+    def conv(
+        self, x: torch.Tensor, weight: torch.Tensor, plan: Plan, groups: int, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """out of the module's equation, plus `residual` if given: (B, M, C) to (B, M, C_out).
+
+        `weight` (C_out, C/groups, k, k) is the kernel of the training lattice; the back end resamples it to
+        `plan.extent`.
+        """
+        ...

@@ -1,0 +1,63 @@
+"""The encoder of the diffusion autoencoder: points to a latent vector (paper, section 4.2).
+
+Letters: B batch, C channels, M points, U side of the grid, D latent.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from diffusion.coordinates import Points, Size
+from models.conv_uno import GridEncoder, GridSpec
+from models.sparse_unet import SparseDescent, SparseSpec
+
+
+class Encoding(NamedTuple):
+    """A Gaussian over latents, and a draw from it: all (B, D)."""
+
+    z: torch.Tensor
+    mu: torch.Tensor
+    logvar: torch.Tensor
+
+
+class SparseEncoder(SparseDescent):
+    """The first half of the denoiser's architecture, without conditioning, averaged over the coarsest grid.
+
+    in_channels, train_size, sparse, grid: as for `SparseUNet`. z_dim: D. stochastic: return an `Encoding`.
+    block_norm: norms in the sparse blocks; False is the published encoder.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        z_dim: int,
+        train_size: Size,
+        sparse: SparseSpec,
+        grid: GridSpec,
+        *,
+        stochastic: bool = False,
+        block_norm: bool = True,
+    ):
+        super().__init__(in_channels, train_size, sparse, grid, block_norm=block_norm)
+        self.z_dim = z_dim
+        self.grid = GridEncoder(grid, z_dim)
+        self.linear_out = nn.Linear(z_dim, z_dim)
+        self.mu = nn.Linear(z_dim, z_dim) if stochastic else None
+        self.logvar = nn.Linear(z_dim, z_dim) if stochastic else None
+
+    def forward(self, x: torch.Tensor, points: Points, noise: torch.Tensor | None = None) -> torch.Tensor | Encoding:
+        """The latent (B, D) of functions x (B, M, C) known at the points; any lattice, any number of points from K up.
+
+        A stochastic encoder returns an `Encoding` with z = mu + exp(logvar/2)·noise, noise (B, D) standard normal;
+        without noise z is mu. Raises ValueError when shapes do not fit or there are fewer points than neighbours.
+        """
+        _, _, grid = self.descend(x, points, self.plan(x, points))
+        h = self.grid(grid).mean(dim=(1, 2))  # (B, U', U', D) -> (B, D)
+        z = self.linear_out(h)
+        if self.mu is None:
+            return z
+        mu, logvar = self.mu(z), self.logvar(z)
+        return Encoding(mu if noise is None else mu + torch.exp(logvar / 2) * noise, mu, logvar)

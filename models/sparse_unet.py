@@ -1,0 +1,165 @@
+"""The denoiser: sparse blocks on the points around a U-Net on a coarse grid (paper, section 4.1 and figure 3).
+
+Letters: B batch, C channels, M points, F channels of the sparse level, U side of the grid, G channels of the grid, D
+latent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from diffusion.coordinates import CONVENTIONS, CoordinateConvention, Points, Size
+from models.conv_uno import GridSpec, GridUNet
+from models.interpolation import grid_to_points, points_to_grid
+from models.layers import sinusoidal_features
+from models.operators import get_backend
+from models.operators.base import Plan, lattice_extent
+from models.sparse_block import SparseBlock
+
+
+@dataclass(frozen=True)
+class SparseSpec:
+    """Architecture on the points.
+
+    channels: F. num_blocks: sparse blocks on the way in, and on the way out. kernel_size: side at the training
+    lattice, odd.
+    depthwise: one kernel per channel, else full. neighbours: points averaged into a grid node.
+    convention: name in `diffusion.coordinates.CONVENTIONS`. backend: name in `models.operators.BACKENDS`, or "auto".
+    """
+
+    channels: int
+    num_blocks: int
+    kernel_size: int
+    depthwise: bool = True
+    neighbours: int = 3
+    convention: str = "cell_centred"
+    backend: str = "auto"
+
+    def __post_init__(self):
+        if self.convention not in CONVENTIONS:
+            raise ValueError(
+                f"model.coordinate_convention is {self.convention!r}; it must be one of {', '.join(CONVENTIONS)}"
+            )
+
+
+class SparseDescent(nn.Module):
+    """What denoiser and encoder share: points in, sparse blocks, and the way to the grid."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        train_size: Size,
+        sparse: SparseSpec,
+        grid: GridSpec,
+        *,
+        time_dim: int | None = None,
+        z_dim: int | None = None,
+        block_norm: bool = True,
+    ):
+        super().__init__()
+        self.in_channels, self.train_size = in_channels, tuple(train_size)
+        self.sparse_spec, self.grid_spec = sparse, grid
+        self.backend = get_backend(sparse.backend)
+        self.linear_in = nn.Linear(in_channels, sparse.channels)
+        self.down_blocks = nn.ModuleList(
+            SparseBlock(
+                sparse.channels,
+                sparse.kernel_size,
+                self.backend,
+                depthwise=sparse.depthwise,
+                time_dim=time_dim,
+                z_dim=z_dim,
+                norm=block_norm,
+            )
+            for _ in range(sparse.num_blocks)
+        )
+        self.to_grid = nn.Linear(sparse.channels, grid.input_channels)
+
+    @property
+    def convention(self) -> CoordinateConvention:
+        """What the coordinate of a pixel is, for this network."""
+        return CONVENTIONS[self.sparse_spec.convention]
+
+    def plan(self, x: torch.Tensor, points: Points) -> Plan:
+        """What all sparse blocks share in a forward pass. Raises ValueError when x and points do not fit."""
+        expected = (x.shape[0] if points.index is None else points.index.shape[0], points.count, self.in_channels)
+        if tuple(x.shape) != expected:
+            raise ValueError(f"x has shape {tuple(x.shape)}; these points and this network need {expected}")
+        kernel_size = self.sparse_spec.kernel_size
+        extent = lattice_extent(kernel_size, points.size, self.train_size)
+        return self.backend.plan(points, x.shape[0], extent, kernel_size, x.device)
+
+    def descend(
+        self, x: torch.Tensor, points: Points, plan: Plan, e: torch.Tensor | None = None, z: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        """x: (B, M, C). Returns point features (B, M, F), the output of every block, and grid features (B, U, U, G)."""
+        spec, size = self.sparse_spec, self.grid_spec.size
+        h, skips = self.linear_in(x), []  # (B, M, F)
+        for block in self.down_blocks:
+            h = block(h, plan, e=e, z=z)
+            skips.append(h)
+        gather = points_to_grid(points, x.shape[0], size, spec.neighbours, self.convention, x.device)
+        # Weights sum to one, so the projection may follow the average: it then runs on U² nodes instead of M points.
+        grid = self.to_grid(gather(h)).unflatten(1, size)  # (B, U², F) -> (B, U, U, G)
+        return h, skips, grid
+
+
+class SparseUNet(SparseDescent):
+    """Denoiser of functions known at any points of any lattice, conditioned on time and, given z_dim, on a latent.
+
+    in_channels, out_channels: of the function and of the prediction. train_size: (H, W) of the training lattice, to
+    which kernel sizes refer. time_dim: width of the time embedding, even. z_dim: D, or None (or 0) for an
+    unconditional denoiser.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        train_size: Size,
+        sparse: SparseSpec,
+        grid: GridSpec,
+        *,
+        time_dim: int,
+        z_dim: int | None = None,
+    ):
+        super().__init__(in_channels, train_size, sparse, grid, time_dim=time_dim, z_dim=z_dim)
+        self.time_dim, self.z_dim = time_dim, z_dim or None
+        self.time_mlp = nn.Sequential(nn.Linear(time_dim, time_dim), nn.GELU(), nn.Linear(time_dim, time_dim))
+        self.grid = GridUNet(grid, time_dim, z_dim)
+        self.from_grid = nn.Linear(grid.input_channels, sparse.channels)
+        self.up_blocks = nn.ModuleList(
+            SparseBlock(
+                sparse.channels,
+                sparse.kernel_size,
+                self.backend,
+                depthwise=sparse.depthwise,
+                takes_skip=True,
+                time_dim=time_dim,
+                z_dim=z_dim,
+            )
+            for _ in range(sparse.num_blocks)
+        )
+        self.linear_out = nn.Linear(sparse.channels, out_channels)
+
+    def forward(self, x: torch.Tensor, points: Points, t: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
+        """Prediction (B, M, C_out) at the points.
+
+        x: (B, M, C), the noisy function at the points. t: (B,), in thousandths of the process, float. z: (B, D).
+        Raises ValueError when shapes do not fit, when z is missing or not wanted, or with fewer points than neighbours.
+        """
+        if (z is None) != (self.z_dim is None) or (z is not None and tuple(z.shape) != (x.shape[0], self.z_dim)):
+            given = None if z is None else tuple(z.shape)
+            wanted = None if self.z_dim is None else (x.shape[0], self.z_dim)
+            raise ValueError(f"z is {given}; this denoiser needs {wanted}")
+        plan = self.plan(x, points)
+        e = self.time_mlp(sinusoidal_features(t, self.time_dim).to(self.linear_in.weight.dtype))  # (B, time_dim)
+        h, skips, grid = self.descend(x, points, plan, e, z)
+        grid = self.grid(grid, e, z).flatten(1, 2)  # (B, U², G)
+        h = self.from_grid(grid_to_points(points, x.shape[0], self.grid_spec.size, self.convention, x.device)(grid))
+        for block in self.up_blocks:
+            h = block(h, plan, skip=skips.pop(), e=e, z=z)  # (B, M, F)
+        return self.linear_out(h)
