@@ -1,0 +1,183 @@
+"""Data sets by name, with their published splits.
+
+| data.name | root_dir | training | validation |
+|---|---|---|---|
+| functions | unused | functions 0 ... num_images-1 of data.seed | val_ratio·num_images others |
+| folder | folder or zip | all but | the last val_ratio in sorted order |
+| ffhq | folder or zip | image number < 60000 | image number >= 60000 |
+| celeba | folder (split.json beside the images is used if present) or zip | number < 27000 | number >= 27000 |
+| churches | LSUN's LMDB folders, or one LMDB, folder or zip | church_outdoor_train | church_outdoor_val |
+
+Where the published split cannot be made (numbers of one side only, say a subset of FFHQ, or a church folder
+without LSUN's two databases), the rule of `folder` holds and a line in the log says so. The number of an image
+is the last number in its file name; names without numbers count by position in sorted order.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from data.base import ImageDataset, check_lattice
+from data.functions import FunctionImages
+from data.images import ImageFiles, ImageSource, existing_path, open_source
+from data.lsun import LsunSource, is_lmdb
+
+SPLITS = ("train", "val", "all")
+FFHQ_TRAINING = 60000  # of 70000 images
+CELEBA_TRAINING = 27000  # of 30000 images
+VALIDATION_FUNCTIONS = 1 << 32  # index of the first validation function, beyond every num_images
+CHURCH_FOLDERS = {"train": "church_outdoor_train_lmdb", "val": "church_outdoor_val_lmdb"}
+_log = logging.getLogger(__name__)
+
+
+def open_dataset(data_cfg: Any, split: str) -> ImageDataset:
+    """The data set that a configuration names.
+
+    Args:
+        data_cfg: has the attributes name, root_dir, img_size (H), img_width (W; 0 or None = img_size), channels,
+            on_error, val_ratio, in_memory, memory_gb, num_images and seed, with the meanings of the data section.
+        split: "train", "val", or "all" = both, training first.
+
+    Raises:
+        ValueError: one line naming the field, its value and what is accepted or was looked for.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split: {split!r}, accepted are {', '.join(SPLITS)}")
+    if data_cfg.name not in _OPENERS:
+        raise ValueError(f"data.name: {data_cfg.name!r}, accepted are {', '.join(_OPENERS)}")
+    if not 0 <= data_cfg.val_ratio < 1:
+        raise ValueError(f"data.val_ratio: {data_cfg.val_ratio}, accepted are numbers in [0, 1)")
+    check_lattice(_size(data_cfg), data_cfg.channels)
+    return _OPENERS[data_cfg.name](data_cfg, split)
+
+
+def ratio_split(count: int, val_ratio: float) -> dict[str, list[int]]:
+    """The last ⌈val_ratio·count⌉ positions are for validation, but at least one image is left for training."""
+    held_out = min(math.ceil(val_ratio * count - 1e-9), max(count - 1, 0))
+    return {"train": list(range(count - held_out)), "val": list(range(count - held_out, count))}
+
+
+def number_split(names: list[str], first_validation: int) -> dict[str, list[int]] | None:
+    """Positions by image number, or None if one side would be empty."""
+    numbers = [image_number(name) for name in names]
+    if None in numbers:
+        numbers = list(range(len(names)))
+    parts = {"train": [i for i, n in enumerate(numbers) if n < first_validation],
+             "val": [i for i, n in enumerate(numbers) if n >= first_validation]}
+    return parts if parts["train"] and parts["val"] else None
+
+
+def image_number(name: str) -> int | None:
+    """The last number in a file's name without its extension: "00000/img00000017.png" -> 17."""
+    digits = re.findall(r"\d+", PurePosixPath(name).stem)
+    return int(digits[-1]) if digits else None
+
+
+def _functions(cfg: Any, split: str) -> ImageDataset:
+    held_out = math.ceil(cfg.val_ratio * cfg.num_images - 1e-9)
+    if split == "all":
+        raise ValueError("split: 'all' is not defined for data.name=functions, accepted are train, val")
+    count, first = (cfg.num_images, 0) if split == "train" else (held_out, VALIDATION_FUNCTIONS)
+    if split == "val" and not held_out:
+        raise ValueError(_no_validation(cfg))
+    return FunctionImages(cfg.seed, count, _size(cfg), cfg.channels, first=first, split=split,
+                          in_memory=cfg.in_memory, memory_gb=cfg.memory_gb)
+
+
+def _folder(cfg: Any, split: str) -> ImageDataset:
+    source = open_source(cfg.root_dir)
+    return _files(cfg, source, ratio_split(len(source.names), cfg.val_ratio), split)
+
+
+def _ffhq(cfg: Any, split: str) -> ImageDataset:
+    source = open_source(cfg.root_dir)
+    parts = number_split(source.names, FFHQ_TRAINING)
+    return _files(cfg, source, parts or _fallback(cfg, source, f"numbers on both sides of {FFHQ_TRAINING}"), split)
+
+
+def _celeba(cfg: Any, split: str) -> ImageDataset:
+    root = existing_path(cfg.root_dir)
+    sized = root / str(cfg.img_size)  # one folder per size beside split.json is the authors' layout
+    source = open_source(sized if sized.is_dir() else root)
+    table = next((p for p in (root / "split.json", root.parent / "split.json") if p.is_file()), None)
+    if table:
+        parts = _listed_split(table, source)
+    else:
+        parts = number_split(source.names, CELEBA_TRAINING)
+    wanted = f"split.json or numbers on both sides of {CELEBA_TRAINING}"
+    return _files(cfg, source, parts or _fallback(cfg, source, wanted), split)
+
+
+def _churches(cfg: Any, split: str) -> ImageDataset:
+    root = existing_path(cfg.root_dir)
+    folders = {part: root / folder for part, folder in CHURCH_FOLDERS.items()}
+    if any(is_lmdb(folder) for folder in folders.values()):
+        if split == "all":
+            raise ValueError("split: 'all' is not defined for the two databases of data.name=churches, "
+                             "accepted are train, val")
+        if not is_lmdb(folders[split]):
+            raise ValueError(f"data.root_dir: no LMDB in {folders[split]}, which holds the split {split!r}")
+        source = LsunSource(folders[split])
+        return _files(cfg, source, {split: list(range(len(source.names)))}, split)
+    if is_lmdb(root):
+        source: ImageSource = LsunSource(root)
+    else:
+        try:
+            source = open_source(root)
+        except ValueError as error:
+            looked_for = ", ".join(f"{folder}/" for folder in CHURCH_FOLDERS.values())
+            raise ValueError(f"{error}; nor is there an LMDB in it: looked for {looked_for}, data.mdb") from error
+    return _files(cfg, source, _fallback(cfg, source, " and ".join(CHURCH_FOLDERS.values())), split)
+
+
+_OPENERS: dict[str, Callable[[Any, str], ImageDataset]] = {
+    "functions": _functions, "folder": _folder, "ffhq": _ffhq, "celeba": _celeba, "churches": _churches,
+}
+
+
+def _files(cfg: Any, source: ImageSource, parts: dict[str, list[int]], split: str) -> ImageFiles:
+    indices = parts["train"] + parts["val"] if split == "all" else parts[split]
+    if split == "val" and not indices:
+        raise ValueError(_no_validation(cfg))
+    return ImageFiles(cfg.name, source, indices, _size(cfg), cfg.channels, split=split, on_error=cfg.on_error,
+                      in_memory=cfg.in_memory, memory_gb=cfg.memory_gb)
+
+
+def _fallback(cfg: Any, source: ImageSource, wanted: str) -> dict[str, list[int]]:
+    """The split of `folder`, for sources without what the published split needs."""
+    _log.info("data.name=%s: %s not found in %s; the last %g of the %d images in sorted order are for validation",
+              cfg.name, wanted, source.path, cfg.val_ratio, len(source.names))
+    return ratio_split(len(source.names), cfg.val_ratio)
+
+
+def _listed_split(table: Path, source: ImageSource) -> dict[str, list[int]]:
+    """The split of a JSON file {"train": [names], "val": [names]}; names are paths, file names or stems."""
+    try:
+        listed = json.loads(table.read_text())
+        wanted = {part: [str(name) for name in listed[part]] for part in ("train", "val")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'data.root_dir: {table} must hold {{"train": [names], "val": [names]}}') from error
+    position: dict[str, int] = {}
+    for i, name in enumerate(source.names):
+        path = PurePosixPath(name)
+        for key in (path.stem, path.name, name):
+            position[key] = i
+    missing = [name for names in wanted.values() for name in names if name not in position]
+    if missing:
+        raise ValueError(f"data.root_dir: {table} lists {missing[0]} (and {len(missing) - 1} more) "
+                         f"not found in {source.path}")
+    return {part: [position[name] for name in names] for part, names in wanted.items()}
+
+
+def _no_validation(cfg: Any) -> str:
+    return f"data.val_ratio: {cfg.val_ratio} leaves no validation images, accepted is a larger part"
+
+
+def _size(cfg: Any) -> tuple[int, int]:
+    return cfg.img_size, cfg.img_width or cfg.img_size

@@ -1,0 +1,137 @@
+"""Batches of a data set: endless and resumable for training, in order for encoding.
+
+Step s of training takes positions s·B ... s·B + B − 1 of the endless sequence epoch 0, epoch 1, ..., in which epoch e
+is a permutation of the data set that depends on (seed, e) alone. So step s is known without the steps before it,
+every step has exactly B images whatever the size of the set, and none is ever dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data.base import ImageDataset
+
+_ORDER, _MIRROR = 0, 1  # independent random streams of an epoch
+
+
+def batches(dataset: ImageDataset, batch_size: int, *, seed: int, start_step: int = 0, flip: bool = True,
+            num_workers: int = 0, rank: int = 0, world_size: int = 1,
+            pin_memory: bool = False) -> Iterator[torch.Tensor]:
+    """Training batches from step `start_step` on, without end.
+
+    Args:
+        dataset: images; read by this process alone if they are in memory or `num_workers` is 0.
+        batch_size: images per step over all ranks; a multiple of `world_size`.
+        seed: of the order and the mirroring.
+        start_step: first step; what comes equals what an iterator begun at 0 gives after that many steps.
+        flip: mirror half of the images left to right, drawn anew for each epoch and image.
+        num_workers: decoding processes.
+        rank: this process; it gets images rank·B/world_size ... of each global batch, in order.
+        world_size: number of processes.
+        pin_memory: return page-locked batches where there is a GPU.
+
+    Returns:
+        uint8 (B / world_size, C, H, W), without end; the same whatever the number of workers.
+
+    Raises:
+        ValueError: an argument out of range, or (with data.on_error=raise) a damaged image.
+    """
+    if batch_size < 1 or batch_size % world_size:
+        raise ValueError(f"train.batch_size: {batch_size}, accepted are multiples of the {world_size} processes")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: {rank}, accepted are 0 to {world_size - 1}")
+    if start_step < 0:
+        raise ValueError(f"start_step: {start_step}, accepted are integers >= 0")
+    order = _TrainingOrder(len(dataset), batch_size, seed, start_step, flip, rank, world_size)
+    return _read(dataset, order, num_workers, pin_memory)
+
+
+def sequential(dataset: ImageDataset, batch_size: int, *, flip: bool = False, num_workers: int = 0,
+               indices: Sequence[int] | None = None, pin_memory: bool = False) -> Iterator[torch.Tensor]:
+    """Each image once, in order; the last batch may be smaller.
+
+    Args:
+        dataset: images.
+        batch_size: images per batch, >= 1.
+        flip: mirror all images.
+        num_workers: decoding processes.
+        indices: the items wanted, for instance the share of one process; all by default.
+        pin_memory: return page-locked batches where there is a GPU.
+
+    Returns:
+        uint8 (B, C, H, W) batches.
+
+    Raises:
+        ValueError: batch_size out of range, or (with data.on_error=raise) a damaged image.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: {batch_size}, accepted are integers >= 1")
+    wanted = range(len(dataset)) if indices is None else indices
+    parts = [np.asarray(wanted[i:i + batch_size], dtype=np.int64) for i in range(0, len(wanted), batch_size)]
+    return _read(dataset, [(part, np.full(len(part), flip)) for part in parts], num_workers, pin_memory)
+
+
+class _TrainingOrder(Sampler):
+    """Endless (indices, mirrored) of one rank, from a given step on."""
+
+    def __init__(self, count: int, batch_size: int, seed: int, start_step: int, flip: bool, rank: int,
+                 world_size: int) -> None:
+        self._count, self._batch_size, self._seed = count, batch_size, seed
+        self._start_step, self._flip = start_step, flip
+        self._share = batch_size // world_size
+        self._offset = rank * self._share
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        epoch_of = lru_cache(maxsize=2)(self._epoch)  # a batch at the border of two epochs needs both
+        step = self._start_step
+        while True:
+            first = step * self._batch_size + self._offset
+            places = [divmod(place, self._count) for place in range(first, first + self._share)]
+            drawn = [(epoch_of(epoch), place) for epoch, place in places]
+            yield np.array([e[0][p] for e, p in drawn]), np.array([e[1][p] for e, p in drawn])
+            step += 1
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Order of the images and, in that order, which are mirrored."""
+        def stream(use: int) -> np.random.Generator:
+            return np.random.Generator(np.random.PCG64([self._seed, epoch, use]))
+
+        order = stream(_ORDER).permutation(self._count)
+        mirrored = stream(_MIRROR).random(self._count) < 0.5 if self._flip else np.zeros(self._count, bool)
+        return order, mirrored[order]
+
+
+class _Batches(Dataset):
+    """Batches as the items of a data set, so that one worker makes a whole batch."""
+
+    def __init__(self, images: ImageDataset) -> None:
+        self._images = images
+
+    def __getitem__(self, chosen: tuple[np.ndarray, np.ndarray]) -> torch.Tensor | ValueError:
+        indices, mirrored = chosen
+        try:
+            if self._images.pixels is not None:
+                batch = self._images.pixels[torch.from_numpy(indices)]
+            else:
+                batch = torch.stack([self._images[int(i)] for i in indices])
+        except ValueError as error:
+            return ValueError(str(error))  # raised by the reader: from a worker it would arrive as a traceback
+        mirror = torch.from_numpy(mirrored)[:, None, None, None]
+        return torch.where(mirror, batch.flip(-1), batch) if mirrored.any() else batch
+
+
+def _read(dataset: ImageDataset, chosen, num_workers: int, pin_memory: bool) -> Iterator[torch.Tensor]:
+    workers = 0 if dataset.pixels is not None else num_workers
+    # A generator of its own: the loader would else draw from the global one.
+    loader = DataLoader(_Batches(dataset), batch_size=None, sampler=chosen, num_workers=workers,
+                        pin_memory=pin_memory and torch.cuda.is_available(), generator=torch.Generator(),
+                        prefetch_factor=4 if workers else None)
+    for batch in loader:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch

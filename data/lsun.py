@@ -1,0 +1,83 @@
+"""Reader of LSUN databases: an LMDB folder whose values are encoded images (webp or jpg)."""
+
+from __future__ import annotations
+
+import io
+import os
+import weakref
+from pathlib import Path
+from typing import BinaryIO, ClassVar
+
+DATABASE_FILE = "data.mdb"
+
+
+class LsunSource:
+    """Encoded images of an LMDB folder in the order of their keys (an `ImageSource`).
+
+    Raises:
+        ValueError: the package lmdb is missing, or the folder is not a readable database, or it is empty.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._database = _Database.shared(path)
+        with self._database.begin() as transaction:
+            self._keys = sorted(bytes(key) for key in transaction.cursor().iternext(keys=True, values=False))
+        self.names = [key.decode("ascii", "backslashreplace") for key in self._keys]
+        if not self._keys:
+            raise ValueError(f"data.root_dir: the LMDB {path} holds no images")
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "names": self.names, "_keys": self._keys}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _database=_Database.shared(state["path"]))
+
+    def open(self, i: int) -> BinaryIO:
+        with self._database.begin() as transaction:
+            return io.BytesIO(transaction.get(self._keys[i]))
+
+    def signature(self, i: int) -> str:
+        with self._database.begin(buffers=True) as transaction:  # buffers: the value is measured, not read
+            return str(len(transaction.get(self._keys[i])))
+
+
+class _Database:
+    """An environment opened once per process: LMDB refuses a second one, and forks must not use their parent's."""
+
+    _open: ClassVar[weakref.WeakValueDictionary[str, _Database]] = weakref.WeakValueDictionary()
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._environment = _open_environment(path)
+        self._process = os.getpid()
+
+    @classmethod
+    def shared(cls, path: Path) -> _Database:
+        key = os.path.realpath(path)
+        database = cls._open.get(key)
+        if database is None:
+            database = cls._open[key] = cls(key)
+        return database
+
+    def begin(self, buffers: bool = False):
+        if self._process != os.getpid():
+            self._environment.close()  # the child's copy only
+            self._environment, self._process = _open_environment(self._path), os.getpid()
+        return self._environment.begin(buffers=buffers)
+
+
+def _open_environment(path: str):
+    try:
+        import lmdb
+    except ImportError as error:
+        raise ValueError("data.root_dir: LSUN databases need the package lmdb: pip install lmdb") from error
+    try:
+        return lmdb.open(path, readonly=True, lock=False, readahead=False, meminit=False, create=False)
+    except lmdb.Error as error:
+        raise ValueError(f"data.root_dir: {path} is not a readable LMDB ({error})") from error
+
+
+def is_lmdb(path: Path) -> bool:
+    """Whether the folder holds an LMDB."""
+    return (path / DATABASE_FILE).is_file()
