@@ -69,7 +69,8 @@ def validate_points(points: Points) -> None:
     low, high = (int(value) for value in torch.aminmax(index))
     if low < 0 or high >= height * width:
         raise ValueError(
-            f"points.index reaches from {low} to {high}; ids of a {height}x{width} lattice are 0 to {height * width - 1}"
+            f"points.index reaches from {low} to {high}; "
+            f"ids of a {height}x{width} lattice are 0 to {height * width - 1}"
         )
     ordered = index.sort(dim=1).values
     if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
@@ -171,9 +172,7 @@ CONVENTIONS: dict[str, CoordinateConvention] = {
         ),
         # What the published models compute: pixel corners, and a read confined to one transposed quadrant of
         # the grid.
-        CoordinateConvention(
-            "reference", True, align_corners=False, padding_mode="zeros", transposed_quadrant=True
-        ),
+        CoordinateConvention("reference", True, align_corners=False, padding_mode="zeros", transposed_quadrant=True),
         # The published coordinates with the read at the coordinate itself.
         CoordinateConvention(
             "corner_aligned", True, align_corners=True, padding_mode="border", transposed_quadrant=False

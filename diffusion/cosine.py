@@ -22,9 +22,7 @@ FFT_FROM = 2048
 CACHED_MATRICES = 16
 
 
-def times_matrix(
-    x: torch.Tensor, matrix_on: Callable[[torch.dtype, torch.device], torch.Tensor]
-) -> torch.Tensor:
+def times_matrix(x: torch.Tensor, matrix_on: Callable[[torch.dtype, torch.device], torch.Tensor]) -> torch.Tensor:
     """x @ matrix over the last axis of x, float32 or float64, to full precision whatever the caller's
     settings.
 
@@ -71,9 +69,7 @@ def dct(x: torch.Tensor) -> torch.Tensor:
     rotated = torch.fft.rfft(torch.cat([x[..., ::2], x[..., 1::2].flip(-1)], dim=-1)) * _twiddles(
         n, x.dtype, x.device
     )
-    coefficients = torch.cat(
-        [rotated.real, -rotated.imag[..., 1 : (n + 1) // 2].flip(-1)], dim=-1
-    ) * math.sqrt(2 / n)
+    coefficients = torch.cat([rotated.real, -rotated.imag[..., 1 : (n + 1) // 2].flip(-1)], dim=-1) * math.sqrt(2 / n)
     return torch.cat([coefficients[..., :1] * math.sqrt(0.5), coefficients[..., 1:]], dim=-1)
 
 
@@ -82,9 +78,7 @@ def idct(coefficients: torch.Tensor) -> torch.Tensor:
     n = coefficients.shape[-1]
     if n < FFT_FROM:
         return times_matrix(coefficients, partial(_cosine_matrix_on, n, True))
-    scaled = torch.cat([coefficients[..., :1] * math.sqrt(2), coefficients[..., 1:]], dim=-1) * math.sqrt(
-        n / 2
-    )
+    scaled = torch.cat([coefficients[..., :1] * math.sqrt(2), coefficients[..., 1:]], dim=-1) * math.sqrt(n / 2)
     mirrored = torch.nn.functional.pad(scaled[..., 1:].flip(-1), (1, 0))[
         ..., : n // 2 + 1
     ]  # coefficient n - k, none for k = 0

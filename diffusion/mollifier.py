@@ -34,9 +34,7 @@ class Mollifier:
 
     def __post_init__(self) -> None:
         if not 0 <= self.sigma < math.inf:
-            raise ValueError(
-                f"mollifier sigma is {self.sigma}; it must be a finite number of pixels, 0 or more"
-            )
+            raise ValueError(f"mollifier sigma is {self.sigma}; it must be a finite number of pixels, 0 or more")
         if len(self.train_size) != 2 or min(self.train_size) < 1:
             raise ValueError(f"mollifier train_size is {self.train_size}; it must be (H, W), both at least 1")
         if self.kind not in KINDS:
@@ -84,9 +82,7 @@ class Mollifier:
         if not inv_snr > 0:
             raise ValueError(f"inv_snr is {inv_snr}; the Wiener filter needs a number above 0")
         work, _ = self._working_copy(x)
-        coefficients = on_rows(dct, dct(work)) * _wiener_gains(
-            self, x.shape[-2:], inv_snr, work.dtype, x.device
-        )
+        coefficients = on_rows(dct, dct(work)) * _wiener_gains(self, x.shape[-2:], inv_snr, work.dtype, x.device)
         return idct(on_rows(idct, coefficients)).to(x.dtype)
 
     def _working_copy(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[float, float]]:
@@ -119,9 +115,7 @@ def _gains(n: int, sigma: float) -> torch.Tensor:
 
 
 @lru_cache(maxsize=CACHED_MATRICES)
-def _smoothing_matrix(
-    n: int, sigma: float, kind: str, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def _smoothing_matrix(n: int, sigma: float, kind: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The matrix (n, n) of T along one axis, built in float64; x @ matrix smooths rows."""
     if kind == "conv":
         return _mirrored_gaussian(n, sigma).mT.to(device, dtype)

@@ -80,9 +80,7 @@ def space_timesteps(steps: int, spec: str) -> list[int]:
         for stride in range(1, steps + 1):
             if len(range(0, steps, stride)) == count:
                 return list(range(0, steps, stride))
-        raise ValueError(
-            f"sampling steps are {spec!r}; no integer stride takes exactly {count} of {steps} steps"
-        )
+        raise ValueError(f"sampling steps are {spec!r}; no integer stride takes exactly {count} of {steps} steps")
     counts = [_positive_int(part, spec) for part in spec.split(",")]
     kept: list[int] = []
     start = 0
@@ -136,9 +134,7 @@ class Schedule:
     posterior_mean_coef2: torch.Tensor = field(init=False)
     fixed_large_variance: torch.Tensor = field(init=False)
     fixed_large_log_variance: torch.Tensor = field(init=False)
-    _device_tables: dict[tuple[str, torch.device], torch.Tensor] = field(
-        init=False, repr=False, default_factory=dict
-    )
+    _device_tables: dict[tuple[str, torch.device], torch.Tensor] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         betas = self.betas
@@ -188,9 +184,7 @@ class Schedule:
         repetitions dropped)."""
         indices = space_timesteps(self.num_steps, kept) if isinstance(kept, str) else sorted(set(kept))
         if not indices or indices[0] < 0 or indices[-1] >= self.num_steps:
-            raise ValueError(
-                f"kept steps are {indices}; at least one is needed, all from 0 to {self.num_steps - 1}"
-            )
+            raise ValueError(f"kept steps are {indices}; at least one is needed, all from 0 to {self.num_steps - 1}")
         alpha_bar = self.alpha_bar[indices]
         previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
         return Schedule(1 - alpha_bar / previous, self.timestep_map[indices], self.original_steps)
@@ -207,9 +201,7 @@ class Schedule:
     def network_time(self, t: torch.Tensor) -> torch.Tensor:
         """The time float32 (B,) that the network receives at steps t, int64 (B,): the original index times
         1000 / original_steps."""
-        return self._on_device("timestep_map", t.device)[t].float() * (
-            NETWORK_TIME_RANGE / self.original_steps
-        )
+        return self._on_device("timestep_map", t.device)[t].float() * (NETWORK_TIME_RANGE / self.original_steps)
 
     def _on_device(self, table: str, device: torch.device) -> torch.Tensor:
         """The table on a device, copied there once: a look-up must not make a GPU wait for the host."""

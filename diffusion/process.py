@@ -1,0 +1,182 @@
+"""The mollified diffusion process: the forward law, its posterior, and what a network's output says about the
+state.
+
+Notation: T is the mollifier, ξ white noise, x_t a state. States, and every estimate returned here, are
+mollified:
+
+    x_t = √ᾱ_t · T x_0 + √(1 - ᾱ_t) · T ξ        (11)
+
+so that below, `x_0` of a `Denoised` stands for T x̂_0 and `eps` for T ξ̂. With the identity as T (sigma 0)
+this is ordinary diffusion, of images or of vectors (B, D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+
+from diffusion.mollifier import Mollifier
+from diffusion.schedules import Schedule
+
+
+class Prediction(Enum):
+    """What the network predicts; the values are the names used in configs."""
+
+    MOLLIFIED_EPS = "mollified_epsilon"  # T ξ, eq. (46)
+    X0 = "xstart"  # x_0, eq. (36) and (39)
+    EPS = "epsilon"  # ξ
+    V = "v"  # √ᾱ ξ - √(1 - ᾱ) x_0, Salimans & Ho 2022
+
+
+class Variance(Enum):
+    """The variance σ_t² of the reverse step, whose covariance is σ_t² T Tᵗ."""
+
+    FIXED_LARGE = "fixed_large"  # β_t
+    FIXED_SMALL = "fixed_small"  # β̃_t, eq. (12)
+    LEARNED = "learned"  # the second half of the network's channels is log σ_t²
+    LEARNED_RANGE = "learned_range"  # … is a position from log β̃_t at -1 to log β_t at 1, Nichol & Dhariwal 2021
+
+    @property
+    def learned(self) -> bool:
+        return self in (Variance.LEARNED, Variance.LEARNED_RANGE)
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """What a denoiser makes of a state x_t = √ᾱ_t · x_0 + √(1 - ᾱ_t) · eps, which holds exactly.
+
+    x_0, eps: the mollified estimates T x̂_0 and T ξ̂, shaped like x_t. log_variance: log σ_t² of the reverse
+    step, (B, 1, ...) or, learned, shaped like x_t.
+    """
+
+    x_0: torch.Tensor
+    eps: torch.Tensor
+    log_variance: torch.Tensor
+
+
+Denoiser = Callable[[torch.Tensor, torch.Tensor], Denoised]  # (x_t, t int64 (B,)) -> Denoised
+
+
+@dataclass(frozen=True)
+class DiffusionProcess:
+    """A schedule, a mollifier, and the meaning of the network's output. Steps t are int64 (B,), 0 … T-1, 0
+    the cleanest."""
+
+    schedule: Schedule
+    mollifier: Mollifier
+    prediction: Prediction
+    variance: Variance = Variance.FIXED_LARGE
+
+    def respaced(self, kept: str | Iterable[int]) -> DiffusionProcess:
+        """The same process on a subset of its steps, see `Schedule.respace`."""
+        return replace(self, schedule=self.schedule.respace(kept))
+
+    def _amplitudes(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """√ᾱ_t and √(1 - ᾱ_t), shaped to multiply `like`."""
+        at = self.schedule.at
+        return at("sqrt_alpha_bar", t, like), at("sqrt_one_minus_alpha_bar", t, like)
+
+    # --- forward
+    # ---------------------------------------------------------------------------------------------------
+
+    def q_sample(self, x_0: torch.Tensor, t: torch.Tensor, white: torch.Tensor) -> torch.Tensor:
+        """Draw x_t from q(x_t | x_0), eq. (11).
+
+        x_0: un-mollified data (B, C, H, W) on any lattice, or (B, D). white: standard normal, same shape.
+        """
+        signal, noise = self._amplitudes(t, x_0)
+        return self.mollifier(signal * x_0 + noise * self._scaled(white)).to(x_0.dtype)
+
+    def training_pair(
+        self, x_0: torch.Tensor, t: torch.Tensor, white: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The state x_t and what the network has to predict from it, both shaped like x_0; arguments as in
+        `q_sample`."""
+        if self.prediction is Prediction.MOLLIFIED_EPS:
+            signal, noise = self._amplitudes(t, x_0)
+            target = self.mollifier.noise(white)
+            return (signal * self.mollifier(x_0) + noise * target).to(x_0.dtype), target
+        return self.q_sample(x_0, t, white), self._unmollified_target(x_0, t, self._scaled(white))
+
+    def _scaled(self, white: torch.Tensor) -> torch.Tensor:
+        """White noise as the training lattice would show it; vectors have no lattice and no mollifier."""
+        return white if self.mollifier.identity else white * self.mollifier.noise_scale(white.shape[-2:])
+
+    def _unmollified_target(self, x_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        if self.prediction is Prediction.X0:
+            return x_0
+        if self.prediction is Prediction.EPS:
+            return eps
+        signal, noise = self._amplitudes(t, x_0)
+        return (signal * eps - noise * x_0).to(x_0.dtype)
+
+    # --- reverse
+    # ---------------------------------------------------------------------------------------------------
+
+    def denoise(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, clip: bool) -> Denoised:
+        """Turn the network's output into the estimates that samplers use.
+
+        A predicted x_0, ξ or v is mollified first: the state consists of T x_0 and T ξ, not of x_0 and ξ.
+        With `clip`, a predicted x_0 is clamped to [-1, 1] before it is mollified, any other estimate of T x_0
+        as it is; `eps` then follows from x_t and the clamped x_0. output: (B, C, H, W) or, with a learned
+        variance, (B, 2C, H, W), on the whole lattice of x_t (B, C, H, W); or vectors.
+        """
+        prediction, raw_variance = self.split(output, axis=1)
+        signal, noise = self._amplitudes(t, x_t)
+        if self.prediction is Prediction.X0:
+            x_0 = self.mollifier(prediction.clamp(-1, 1) if clip else prediction)
+        else:
+            if self.prediction is Prediction.V:
+                x_0 = signal * x_t - noise * self.mollifier(prediction)
+            else:
+                mollified = self.prediction is Prediction.MOLLIFIED_EPS
+                x_0 = (x_t - noise * (prediction if mollified else self.mollifier(prediction))) / signal
+            x_0 = x_0.clamp(-1, 1) if clip else x_0
+        eps = (x_t - signal * x_0) / noise
+        return Denoised(x_0.to(x_t.dtype), eps.to(x_t.dtype), self.log_variance(raw_variance, t, x_t))
+
+    def split(self, output: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Split a network's output along its channel axis into the prediction and the raw learned variance,
+        or None.
+
+        axis: 1 for (B, 2C, H, W) and (B, 2D), -1 for points (B, M, 2C).
+        """
+        if not self.variance.learned:
+            return output, None
+        if output.shape[axis] % 2:
+            raise ValueError(
+                f"output has {output.shape[axis]} channels; a learned variance needs twice the channels of the data"
+            )
+        prediction, raw_variance = output.chunk(2, dim=axis)
+        return prediction, raw_variance
+
+    def log_variance(self, raw_variance: torch.Tensor | None, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """log σ_t² of the reverse step, at least float32; raw_variance: the second part of `split`, shaped
+        like `like`."""
+        at = self.schedule.at
+        if self.variance is Variance.FIXED_LARGE:
+            return at("fixed_large_log_variance", t, like)
+        if self.variance is Variance.FIXED_SMALL:
+            return at("posterior_log_variance_clipped", t, like)
+        raw_variance = raw_variance.to(torch.promote_types(raw_variance.dtype, torch.float32))
+        if self.variance is Variance.LEARNED:
+            return raw_variance
+        low, high = at("posterior_log_variance_clipped", t, like), at("log_betas", t, like)
+        return low + (raw_variance + 1) / 2 * (high - low)
+
+    def posterior_mean(self, x_0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Mean of q(x_{t-1} | x_t, x_0), eq. (12); x_0 is the mollified T x_0, as in `Denoised`."""
+        at = self.schedule.at
+        mean = at("posterior_mean_coef1", t, x_t) * x_0 + at("posterior_mean_coef2", t, x_t) * x_t
+        return mean.to(x_t.dtype)
+
+    def denoiser(self, network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], clip: bool) -> Denoiser:
+        """Wrap a network of (x_t, network time float32 (B,)) into the callable that samplers take."""
+
+        def denoise(x_t: torch.Tensor, t: torch.Tensor) -> Denoised:
+            return self.denoise(network(x_t, self.schedule.network_time(t)), x_t, t, clip)
+
+        return denoise

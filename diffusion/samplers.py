@@ -1,0 +1,161 @@
+"""Samplers: pure functions of a denoiser, a state, a process and a source of noise.
+
+They know no network and no resolution. A denoiser maps (x_t, t) to `Denoised`; guidance is a wrapper around
+it. A state x is always mollified: begin with Tξ, or for inversion with T x_0, in any shape (B, ...). `noise`
+returns mollified noise Tξ shaped like x, fresh at each call. Gradients are kept where they are enabled: wrap
+calls in `torch.no_grad()`.
+
+Each loop calls `callback(i, t, x, denoised)` after its i-th step, with the step t just done and the state x
+it led to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from diffusion.process import Denoised, Denoiser, DiffusionProcess
+
+Noise = Callable[[], torch.Tensor]
+Callback = Callable[[int, int, torch.Tensor, Denoised], None]
+
+
+def ancestral_step(
+    process: DiffusionProcess,
+    denoised: Denoised,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    noise: torch.Tensor | None,
+) -> torch.Tensor:
+    """One reverse step x_t -> x_{t-1}, eq. (14) and (40): posterior mean plus σ_t ⊙ Tξ, and no noise where t
+    = 0.
+
+    A learned σ_t varies over the image and multiplies the mollified noise, so that the covariance is diag(σ)
+    T Tᵗ diag(σ): where σ is constant this is σ² T Tᵗ, and no operation on the whole image is needed. noise
+    None stands for no noise.
+    """
+    mean = process.posterior_mean(denoised.x_0, x, t)
+    if noise is None:
+        return mean
+    sigma = torch.exp(0.5 * denoised.log_variance) * _shaped(t > 0, x)
+    return (mean + sigma * noise).to(x.dtype)
+
+
+def ancestral(
+    denoise: Denoiser,
+    x: torch.Tensor,
+    process: DiffusionProcess,
+    noise: Noise,
+    *,
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    """Draw T x_0 by the reverse chain of the process, from x = Tξ; Ho et al. 2020 in mollified space, section
+    3.2."""
+    for i, step, t in _steps(reversed(range(process.schedule.num_steps)), x):
+        denoised = denoise(x, t)
+        x = ancestral_step(process, denoised, x, t, noise() if step > 0 else None)
+        _report(callback, i, step, x, denoised)
+    return x
+
+
+def ddim_step(
+    process: DiffusionProcess,
+    denoised: Denoised,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    eta: float = 0.0,
+    noise: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One DDIM step, x_{t-1} = √ᾱ_{t-1} · x_0 + √(1 - ᾱ_{t-1} - s²) · eps + s · Tξ; Song et al. 2021, eq.
+    (12) and (16).
+
+    s = η √((1 - ᾱ_{t-1}) / (1 - ᾱ_t)) √(1 - ᾱ_t / ᾱ_{t-1}). noise is needed for η > 0 only.
+    """
+    at = process.schedule.at
+    alpha_bar, alpha_bar_prev = at("alpha_bar", t, x), at("alpha_bar_prev", t, x)
+    variance = eta**2 * (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
+    # 1 - ᾱ - s² is zero for η = 1 at the last step, and may round below it.
+    direction = (1 - alpha_bar_prev - variance).clamp(min=0).sqrt()
+    following = alpha_bar_prev.sqrt() * denoised.x_0 + direction * denoised.eps
+    if noise is not None:
+        following = following + variance.sqrt() * noise
+    return following.to(x.dtype)
+
+
+def ddim(
+    denoise: Denoiser,
+    x: torch.Tensor,
+    process: DiffusionProcess,
+    *,
+    eta: float = 0.0,
+    noise: Noise | None = None,
+    start: int | None = None,
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    """Draw T x_0 by DDIM, deterministic for eta = 0.
+
+    x: the state at step `start` (default: the last, where it is Tξ), for example the result of `ddim_invert`.
+    eta: 0 … 1, where 1 has the variance β̃_t of the reverse chain; above 0 it needs `noise`.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; accepted are 0 (deterministic) to 1")
+    if eta > 0 and noise is None:
+        raise ValueError(f"eta is {eta}; a stochastic sampler needs noise")
+    last = _level(process, start, "start")
+    for i, step, t in _steps(reversed(range(last + 1)), x):
+        denoised = denoise(x, t)
+        x = ddim_step(process, denoised, x, t, eta, noise() if eta > 0 and step > 0 else None)
+        _report(callback, i, step, x, denoised)
+    return x
+
+
+def ddim_invert_step(process: DiffusionProcess, denoised: Denoised, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """One DDIM step towards noise, x_{t+1} = √ᾱ_{t+1} · x_0 + √(1 - ᾱ_{t+1}) · eps."""
+    alpha_bar_next = process.schedule.at("alpha_bar_next", t, x)
+    return (alpha_bar_next.sqrt() * denoised.x_0 + (1 - alpha_bar_next).sqrt() * denoised.eps).to(x.dtype)
+
+
+def ddim_invert(
+    denoise: Denoiser,
+    x: torch.Tensor,
+    process: DiffusionProcess,
+    *,
+    stop: int | None = None,
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    """Encode T x_0 to the state at step `stop` (default: the last) from which `ddim(start=stop)` leads back
+    to it.
+
+    The steps ascend, each from the state the one before has reached. The clean image stands in for the state
+    at step 0.
+    """
+    for i, step, t in _steps(range(_level(process, stop, "stop")), x):
+        denoised = denoise(x, t)
+        x = ddim_invert_step(process, denoised, x, t)
+        _report(callback, i, step, x, denoised)
+    return x
+
+
+def _level(process: DiffusionProcess, step: int | None, name: str) -> int:
+    last = process.schedule.num_steps - 1
+    if step is None:
+        return last
+    if not 0 <= step <= last:
+        raise ValueError(f"{name} is {step}; the process has steps 0 to {last}")
+    return step
+
+
+def _steps(order: Iterable[int], x: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Number the steps and give each as the int64 (B,) that denoisers take."""
+    for i, step in enumerate(order):
+        yield i, step, torch.full((x.shape[0],), step, dtype=torch.int64, device=x.device)
+
+
+def _report(callback: Callback | None, i: int, step: int, x: torch.Tensor, denoised: Denoised) -> None:
+    if callback is not None:
+        callback(i, step, x, denoised)
+
+
+def _shaped(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return mask.reshape(-1, *(1,) * (like.ndim - 1))

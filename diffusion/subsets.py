@@ -1,0 +1,89 @@
+"""Monte-Carlo points: the random subsets of a lattice at which functions are seen in training, eq. (10)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from diffusion.coordinates import Points, Size
+
+KINDS = ("uniform", "halton", "sobol")
+
+
+def draw_points(
+    kind: str,
+    generator: torch.Generator,
+    batch: int,
+    size: Size,
+    count: int,
+    device: torch.device | str,
+) -> Points:
+    """Draw `count` distinct pixels of an (H, W) lattice for each of `batch` functions, in one call without
+    waiting for the device.
+
+    kind: "uniform", uniform without replacement; or a low-discrepancy sequence, "halton" or "sobol", shifted
+    at random on the torus for each function, of which repeated pixels are skipped. In all three every pixel
+    is equally likely. generator: on `device`. Returns Points with ascending ids (B, count). Raises ValueError
+    for an unknown kind and for a count outside 1 … H·W. Source: eq. (10), sections 4.2 and 5
+    (quasi-Monte-Carlo)."""
+    pixels = size[0] * size[1]
+    if kind not in KINDS:
+        raise ValueError(f"point subset is {kind!r}; accepted are {', '.join(KINDS)}")
+    if not 1 <= count <= pixels:
+        raise ValueError(f"count is {count}; a {size[0]}x{size[1]} lattice has 1 to {pixels} points to draw")
+    device = torch.device(device)
+    # 62 random bits make ties, and with them any dependence on the order of selection, practically
+    # impossible.
+    keys = torch.randint(1 << 62, (batch, pixels), generator=generator, device=device)
+    if kind != "uniform":
+        keys = _first_visits(kind, generator, keys, size, 2 * count)
+    return Points(size, _smallest(keys, count))
+
+
+def _smallest(keys: torch.Tensor, count: int) -> torch.Tensor:
+    """Positions of the `count` smallest keys of each row, ascending."""
+    if keys.device.type == "cpu":  # NumPy's vectorised selection and sort take a fifth of the time of torch's on CPUs
+        chosen = np.argpartition(keys.numpy(), count - 1, axis=1)[:, :count]
+        return torch.from_numpy(np.sort(chosen, axis=1))
+    return keys.topk(count, dim=1, largest=False, sorted=False).indices.sort(dim=1).values
+
+
+def _first_visits(kind: str, generator: torch.Generator, keys: torch.Tensor, size: Size, length: int) -> torch.Tensor:
+    """Replace the key of each pixel by the time at which the shifted sequence first visits it.
+
+    Pixels not visited within `length` points keep their random key, which exceeds any time: they come last,
+    in random order, so that any number of distinct pixels can be taken."""
+    batch = keys.shape[0]
+    sequence = _sequence(kind, length, keys.device)  # (length, 2)
+    shift = torch.rand(batch, 1, 2, generator=generator, device=keys.device, dtype=torch.float64)
+    position = (sequence + shift).frac()  # (B, length, 2)
+    # A position just below 1 may round to row H or column W.
+    row, col = ((position[..., axis] * n).long().clamp(max=n - 1) for axis, n in enumerate(size))
+    visited = row * size[1] + col  # (B, length)
+    times = torch.arange(length, device=keys.device).expand(batch, -1)
+    return (keys + length).scatter_reduce(1, visited, times, "amin")
+
+
+@lru_cache(maxsize=8)
+def _sequence(kind: str, length: int, device: torch.device) -> torch.Tensor:
+    """The first points of a low-discrepancy sequence in [0, 1)², float64 (length, 2)."""
+    if kind == "sobol":
+        points = torch.quasirandom.SobolEngine(2).draw(length, dtype=torch.float64)
+    else:
+        points = torch.stack([_radical_inverse(length, base) for base in (2, 3)], dim=1)
+    return points.to(device)
+
+
+def _radical_inverse(length: int, base: int) -> torch.Tensor:
+    """The numbers 0 … length-1 with their digits in `base` mirrored at the point, float64: one axis of the
+    Halton sequence."""
+    remaining = torch.arange(length)
+    inverse = torch.zeros(length, dtype=torch.float64)
+    weight = 1.0
+    while bool(remaining.any()):
+        weight /= base
+        inverse += weight * (remaining % base)
+        remaining = remaining // base
+    return inverse
