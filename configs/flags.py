@@ -8,6 +8,7 @@ import ast
 import contextlib
 import importlib.util
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -40,14 +41,18 @@ class Command:
             flags.DEFINE_string(name, None, f"{stage.__name__} file, e.g. {_EXAMPLES[stage]}")
         flags.DEFINE_bool("dry_run", False, "print the resolved configuration and stop")
 
-    def run(self, main: Callable[[dict[str, Any]], None]) -> None:
-        """Parse `sys.argv`, print the resolved configuration under --dry_run, else call `main(configs)`."""
+    def run(self, main: Callable[[dict[str, Any], dict[str, list[str]]], None]) -> None:
+        """Parse `sys.argv`, print the resolved configuration under --dry_run, else call `main(configs, overridden)`.
+
+        `configs` holds the frozen configurations by flag name, `overridden` the fields set on the command line.
+        """
 
         def body(_: list[str]) -> None:
+            logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
             if flags.FLAGS.dry_run:
                 print(json.dumps({name: asdict(config) for name, config in self.configs.items()}, indent=2))
             else:
-                main(self.configs)
+                main(self.configs, self.overridden)
 
         app.run(body, flags_parser=self._parse)
 
@@ -100,11 +105,11 @@ class Command:
 _EXAMPLES = {ImageConfig: "configs/ffhq_256_config.py", LatentConfig: "configs/ffhq_latent_config.py"}
 
 
-def leave(faults: list[str]) -> None:
-    """Print one line per fault on standard error and exit with status 2."""
+def leave(faults: list[str], status: int = 2) -> None:
+    """Print one line per fault on standard error and exit with `status`."""
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 @contextlib.contextmanager
@@ -116,6 +121,8 @@ def readable_errors() -> Iterator[None]:
         leave(error.faults)
     except (ValueError, OSError) as error:
         leave([" ".join(str(error).split())])
+    except FloatingPointError as error:
+        leave([str(error)], status=1)
 
 
 def load_config(path: str, name: str = "config") -> ConfigDict:

@@ -76,6 +76,12 @@ def sequential(dataset: ImageDataset, batch_size: int, *, flip: bool = False, nu
     return _read(dataset, [(part, np.full(len(part), flip)) for part in parts], num_workers, pin_memory)
 
 
+def index_batches(count: int, batch_size: int, *, seed: int, start_step: int = 0) -> Iterator[torch.Tensor]:
+    """The item numbers, int64 (B,), that `batches` would read of a set of `count` items, without end."""
+    for chosen, _ in _TrainingOrder(count, batch_size, seed, start_step, flip=False, rank=0, world_size=1):
+        yield torch.from_numpy(chosen)
+
+
 class _TrainingOrder(Sampler):
     """Endless (indices, mirrored) of one rank, from a given step on."""
 

@@ -1,0 +1,23 @@
+# `make demo` trains and samples the embedded default on a CPU; `make test` lints and tests. Both set themselves up.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test clean
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet -e ".[dev]"
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(RUN) experiments/demo.py
+
+test: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(RUN) -m pytest
+
+clean:
+	rm -rf $(VENV) demo

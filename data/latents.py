@@ -1,0 +1,78 @@
+"""Encodings of a data set: one safe file with float64 statistics, images and mirror images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """Latents of N images and of their mirror images.
+
+    mu: (N, V, D), float32; V = 2 views (image, mirror image) or 1. logvar: the same shape for a stochastic
+    encoder, else None.
+    """
+
+    mu: torch.Tensor
+    logvar: torch.Tensor | None
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    @classmethod
+    def create(cls, mu: torch.Tensor, logvar: torch.Tensor | None = None) -> LatentSet:
+        """Build the set and its statistics, computed in float64 over images and views.
+
+        Raises:
+            ValueError: when a latent is not finite (the encoder diverged).
+        """
+        if not mu.isfinite().all():
+            bad = (~mu.isfinite().flatten(1).all(dim=1)).nonzero()[0].item()
+            raise ValueError(f"the encoding of image {bad} is not finite; the stage-one model has diverged")
+        flat = mu.double().flatten(0, 1)  # (N·V, D)
+        variance = flat.var(dim=0, unbiased=False)
+        if logvar is not None:
+            variance = variance + logvar.double().exp().flatten(0, 1).mean(dim=0)  # law of total variance
+        # A dimension that the encoder never uses has no scale of its own; 1 leaves it at its mean.
+        std = torch.where(variance > 0, variance.sqrt(), 1.0)
+        return cls(mu, logvar, flat.mean(dim=0), std)
+
+    def __len__(self) -> int:
+        """Number of images N."""
+        return self.mu.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """Size D of a latent."""
+        return self.mu.shape[2]
+
+    @property
+    def count(self) -> int:
+        """Number of latents N·V."""
+        return self.mu.shape[0] * self.mu.shape[1]
+
+    def split(self, first: int) -> tuple[LatentSet, LatentSet]:
+        """The first images and the others (an image and its mirror image stay together); statistics are shared."""
+        parts = slice(None, first), slice(first, None)
+        return tuple(LatentSet(self.mu[p], None if self.logvar is None else self.logvar[p], self.mean, self.std)
+                     for p in parts)
+
+    def draw(self, numbers: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Latents (B, D) number `numbers` (int64 (B,), 0 … count − 1); of a stochastic encoder, a fresh draw."""
+        numbers = numbers.to(self.mu.device)
+        mu = self.mu.flatten(0, 1)[numbers]
+        if self.logvar is None:
+            return mu
+        noise = torch.randn(mu.shape, generator=generator, device=generator.device).to(mu)
+        return mu + (self.logvar.flatten(0, 1)[numbers] / 2).exp() * noise
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of the cache file."""
+        tensors = {"mu": self.mu, "mean": self.mean, "std": self.std}
+        return tensors if self.logvar is None else {**tensors, "logvar": self.logvar}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> LatentSet:
+        """The inverse of `to_tensors`."""
+        return cls(tensors["mu"], tensors.get("logvar"), tensors["mean"], tensors["std"])

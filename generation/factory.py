@@ -1,0 +1,34 @@
+"""From frozen configurations to diffusion processes: one place for the names they use."""
+
+from configs.schema import ImageConfig, LatentConfig
+from diffusion.mollifier import IDENTITY, Mollifier
+from diffusion.process import DiffusionProcess, Prediction, Variance
+from diffusion.schedules import Schedule
+
+
+def _variance(learn_sigma: bool, sigma_small: bool) -> Variance:
+    if learn_sigma:
+        return Variance.LEARNED_RANGE
+    return Variance.FIXED_SMALL if sigma_small else Variance.FIXED_LARGE
+
+
+def build_image_process(config: ImageConfig) -> DiffusionProcess:
+    """The mollified diffusion of images, on the training lattice's time schedule."""
+    diffusion = config.diffusion
+    return DiffusionProcess(
+        schedule=Schedule.create(diffusion.noise_schedule, diffusion.steps, resolution=max(config.size)),
+        mollifier=Mollifier(diffusion.gaussian_filter_std, config.size, kind=diffusion.mollifier_type),
+        prediction=Prediction(diffusion.model_mean_type),
+        variance=_variance(config.model.learn_sigma, config.model.sigma_small),
+    )
+
+
+def build_latent_process(config: LatentConfig) -> DiffusionProcess:
+    """The plain diffusion of latent vectors."""
+    diffusion = config.diffusion
+    return DiffusionProcess(
+        schedule=Schedule.create(diffusion.noise_schedule, diffusion.steps),
+        mollifier=IDENTITY,
+        prediction=Prediction(diffusion.model_mean_type),
+        variance=_variance(config.model.learn_sigma, config.model.sigma_small),
+    )

@@ -1,0 +1,161 @@
+"""A folder of samples: one PNG per seed, resumable, with a manifest and a contact sheet."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from data.pixels import to_float, to_uint8
+from diffusion.coordinates import Size
+from generation.infty_diff import InftyDiff, SamplingOptions
+from training.files import write_atomic, write_json
+from training.run_dir import save_grid
+
+_SHEET_IMAGES = 64  # images on the contact sheet
+_SHEET_SIDE = 2048  # its largest width in pixels, about
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """What a folder of samples holds.
+
+    size: (H, W). sampling: sampler and steps of the images. latent_steps: step subset of the latent model, all if None.
+    batch_size: images drawn together; does not change them. save_raw: keep the mollified images too, as float32
+    `raw/000007.npy`, (C, H, W) before the Wiener filter.
+    """
+
+    size: Size
+    sampling: SamplingOptions
+    latent_steps: str | None = None
+    batch_size: int = 16
+    save_raw: bool = False
+
+
+def draw_folder(
+    model: InftyDiff, out_dir: Path, seeds: list[int], options: FolderOptions, provenance: dict[str, Any]
+) -> int:
+    """Draw the images that `out_dir` lacks as `{seed:06d}.png`; return how many were drawn.
+
+    Args:
+        model: autoencoder and latent prior.
+        out_dir: made if need be; images already in it are kept.
+        seeds: the images wanted.
+        options: size, sampler, steps.
+        provenance: what identifies the model, for `manifest.json`.
+    Raises:
+        ValueError: when the folder was made with other settings or another model.
+    """
+    settings = {"size": list(options.size), "sampling": asdict(options.sampling), "latent_steps": options.latent_steps}
+    _check_manifest(out_dir, {"settings": settings, "model": provenance})
+    missing = [seed for seed in seeds if not _is_done(out_dir, seed, options)]
+    write_json(out_dir / "manifest.json", {"settings": settings, "model": provenance})
+    with tqdm(total=len(seeds), initial=len(seeds) - len(missing), unit="image", disable=None) as bar:
+        for start in range(0, len(missing), options.batch_size):
+            batch = missing[start : start + options.batch_size]
+            _draw_batch(model, out_dir, batch, options)
+            bar.update(len(batch))
+    contact_sheet(out_dir, options.size)
+    return len(missing)
+
+
+def _draw_batch(model: InftyDiff, out_dir: Path, seeds: list[int], options: FolderOptions) -> None:
+    mollified = model.sample(seeds, options.size, options.sampling, latent_steps=options.latent_steps, deblur=False)
+    images = to_uint8(model.deblur(mollified, options.sampling.inv_snr)).cpu()
+    for seed, raw, image in zip(seeds, mollified.cpu(), images):
+        if options.save_raw:
+            write_atomic(_raw_path(out_dir, seed), lambda path, raw=raw: _save_npy(path, raw))
+        write_atomic(out_dir / f"{seed:06d}.png", lambda path, image=image: _save_png(path, image))
+
+
+def _raw_path(out_dir: Path, seed: int) -> Path:
+    return out_dir / "raw" / f"{seed:06d}.npy"
+
+
+def _save_npy(path: Path, raw: torch.Tensor) -> None:
+    with path.open("wb") as file:
+        np.save(file, raw.numpy())
+
+
+def _save_png(path: Path, image: torch.Tensor) -> None:
+    """Write uint8 (C, H, W) as PNG."""
+    pixels = image.permute(1, 2, 0).squeeze(2) if image.shape[0] == 1 else image.permute(1, 2, 0)
+    Image.fromarray(pixels.contiguous().numpy(), _MODES[image.shape[0]]).save(path, format="png")
+
+
+def _is_done(out_dir: Path, seed: int, options: FolderOptions) -> bool:
+    """Whether the image of a seed is there, whole and of the right size."""
+    if options.save_raw and not _raw_path(out_dir, seed).exists():
+        return False
+    try:
+        with Image.open(out_dir / f"{seed:06d}.png") as image:
+            size = image.size[::-1]
+            image.verify()
+            return size == tuple(options.size)
+    except (OSError, SyntaxError):  # Pillow raises SyntaxError for a broken PNG
+        return False
+
+
+def _check_manifest(out_dir: Path, wanted: dict[str, Any]) -> None:
+    try:
+        there = json.loads((out_dir / "manifest.json").read_text())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{out_dir / 'manifest.json'}: not readable ({error}); accepted: another --out_dir") from None
+    if there != json.loads(json.dumps(wanted)):
+        parts = [name for name in wanted if there.get(name) != json.loads(json.dumps(wanted[name]))]
+        raise ValueError(
+            f"--out_dir={out_dir}: holds samples of other {' and '.join(parts)} "
+            "(see its manifest.json); accepted: an empty folder or the same settings"
+        )
+
+
+def contact_sheet(out_dir: Path, size: Size) -> None:
+    """Write `contact_sheet.png` with the first images of the folder, reduced where it would be very large."""
+    files = sorted(path for path in out_dir.glob("*.png") if re.fullmatch(r"\d{6,}\.png", path.name))[:_SHEET_IMAGES]
+    per_row = math.ceil(math.sqrt(len(files)))
+    scale = min(1.0, _SHEET_SIDE / (per_row * size[1]))
+    width, height = max(1, round(size[1] * scale)), max(1, round(size[0] * scale))
+    tiles = []
+    for file in files:
+        with Image.open(file) as image:
+            shown = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        tiles.append(to_float(torch.from_numpy(np.array(shown)).permute(2, 0, 1)))
+    save_grid(out_dir / "contact_sheet.png", torch.stack(tiles), per_row)
+
+
+def parse_size(text: str) -> Size:
+    """ "256" -> (256, 256); "192x320" -> (192, 320), height first.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match or int(match[1]) < 1 or int(match[2] or 1) < 1:
+        raise ValueError(f"--sample_img_size={text}: accepted: a side, 256, or height x width, 192x320")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def parse_seeds(text: str) -> list[int]:
+    """ "0-99" or "3,7,10-12" -> ascending seeds without repetition.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    seeds: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"--seeds={text}: accepted: numbers and ranges, e.g. 0-99 or 3,7,10-12")
+        seeds.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return sorted(seeds)

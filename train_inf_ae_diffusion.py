@@ -1,0 +1,35 @@
+"""Stage one: train the diffusion autoencoder of functions (encoder and denoiser) on images.
+
+    python train_inf_ae_diffusion.py --config configs/ffhq_256_config.py \\
+        --config.run.experiment="ffhq_mollified_256" --config.data.root_dir=PATH
+
+The run is kept in <run.root_dir>/<run.experiment>: config.json, metrics.jsonl, images/, checkpoints/ and
+weights.safetensors (averaged weights for sampling). The same command continues an interrupted run.
+"""
+
+from typing import Any
+
+import torch
+
+from configs.flags import Command, readable_errors
+from configs.schema import ImageConfig
+from data.datasets import open_dataset
+from training.image_stage import ImageStage
+from training.precision import Precision, pick_device
+from training.run_dir import RunDir
+from training.trainer import Trainer
+
+
+def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
+    config: ImageConfig = configs["config"]
+    with readable_errors():
+        precision = Precision.create(pick_device(config.run.device), config.train.amp, config.train.amp_dtype)
+        run_dir = RunDir(config, resume=config.train.load_checkpoint)
+        train_set, val_set = open_dataset(config.data, "train"), open_dataset(config.data, "val")
+        torch.manual_seed(config.run.seed)  # the initial weights
+        stage = ImageStage(config, train_set, val_set, precision)
+        Trainer(config, stage, run_dir, precision).run()
+
+
+if __name__ == "__main__":
+    Command(__doc__, {"config": ImageConfig}).run(main)

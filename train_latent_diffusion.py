@@ -1,0 +1,41 @@
+"""Stage two: train the latent diffusion model on the encodings of a trained autoencoder.
+
+    python train_latent_diffusion.py --config configs/ffhq_latent_config.py \\
+        --config.run.experiment="ffhq_mollified_256_sampler" --decoder_config configs/ffhq_256_config.py \\
+        --decoder_config.run.experiment="ffhq_mollified_256" --decoder_config.data.root_dir=PATH
+
+The autoencoder is rebuilt as its run stored it; `--decoder_config` says where the run and its images are. Encodings are
+computed once and kept beside the autoencoder. The same command continues an interrupted run.
+"""
+
+from typing import Any
+
+import torch
+
+from configs.flags import Command, readable_errors
+from configs.schema import ImageConfig, LatentConfig
+from configs.stored import relocate
+from generation.encodings import load_or_encode
+from generation.infty_diff import InftyDiff
+from training.latent_stage import LatentStage
+from training.precision import Precision, pick_device
+from training.run_dir import RunDir, run_path
+from training.trainer import Trainer
+
+
+def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
+    config: LatentConfig = configs["config"]
+    image_run = run_path(configs["decoder_config"])
+    with readable_errors():
+        precision = Precision.create(pick_device(config.run.device), config.train.amp, config.train.amp_dtype)
+        run_dir = RunDir(config, resume=config.train.load_checkpoint)
+        decoder = InftyDiff.from_runs(image_run, device=config.run.device)
+        image_config = relocate(decoder.config, configs["decoder_config"], overridden["decoder_config"], str(image_run))
+        latents = load_or_encode(decoder, image_config.data, image_run)
+        torch.manual_seed(config.run.seed)  # the initial weights
+        stage = LatentStage(config, latents, decoder, precision)
+        Trainer(config, stage, run_dir, precision).run()
+
+
+if __name__ == "__main__":
+    Command(__doc__, {"config": LatentConfig, "decoder_config": ImageConfig}).run(main)

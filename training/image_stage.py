@@ -1,0 +1,139 @@
+"""Stage one: the diffusion autoencoder of functions, trained on random subsets of each image's pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.schema import ImageConfig
+from data.base import ImageDataset
+from data.loader import batches
+from data.pixels import to_float
+from diffusion import losses
+from diffusion.coordinates import CONVENTIONS, Points, gather_points
+from diffusion.subsets import draw_points
+from diffusion.timestep_sampling import LossAwareTimesteps, UniformTimesteps
+from generation.factory import build_image_process
+from generation.infty_diff import InftyDiff, SamplingOptions
+from models.factory import build_denoiser, build_encoder
+from models.interpolation import interpolate_to_grid
+from training.precision import Precision
+
+
+class ImageStage:
+    """Networks, data and loss of stage one, for the `Trainer`.
+
+    Args:
+        config: the stage's configuration.
+        train_set, val_set: images; pictures show reconstructions of the first of `val_set`.
+        precision: device and autocast type.
+    """
+
+    def __init__(
+        self, config: ImageConfig, train_set: ImageDataset, val_set: ImageDataset, precision: Precision
+    ) -> None:
+        self.config, self.train_set, self.precision = config, train_set, precision
+        self.device = precision.device
+        self.process = build_image_process(config)
+        self.modules: dict[str, nn.Module] = {
+            "denoiser": build_denoiser(config.model, config.data.channels, config.size).to(self.device),
+            "encoder": build_encoder(config.model, config.data.channels, config.size).to(self.device),
+        }
+        loss_aware = config.diffusion.schedule_sampler == "loss-second-moment"
+        self.timesteps = (LossAwareTimesteps if loss_aware else UniformTimesteps)(config.diffusion.steps)
+        shown = val_set if len(val_set) else train_set
+        self.shown = to_float(torch.stack([shown[i % len(shown)] for i in range(config.train.sample_size)]))
+
+    def batches(self, start_step: int) -> Iterator[torch.Tensor]:
+        """Yield uint8 images (B, C, H, W) of every step from `start_step` on."""
+        data, seed = self.config.data, self.config.run.seed
+        return batches(
+            self.train_set,
+            self.config.train.batch_size,
+            seed=seed,
+            start_step=start_step,
+            flip=data.random_flip,
+            num_workers=data.num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def loss(self, images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Eq. (46) on random coordinates, eq. (10): ‖f(x_t(c), t, z) − T ξ(c)‖², z from other coordinates of x_0.
+
+        Args:
+            images: uint8 (B, C, H, W).
+            generator: source of coordinates, timesteps and noise, on the device.
+        """
+        x_0 = to_float(images)
+        batch, mc = len(x_0), self.config.mc_integral
+        t, weights = self.timesteps.sample(generator, batch, self.device)
+        white = torch.randn(x_0.shape, generator=generator, device=self.device)
+        x_t, target = self.process.training_pair(x_0, t, white)
+        seen = draw_points(mc.type, generator, batch, self.config.size, mc.q_sample, self.device)
+        encoded = draw_points(mc.type, generator, batch, self.config.size, mc.q_sample, self.device)
+
+        encode, stochastic = self.modules["encoder"], self.config.model.stochastic_encoding
+        if stochastic:
+            draw = torch.randn(batch, self.config.model.z_dim, generator=generator, device=self.device)
+            encoding = encode(gather_points(x_0, encoded), encoded, draw)
+            z = encoding.z
+        else:
+            z = encode(gather_points(x_0, encoded), encoded)
+        output = self.modules["denoiser"](gather_points(x_t, seen), seen, self.process.schedule.network_time(t), z)
+        prediction, raw_variance = self.process.split(output.float(), axis=2)
+        target = gather_points(target, seen)
+        per_image = self._base_loss(prediction, target, seen)
+        self.timesteps.update(t, per_image.detach())
+        scalars = {}
+        if raw_variance is not None:
+            log_variance = self.process.log_variance(raw_variance, t, target)
+            x_0_seen = gather_points(x_0, seen)
+            bound = losses.variational_bound(self.process, prediction.detach(), log_variance, target, x_0_seen, t)
+            scalars["bound"] = bound.detach().mean()
+            per_image = per_image + bound
+        loss = (weights * per_image).mean()
+        if stochastic:
+            kld = losses.kl_standard_normal(encoding.mu.float(), encoding.logvar.float()).mean()
+            scalars["kld"] = kld.detach()
+            loss = loss + self.config.model.kld_weight * kld
+        return loss, scalars
+
+    def _base_loss(self, prediction: torch.Tensor, target: torch.Tensor, points: Points) -> torch.Tensor:
+        diffusion, model = self.config.diffusion, self.config.model
+        base = losses.LOSSES[diffusion.loss_type]
+        if not diffusion.multiscale_loss:
+            return base(prediction, target)
+        side, convention = diffusion.multiscale_max_img_size, CONVENTIONS[model.coordinate_convention]
+
+        def to_grid(values: torch.Tensor) -> torch.Tensor:
+            return interpolate_to_grid(values, points, (side, side), model.knn_neighbours, convention)
+
+        return losses.multiscale(base, prediction, target, to_grid, side, max(self.config.size))
+
+    @torch.no_grad()
+    def pictures(self, averaged: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+        """Rows: images, their mollified reconstructions, and those deblurred."""
+        model = InftyDiff(self.config, averaged["encoder"], averaged["denoiser"], precision=self.precision)
+        images = self.shown.to(self.device)
+        noise = model.initial_noise(range(len(images)), self.config.size)
+        options = SamplingOptions(steps=self.config.train.plot_sampling_steps)
+        mollified = model.decode(model.encode(images), noise, options, deblur=False)
+        return {"images": images, "mollified": mollified, "deblurred": model.deblur(mollified)}
+
+    def evaluate(self, averaged: dict[str, nn.Module], step: int) -> dict[str, float]:
+        return {}
+
+    def weights(self, averaged: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+        """The averaged weights of both networks, as `InftyDiff.from_runs` reads them."""
+        return {
+            f"{name}.{key}": tensor for name, module in averaged.items() for key, tensor in module.state_dict().items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"timesteps": self.timesteps.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.timesteps.load_state_dict(state["timesteps"])

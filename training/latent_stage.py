@@ -1,0 +1,120 @@
+"""Stage two: a diffusion prior on the latents of a trained encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.schema import LatentConfig
+from data.latents import LatentSet
+from data.loader import index_batches
+from diffusion import losses
+from diffusion.noise import derive_seed
+from diffusion.timestep_sampling import LossAwareTimesteps, UniformTimesteps
+from generation.infty_diff import InftyDiff, SamplingOptions
+from generation.latent_prior import LatentPrior
+from models.factory import build_latent_model
+from training.precision import Precision
+
+
+class LatentStage:
+    """Network, latents and loss of stage two, for the `Trainer`.
+
+    Args:
+        config: the stage's configuration.
+        latents: encodings of the images and their mirror images.
+        decoder: the stage-one model, for pictures.
+        precision: device and autocast type.
+    Raises:
+        ValueError: when data.test_ratio leaves no latent to train on.
+    """
+
+    def __init__(self, config: LatentConfig, latents: LatentSet, decoder: InftyDiff, precision: Precision) -> None:
+        self.config, self.decoder, self.device = config, decoder, precision.device
+        self.model = build_latent_model(config.model, latents.dim).to(self.device)
+        self.modules: dict[str, nn.Module] = {"latent_model": self.model}
+        held_out = int(len(latents) * config.data.test_ratio)
+        if held_out >= len(latents):
+            raise ValueError(
+                f"data.test_ratio={config.data.test_ratio}: leaves none of {len(latents)} images to train on"
+            )
+        self.train_set, self.test_set = latents.split(len(latents) - held_out)
+        self.mean, self.std = latents.mean, latents.std
+        self.prior = self._prior(self.model)
+        self.process = self.prior.process
+        loss_aware = config.diffusion.schedule_sampler == "loss-second-moment"
+        self.timesteps = (LossAwareTimesteps if loss_aware else UniformTimesteps)(config.diffusion.steps)
+
+    def _prior(self, model: nn.Module) -> LatentPrior:
+        return LatentPrior(self.config, model, self.mean, self.std)
+
+    def batches(self, start_step: int) -> Iterator[torch.Tensor]:
+        """Yield the int64 numbers (B,) of the latents of every step from `start_step` on."""
+        return index_batches(
+            self.train_set.count, self.config.train.batch_size, seed=self.config.run.seed, start_step=start_step
+        )
+
+    def loss(self, numbers: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """L1 (or MSE) between noise and its prediction on normalised latents.
+
+        Args:
+            numbers: int64 (B,), which latents.
+            generator: source of timesteps, noise and of the draws of a stochastic encoder.
+        """
+        x_0 = self.prior.normalise(self.train_set.draw(numbers, generator).to(self.device))
+        t, weights = self.timesteps.sample(generator, len(x_0), self.device)
+        per_latent, bound = self._per_latent(self.model, x_0, t, generator)
+        self.timesteps.update(t, per_latent.detach())
+        return (weights * (per_latent + bound)).mean(), {}
+
+    def _per_latent(
+        self, model: nn.Module, x_0: torch.Tensor, t: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """The base loss of each latent, and the bound that trains a learned variance."""
+        noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+        x_t, target = self.process.training_pair(x_0, t, noise)
+        output = model(x_t, self.process.schedule.network_time(t)).float()
+        prediction, raw_variance = self.process.split(output, axis=1)
+        base = losses.LOSSES[self.config.diffusion.loss_type](prediction, target)
+        if raw_variance is None:
+            return base, 0.0
+        log_variance = self.process.log_variance(raw_variance, t, target)
+        return base, losses.variational_bound(self.process, prediction.detach(), log_variance, target, x_0, t)
+
+    @torch.no_grad()
+    def evaluate(self, averaged: dict[str, nn.Module], step: int) -> dict[str, float]:
+        """Mean loss on held-out latents, the same noise each time, when a multiple of the interval was just passed."""
+        train = self.config.train
+        every = train.calculate_test_loss_steps
+        if step // every == (step - train.plot_graph_steps) // every or not self.test_set.count:
+            return {}
+        generator = torch.Generator(self.device).manual_seed(derive_seed(self.config.run.seed, "test"))
+        total, count = 0.0, 0
+        for numbers in torch.arange(self.test_set.count).repeat(train.test_loss_repeats).split(train.batch_size):
+            x_0 = self.prior.normalise(self.test_set.draw(numbers.to(self.device), generator).to(self.device))
+            t = torch.randint(self.process.schedule.num_steps, (len(x_0),), generator=generator, device=self.device)
+            total += self._per_latent(averaged["latent_model"], x_0, t, generator)[0].sum().item()
+            count += len(x_0)
+        return {"test_loss": total / count}
+
+    @torch.no_grad()
+    def pictures(self, averaged: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+        """Rows: mollified samples of both stages, and those deblurred."""
+        seeds, size = range(self.config.train.sample_size), self.decoder.config.size
+        latents = self._prior(averaged["latent_model"]).sample(seeds)
+        options = SamplingOptions(steps=self.config.train.plot_sampling_steps)
+        mollified = self.decoder.decode(latents, self.decoder.initial_noise(seeds, size), options, deblur=False)
+        return {"mollified": mollified, "deblurred": self.decoder.deblur(mollified)}
+
+    def weights(self, averaged: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+        """The averaged network and the latents' statistics, as `InftyDiff.from_runs` reads them."""
+        return self._prior(averaged["latent_model"]).to_tensors()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"timesteps": self.timesteps.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.timesteps.load_state_dict(state["timesteps"])
