@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch.nn.functional import avg_pool2d, logsigmoid
+from torch.nn.functional import avg_pool2d
 
 from diffusion.process import DiffusionProcess, Prediction
 
@@ -86,20 +86,15 @@ def log_probability_8bit(x: torch.Tensor, mean: torch.Tensor, log_std: torch.Ten
     approximation, Φ(u) ≈ (1 + tanh(√(2/π) (u + 0.044715 u³))) / 2. Source: Ho et al. 2020, eq. (13).
     """
     scale = torch.exp(-log_std)
-    upper = _page_argument((x - mean + HALF_GREY_LEVEL) * scale)
-    lower = _page_argument((x - mean - HALF_GREY_LEVEL) * scale)
-    inside = (torch.sigmoid(upper) - torch.sigmoid(lower)).clamp(min=1e-12).log()
-    tail_free = torch.where(x > 0.999, _floored(logsigmoid(-lower)), inside)
-    return torch.where(x < -0.999, _floored(logsigmoid(upper)), tail_free)
+    below_upper = _normal_cdf((x - mean + HALF_GREY_LEVEL) * scale)
+    below_lower = _normal_cdf((x - mean - HALF_GREY_LEVEL) * scale)
+    mass = below_upper - below_lower
+    mass = torch.where(x > 0.999, 1 - below_lower, torch.where(x < -0.999, below_upper, mass))
+    return mass.clamp(min=1e-12).log()
 
 
-def _page_argument(u: torch.Tensor) -> torch.Tensor:
-    """y with Φ(u) ≈ sigmoid(y) = (1 + tanh(y/2)) / 2."""
-    return 2 * math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)
-
-
-def _floored(log_probability: torch.Tensor) -> torch.Tensor:
-    return log_probability.clamp(min=math.log(1e-12))
+def _normal_cdf(u: torch.Tensor) -> torch.Tensor:
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
 
 
 def variational_bound(
