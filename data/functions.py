@@ -146,12 +146,12 @@ def _mountain(canvas: _Canvas, u: _Draws, cells: Cells, peak_x: torch.Tensor, sh
               colour: _Colours) -> None:
     """A triangle from a peak down to the shore, its left face lit, its right face in shade."""
     peak_y, left, right = shore - u.between(0.18, 0.42), u.between(0.7, 1.5), u.between(0.7, 1.5)
-    faces = torch.minimum(half_plane(cells, cells.y - peak_y - left * (peak_x - cells.x), 1.0, left),
-                          half_plane(cells, cells.y - peak_y - right * (cells.x - peak_x), 1.0, -right))
+    lit_side = half_plane(cells, cells.y - peak_y - left * (peak_x - cells.x), 1.0, left)
+    dark_side = half_plane(cells, cells.y - peak_y - right * (cells.x - peak_x), 1.0, -right)
     ridge = u.between(-0.5, 0.2)
     shaded = half_plane(cells, cells.x - peak_x - ridge * (cells.y - peak_y), -ridge, 1.0)
     face = colour["lit"] + shaded * (colour["shade"] - colour["lit"])
-    canvas.paint(faces, face + haze * (colour["sky_bottom"] - face))
+    canvas.paint(lit_side * dark_side, face + haze * (colour["sky_bottom"] - face))
 
 
 def _lake(canvas: _Canvas, u: _Draws, cells: Cells, shore: torch.Tensor, sun_x: torch.Tensor,

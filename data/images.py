@@ -7,7 +7,8 @@ Two kinds of faults are told apart, the same way whether images are kept in memo
 * Seen when decoding: truncated or damaged pixels. ``"raise"`` raises, at opening if images are kept in memory
   and else when the image is reached; ``"skip"`` puts the next good image in order (cyclically) in its place.
 
-Both log a warning that names the image. The order is that of the sorted names in every case.
+Both log a warning that names the image (of many bad headers, the first ones and their number). The order is
+that of the sorted names in every case.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from data.base import check_lattice, digest, keep_in_memory
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ERROR_MODES = ("raise", "skip")
-_ORIENTATION = 0x0112  # EXIF tag
+_WARNINGS = 10  # images named one by one when a set is opened
+_ORIENTATION = 0x0112  # EXIF tag; from 5 on, height and width change places
+_TURNED_LATE = ("JPEG", "MPO", "WEBP")  # their headers give the size before the turn, unlike TIFF's
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -225,8 +228,10 @@ class ImageFiles:
             more = f" and {len(bad) - 1} more of {len(indices)} images" if len(bad) > 1 else ""
             raise ValueError(f"data.root_dir: {self._source.path}: {bad[0][0]} {bad[0][1]}{more}; "
                              "data.on_error=skip leaves such images out")
-        for name, fault in bad:
-            _log.warning("%s: left out %s: %s", self._source.path, name, fault)
+        for name, fault in bad[:_WARNINGS]:
+            _log.warning("%s: left out %s, which %s", self._source.path, name, fault)
+        if len(bad) > _WARNINGS:
+            _log.warning("%s: left out %d of %d images in all", self._source.path, len(bad), len(indices))
         usable = [i for i, fault in zip(indices, faults) if not fault]
         if not usable:
             reason = f"; {bad[0][0]} {bad[0][1]}" if bad else ""
@@ -236,8 +241,7 @@ class ImageFiles:
     def _header_fault(self, i: int) -> str | None:
         try:
             with self._source.open(i) as stream, Image.open(stream) as image:
-                # Pillow would decode a whole PNG to look for its orientation, which cameras never store there.
-                turned = image.format != "PNG" and image.getexif().get(_ORIENTATION, 1) >= 5
+                turned = image.format in _TURNED_LATE and image.getexif().get(_ORIENTATION, 1) >= 5
                 return _size_fault(image.size[::-1] if turned else image.size, self.size)
         except Exception as error:  # decoders raise nearly anything on damaged data
             return f"cannot be read ({_one_line(error)})"
