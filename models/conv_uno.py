@@ -120,7 +120,7 @@ class GridBlock(nn.Module):
 
 
 class GridLevel(nn.Module):
-    """Blocks of one resolution, each followed by attention where the spec asks for it, then the way to the next level."""
+    """Blocks of one resolution, each followed by attention where the spec asks for it, then the way onwards."""
 
     def __init__(
         self,

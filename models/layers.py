@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+_LOG_PERIOD = math.log(10000.0)
+
 
 def sinusoidal_features(t: torch.Tensor, dim: int) -> torch.Tensor:
     """Features of the diffusion time for the networks on functions: sines, then cosines.
@@ -27,7 +29,7 @@ def sinusoidal_features(t: torch.Tensor, dim: int) -> torch.Tensor:
     if dim < 4 or dim % 2:
         raise ValueError(f"the width of the time features is {dim}; it must be even and at least 4")
     half = dim // 2
-    angles = _angles(t, half, half - 1)  # (B, h)
+    angles = _angles(t, _steps(t, half) * -(_LOG_PERIOD / (half - 1)))  # (B, h)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
@@ -39,13 +41,21 @@ def latent_sinusoidal_features(t: torch.Tensor, dim: int) -> torch.Tensor:
     if dim < 2:
         raise ValueError(f"the width of the latent time features is {dim}; it must be at least 2")
     half = dim // 2
-    angles = _angles(t, half, half)  # (B, h)
+    angles = _angles(t, _steps(t, half) * -_LOG_PERIOD / half)  # (B, h)
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
 
 
-def _angles(t: torch.Tensor, count: int, steps: int) -> torch.Tensor:
-    exponents = torch.arange(count, device=t.device, dtype=torch.float32)
-    return t.float()[:, None] * torch.exp(exponents * (-math.log(10000.0) / steps))
+def _steps(t: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.arange(count, dtype=torch.float32, device=t.device)
+
+
+def _angles(t: torch.Tensor, log_frequencies: torch.Tensor) -> torch.Tensor:
+    """t·exp(log_frequencies), float32 (B, h).
+
+    The exponential is rounded from float64: t multiplies the error of a frequency by up to a thousand, and float32
+    exponentials differ between processors.
+    """
+    return t.float()[:, None] * log_frequencies.double().exp().float()
 
 
 class Modulation(nn.Module):
