@@ -25,7 +25,8 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
     with readable_errors():
         precision = Precision.create(pick_device(config.run.device), config.train.amp, config.train.amp_dtype)
         run_dir = RunDir(config, resume=config.train.load_checkpoint)
-        train_set, val_set = open_dataset(config.data, "train"), open_dataset(config.data, "val")
+        train_set = open_dataset(config.data, "train")
+        val_set = open_dataset(config.data, "val") if config.data.val_ratio else train_set
         torch.manual_seed(config.run.seed)  # the initial weights
         stage = ImageStage(config, train_set, val_set, precision)
         Trainer(config, stage, run_dir, precision).run()

@@ -38,14 +38,14 @@ class ImageStage:
         self.config, self.train_set, self.precision = config, train_set, precision
         self.device = precision.device
         self.process = build_image_process(config)
+        self.process.respaced(config.train.plot_sampling_steps)  # a wrong subset must not wait for the first picture
         self.modules: dict[str, nn.Module] = {
             "denoiser": build_denoiser(config.model, config.data.channels, config.size).to(self.device),
             "encoder": build_encoder(config.model, config.data.channels, config.size).to(self.device),
         }
         loss_aware = config.diffusion.schedule_sampler == "loss-second-moment"
         self.timesteps = (LossAwareTimesteps if loss_aware else UniformTimesteps)(config.diffusion.steps)
-        shown = val_set if len(val_set) else train_set
-        self.shown = to_float(torch.stack([shown[i % len(shown)] for i in range(config.train.sample_size)]))
+        self.shown = to_float(torch.stack([val_set[i % len(val_set)] for i in range(config.train.sample_size)]))
 
     def batches(self, start_step: int) -> Iterator[torch.Tensor]:
         """Yield uint8 images (B, C, H, W) of every step from `start_step` on."""

@@ -34,6 +34,7 @@ class LatentStage:
 
     def __init__(self, config: LatentConfig, latents: LatentSet, decoder: InftyDiff, precision: Precision) -> None:
         self.config, self.decoder, self.device = config, decoder, precision.device
+        decoder.process.respaced(config.train.plot_sampling_steps)  # a wrong subset must not wait for the first picture
         self.model = build_latent_model(config.model, latents.dim).to(self.device)
         self.modules: dict[str, nn.Module] = {"latent_model": self.model}
         held_out = int(len(latents) * config.data.test_ratio)

@@ -219,7 +219,7 @@ class Trainer:
             "config": self.run_dir.plain_config,
             "step": self.step,
             "seed": self.config.run.seed,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         }
 
     def _resume(self) -> None:

@@ -1,0 +1,186 @@
+"""Configurations: every file is valid, every fault is named, derived fields follow, command lines are read."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.defaults import image_config, latent_config
+from configs.flags import apply_overrides, load_config
+from configs.schema import ImageConfig, LatentConfig
+from configs.stored import config_from, differences, relocate
+from configs.validate import ConfigError, freeze
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(ROOT.glob("configs/*_config.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_file_is_valid_and_typed(file):
+    stage = LatentConfig if "latent" in file.stem else ImageConfig
+    config = freeze(load_config(str(file)), stage)
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        for field in dataclasses.fields(values):
+            assert type(getattr(values, field.name)) is field.type
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.run.seed = 1
+
+
+def test_expected_files_exist():
+    names = {file.stem.removesuffix("_config") for file in FILES}
+    assert names >= {"ffhq_128", "ffhq_256", "celeba_64", "celeba_128", "celeba_256", "churches_256", "tiny",
+                     "ffhq_latent", "celeba_latent", "churches_latent", "tiny_latent"}  # fmt: skip
+
+
+def test_paper_defaults():
+    """Section 3 of the specification of the 256 models, and the authors' latent model."""
+    config = freeze(load_config(str(ROOT / "configs/ffhq_256_config.py")))
+    model = config.model
+    assert (model.nf, model.kernel_size, model.num_conv_blocks, model.knn_neighbours) == (64, 7, 3, 3)
+    assert (model.uno_res, model.uno_base_channels, model.uno_mults) == (128, 128, (1, 2, 4, 8, 8))
+    assert (model.z_dim, model.uno_dropout, config.mc_integral.q_sample) == (1024, 0.1, 256 * 256 // 4)
+    assert (config.train.batch_size, config.train.ema_decay, config.train.ema_update_every) == (32, 0.995, 10)
+    assert (config.optimizer.learning_rate, config.optimizer.adam_beta2) == (5e-5, 0.99)
+    latent = freeze(latent_config(), LatentConfig)
+    assert (latent.model.num_layers, latent.model.hid_channels, latent.train.batch_size) == (10, 2048, 256)
+    assert (latent.diffusion.loss_type, latent.diffusion.noise_schedule) == ("l1", "const0.008")
+
+
+def test_derived_fields_follow_until_set():
+    config = image_config().lock()
+    assert not apply_overrides(config, [("data.img_size", "64")])
+    frozen = freeze(config)
+    assert (frozen.size, frozen.mc_integral.q_sample) == ((64, 64), 1024)
+    assert frozen.diffusion.multiscale_max_img_size == 32
+    assert not apply_overrides(config, [("data.img_width", "96"), ("mc_integral.ratio", "0.5")])
+    assert freeze(config).size == (64, 96)
+    assert freeze(config).mc_integral.q_sample == 64 * 96 // 2
+    assert not apply_overrides(config, [("mc_integral.q_sample", "100")])
+    assert freeze(config).mc_integral.q_sample == 100
+
+
+@pytest.mark.parametrize(("path", "text", "value"), [
+    ("train.steps", "7", 7),
+    ("optimizer.learning_rate", "1e-3", 1e-3),
+    ("optimizer.gradient_skip_threshold", "5", 5.0),
+    ("train.amp", "false", False),
+    ("model.uno_mults", "(1,2)", (1, 2)),
+    ("model.uno_mults", "[1, 2]", (1, 2)),
+    ("data.root_dir", "a path=with signs", "a path=with signs"),
+])  # fmt: skip
+def test_overrides_are_typed(path, text, value):
+    config = image_config().lock()
+    assert not apply_overrides(config, [(path, text)])
+    section, key = path.split(".")
+    assert config[section][key] == value
+
+
+@pytest.mark.parametrize(("path", "value", "part"), [
+    ("data.name", "fhq", "did you mean ffhq?"),
+    ("data.img_size", 2, "accepted: int >= 4"),
+    ("data.channels", 2, "accepted: 1, 3, 4"),
+    ("train.ema_decay", 1.5, "accepted: float 0.0 to 1.0"),
+    ("model.kernel_size", 4, "an odd integer"),
+    ("model.uno_res", 100, "a multiple of 16"),
+    ("model.uno_blocks_per_level", (2, 2), "5 integers"),
+    ("model.uno_mults", (1, 0, 2, 2, 2), "positive integers"),
+    ("mc_integral.q_sample", 2, "3 (model.knn_neighbours) to 65536"),
+    ("mc_integral.q_sample", 65537, "3 (model.knn_neighbours) to 65536"),
+    ("diffusion.noise_schedule", "cosin", "const<beta>"),
+    ("diffusion.noise_schedule", "const2", "0 < beta < 1"),
+    ("run.experiment", "a/b", "without slashes"),
+    ("optimizer.learning_rate", 0.0, "> 0"),
+])  # fmt: skip
+def test_a_wrong_value_is_one_line(path, value, part):
+    config = image_config()
+    section, key = path.split(".")
+    config[section][key] = value
+    with pytest.raises(ConfigError) as error:
+        freeze(config)
+    (fault,) = (f for f in error.value.faults if path in f)
+    assert fault.startswith(f"config.{path}={value!r}: ") and part in fault
+
+
+def test_all_faults_at_once():
+    config = image_config()
+    config.train.batch_size = 0
+    config.model.nf = -1
+    config.model.extra = 1
+    with pytest.raises(ConfigError) as error:
+        freeze(config)
+    assert len(error.value.faults) == 3
+
+
+def test_stored_configuration_round_trip():
+    config = freeze(image_config())
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert config_from(plain, ImageConfig, "here") == config
+    del plain["model"]["attention"]  # a field added since
+    assert config_from(plain, ImageConfig, "here") == config
+    plain["model"]["nf"] = 0
+    with pytest.raises(ValueError, match=r"here: .*config.model.nf"):
+        config_from(plain, ImageConfig, "here")
+
+
+def test_what_a_later_command_may_change():
+    config = freeze(image_config())
+    plain = dataclasses.asdict(config)
+    moved = dataclasses.replace(config, data=dataclasses.replace(config.data, root_dir="elsewhere"),
+                                train=dataclasses.replace(config.train, steps=5))  # fmt: skip
+    assert differences(plain, dataclasses.asdict(moved)) == []
+    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, nf=32))
+    assert differences(plain, dataclasses.asdict(wider)) == ["model.nf is 64 there, 32 here"]
+    assert relocate(config, moved, ["data.root_dir"], "run").data.root_dir == "elsewhere"
+    assert relocate(config, wider, [], "run") == config
+    with pytest.raises(ValueError, match=r"model.nf=32: run was trained with 64"):
+        relocate(config, wider, ["model.nf"], "run")
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_dry_run_prints_the_full_configuration():
+    done = command("train_latent_diffusion.py", "--config", "configs/ffhq_latent_config.py",
+                   '--config.run.experiment=ffhq_mollified_256_sampler', "--decoder_config",
+                   "configs/ffhq_256_config.py", "--decoder_config.run.experiment=ffhq_mollified_256",
+                   "--decoder_config.data.root_dir", "/images", "--dry_run")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert printed["decoder_config"]["data"]["root_dir"] == "/images"
+    assert printed["decoder_config"]["model"]["uno_base_channels"] == 128
+    assert printed["config"]["run"]["experiment"] == "ffhq_mollified_256_sampler"
+
+
+def test_a_wrong_command_line_names_every_fault():
+    done = command("train_inf_ae_diffusion.py", "--config=configs/tiny_config.py", "--config.train.batch_siz=1",
+                   "--config.trian.steps=1", "--config.train.steps=x", "--config.data.name=fhq")  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 4 and all(line.startswith("error: ") for line in lines)
+    for part in ("did you mean batch_size?", "did you mean train?", "accepted: int", "did you mean ffhq?"):
+        assert part in done.stderr
+
+
+@pytest.mark.parametrize(("arguments", "part"), [
+    ([], "--config: missing"),
+    (["--config=configs/tiny_confg.py"], "did you mean configs/tiny_config.py?"),
+    (["--config=configs/tiny_config.py", "--batch=3"], "batch"),
+    (["--config=configs/tiny_config.py", "word"], "'word'"),
+    (["--config=README.md"], "--config=README.md"),
+])  # fmt: skip
+def test_wrong_flags_and_files(arguments, part):
+    done = command("train_inf_ae_diffusion.py", *arguments)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and part in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_help_lists_every_field():
+    done = command("experiments/generate_samples.py", "--help")
+    assert done.returncode == 0
+    for part in ("--sample_img_size", "train.batch_size", "one of auto, cpu, cuda", "python experiments/generate"):
+        assert part in done.stdout
