@@ -96,7 +96,7 @@ class Trainer:
             for batch in self.stage.batches(self.step):
                 if self.step >= train.steps or self._signal is not None:
                     break
-                self._train_step(batch)
+                self.train_step(batch)
                 bar.update()
                 if self.step % train.plot_graph_steps == 0:
                     now = time.perf_counter()
@@ -122,7 +122,8 @@ class Trainer:
         self._signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
 
-    def _train_step(self, batch: torch.Tensor) -> None:
+    def train_step(self, batch: torch.Tensor) -> None:
+        """One step of the optimiser on `batch` (uint8 images, or latents), and of the averages where they fall due."""
         train, optim = self.config.train, self.config.optimizer
         seed = derive_seed(self.config.run.seed, "step", self.step)
         self.generator.manual_seed(seed)
