@@ -50,8 +50,8 @@ class SpectralConv(nn.Module):
             spectrum = spectrum[:, rows % size[0]][:, :, cols]  # (B, rows, cols, I)
             mixed = torch.einsum("brci,rioc->brco", spectrum, kernel)
             shift = [(1 / new - 1 / old) / 2 for old, new in zip(size, target)]  # node 0 moves by this much
-            angle = rows[:, None] * shift[0] + cols * shift[1]  # (rows, cols)
-            mixed = mixed * torch.polar(torch.ones_like(angle), 2 * torch.pi * angle).to(mixed.dtype).unsqueeze(2)
+            turns = rows.to(x.dtype)[:, None] * shift[0] + cols.to(x.dtype) * shift[1]  # (rows, cols)
+            mixed = mixed * torch.polar(torch.ones_like(turns), 2 * torch.pi * turns).unsqueeze(2)
             full = mixed.new_zeros(x.shape[0], target[0], target[1] // 2 + 1, mixed.shape[3])
             full[:, (rows % target[0])[:, None], cols] = mixed
             return torch.fft.irfft2(full, s=target, dim=(1, 2), norm="forward").to(dtype)  # (B, H', W', O)
