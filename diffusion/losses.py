@@ -22,14 +22,19 @@ def per_sample_mean(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1).mean(dim=1)
 
 
+def _difference(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """prediction - target, at least in float32: squares of half-precision numbers overflow."""
+    return prediction.to(torch.promote_types(prediction.dtype, torch.float32)) - target
+
+
 def mse(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error per sample, eq. (46): (B,)."""
-    return per_sample_mean((prediction.float() - target.float()).square())
+    return per_sample_mean(_difference(prediction, target).square())
 
 
 def l1(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean absolute error per sample: (B,)."""
-    return per_sample_mean((prediction.float() - target.float()).abs())
+    return per_sample_mean(_difference(prediction, target).abs())
 
 
 LOSSES: dict[str, Loss] = {"mse": mse, "l1": l1}
@@ -118,8 +123,7 @@ def variational_bound(
     Source: Nichol & Dhariwal 2021.
     """
     at = process.schedule.at
-    prediction, target = prediction.float(), target.float()
-    x_0_error = _x_0_per_target(process, t, target) * (prediction - target)  # x̂_0 - x_0
+    x_0_error = _x_0_per_target(process, t, target) * _difference(prediction, target)  # x̂_0 - x_0
     mean_error = at("posterior_mean_coef1", t, target) * x_0_error
     posterior = at("posterior_log_variance_clipped", t, target)
     kl = kl_gaussians(torch.zeros_like(mean_error), posterior, mean_error, log_variance)

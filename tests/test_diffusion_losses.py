@@ -1,0 +1,123 @@
+"""Losses against torch.distributions, scipy and closed forms."""
+
+import math
+
+import pytest
+import scipy.stats
+import torch
+from torch.distributions import Normal, kl_divergence
+from torch.nn.functional import interpolate
+
+from diffusion.losses import (
+    kl_gaussians,
+    kl_standard_normal,
+    l1,
+    log_probability_8bit,
+    mse,
+    multiscale,
+    variational_bound,
+)
+from diffusion.mollifier import IDENTITY, Mollifier
+from diffusion.process import DiffusionProcess, Prediction, Variance
+from diffusion.schedules import Schedule
+
+
+def test_per_sample_means():
+    a, b = torch.randn(2, 3, 5, 4)
+    torch.testing.assert_close(mse(a, b), torch.stack([((a[i] - b[i]) ** 2).mean() for i in range(3)]))
+    torch.testing.assert_close(l1(a, b), torch.stack([(a[i] - b[i]).abs().mean() for i in range(3)]))
+    assert mse(torch.full((1, 9), 300.0).half(), torch.zeros(1, 9).half()).item() == 90000  # beyond float16
+
+
+def test_kl_divergences():
+    mean1, mean2, log_variance1, log_variance2 = torch.randn(4, 3, 7, dtype=torch.float64)
+    p, q = Normal(mean1, (0.5 * log_variance1).exp()), Normal(mean2, (0.5 * log_variance2).exp())
+    torch.testing.assert_close(kl_gaussians(mean1, log_variance1, mean2, log_variance2), kl_divergence(p, q))
+    standard = kl_divergence(p, Normal(torch.zeros_like(mean1), torch.ones_like(mean1))).sum(dim=1)
+    torch.testing.assert_close(kl_standard_normal(mean1, log_variance1), standard)
+
+
+def test_probabilities_of_grey_levels():
+    levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    for mean, std in ((0.1, 0.2), (-0.95, 0.05), (1.3, 0.5)):
+        mass = log_probability_8bit(levels, torch.tensor(mean), torch.tensor(math.log(std))).exp()
+        assert mass.sum() == pytest.approx(1)
+        edges = (levels[:-1] + 1 / 255).numpy()
+        below = torch.from_numpy(scipy.stats.norm.cdf(edges, mean, std))
+        exact = torch.cat([below, below.new_ones(1)]) - torch.cat([below.new_zeros(1), below])
+        torch.testing.assert_close(mass, exact, rtol=0, atol=4e-4)  # Page's approximation is good to 2e-4
+
+
+@pytest.mark.parametrize("prediction", list(Prediction))
+def test_variational_bound_is_the_divergence_of_both_reverse_steps(prediction):
+    process = DiffusionProcess(Schedule.create("cosine", 50), IDENTITY, prediction, Variance.LEARNED_RANGE)
+    t = torch.tensor([1, 20, 49, 0])
+    x_0 = torch.rand(4, 2, 5, 6, dtype=torch.float64) * 2 - 1
+    x_t, target = process.training_pair(x_0, t, torch.randn_like(x_0))
+    output = torch.cat([target + 0.1 * torch.randn_like(target), torch.rand_like(target) * 2 - 1], dim=1)
+    denoised = process.denoise(output, x_t, t, clip=False)
+    sigma = (0.5 * denoised.log_variance).exp()
+    mean = process.posterior_mean(denoised.x_0, x_t, t)
+    posterior = process.schedule.at("posterior_log_variance_clipped", t, x_0)
+    true = Normal(process.posterior_mean(x_0, x_t, t), (0.5 * posterior).exp())
+    expected = kl_divergence(true, Normal(mean, sigma)).mean(dim=(1, 2, 3))
+    expected[3] = -log_probability_8bit(x_0[3], mean[3], sigma[3].log()).mean()
+    bound = variational_bound(process, output[:, :2], denoised.log_variance, target, x_0, t)
+    torch.testing.assert_close(bound, expected / math.log(2))
+
+
+@pytest.mark.parametrize("prediction", list(Prediction))
+def test_variational_bound_is_pointwise(prediction):
+    """The bound of an image is the bound of its pixels as points, with a mollifier too."""
+    process = DiffusionProcess(Schedule.create("cosine", 50), Mollifier(1.0, (5, 6)), prediction, Variance.LEARNED)
+    t = torch.tensor([3, 0])
+    x_0 = torch.rand(2, 2, 5, 6) * 2 - 1
+    _, target = process.training_pair(x_0, t, torch.randn_like(x_0))
+    image = [target + 0.1, torch.randn_like(x_0), target, x_0]
+    points = [x.flatten(2).transpose(1, 2) for x in image]
+    torch.testing.assert_close(variational_bound(process, *image, t), variational_bound(process, *points, t))
+
+
+def test_variational_bound_is_least_at_the_true_variance():
+    """Without an error of the mean, the posterior variance is optimal, and the bound is zero."""
+    process = DiffusionProcess(Schedule.create("cosine", 50), IDENTITY, Prediction.EPS, Variance.LEARNED)
+    t = torch.tensor([7])
+    target = torch.randn(1, 9)
+    raw = torch.full((1, 9), math.log(process.schedule.posterior_variance[7]), requires_grad=True)
+    bound = variational_bound(process, target, process.log_variance(raw, t, target), target, target, t)
+    bound.sum().backward()
+    assert bound.item() == pytest.approx(0, abs=1e-6)
+    assert raw.grad.abs().max() < 1e-6
+
+
+def as_grid(side):
+    return lambda x: interpolate(x, size=(side, side), mode="nearest")
+
+
+def test_multiscale_of_a_constant_error_counts_every_level_once():
+    """A constant is no smaller after pooling: 1/256 + 1/128 + 1/64 + 1/32 whatever the grid."""
+    prediction, target = torch.full((2, 3, 256, 256), 1.5), torch.ones(2, 3, 256, 256)
+    for loss, error in ((mse, 0.25), (l1, 0.5)):
+        for side, levels in ((256, (256, 128, 64, 32)), (128, (256, 128, 64, 32)), (64, (256, 64, 32)), (16, (256,))):
+            value = multiscale(loss, prediction, target, as_grid(side), side, 256)
+            assert value.tolist() == pytest.approx([error * sum(1 / level for level in levels)] * 2)
+
+
+def test_multiscale_forgives_what_pooling_removes():
+    target = torch.zeros(1, 1, 64, 64)
+    chequered = torch.ones(64, 64)
+    chequered[::2, ::2] = chequered[1::2, 1::2] = -1
+    value = multiscale(mse, chequered[None, None], target, as_grid(64), 64, 64)
+    assert value.item() == pytest.approx(1 / 64)
+
+
+def test_multiscale_takes_points_and_passes_gradients():
+    values = torch.randn(2, 50, 3, requires_grad=True)
+
+    def to_grid(x):
+        return x.mean(dim=1)[:, :, None, None].expand(-1, -1, 64, 64)
+
+    multiscale(mse, values, torch.zeros_like(values), to_grid, 64, 128).sum().backward()
+    mean = values.detach().mean(dim=1, keepdim=True)
+    expected = (2 * values.detach() / 128 + 2 * mean * (1 / 64 + 1 / 32)) / 150
+    torch.testing.assert_close(values.grad, expected)
