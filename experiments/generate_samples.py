@@ -33,7 +33,7 @@ flags.DEFINE_string("seeds", None, "seeds instead of num_samples: 0-99 or 3,7,10
 flags.DEFINE_enum("sampler", "ddim", SAMPLERS, "sampler of the images")
 flags.DEFINE_float("eta", 0.0, "noise of DDIM, 0 to 1")
 flags.DEFINE_float("inv_snr", 0.05, "inverse signal-to-noise ratio of the Wiener filter that undoes the mollifier")
-flags.DEFINE_integer("sample_batch_size", 16, "images drawn together; does not change them", lower_bound=1)
+flags.DEFINE_integer("sample_batch_size", 16, "images drawn together on a GPU", lower_bound=1)
 flags.DEFINE_bool("save_raw", False, "keep the mollified images too, float32 .npy under raw/")
 flags.DEFINE_string("out_dir", None, "folder of the samples; default: samples/SETTINGS in the latent run")
 

@@ -30,13 +30,15 @@ class SamplingOptions:
     """How images are drawn from noise.
 
     steps: step subset, "100", "ddim50" or "10,15,20". sampler: "ddim" or "ddpm". eta: noise of DDIM, in [0, 1].
-    inv_snr: inverse signal-to-noise ratio of the Wiener filter that undoes the mollifier.
+    inv_snr: inverse signal-to-noise ratio of the Wiener filter that undoes the mollifier. clip: keep estimates of the
+    clean image in [−1, 1]; without it DDIM inverts `encode_stochastic` exactly in the limit of many steps.
     """
 
     steps: str = "100"
     sampler: str = "ddim"
     eta: float = 0.0
     inv_snr: float = 0.05
+    clip: bool = True
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -161,7 +163,7 @@ class InftyDiff:
         """
         options = options or SamplingOptions()
         process = self.process.respaced(options.steps)
-        denoise = self.denoiser_at(latents, tuple(noise.shape[-2:]), options.steps)
+        denoise = self.denoiser_at(latents, tuple(noise.shape[-2:]), options.steps, options.clip)
         if options.sampler == "ddpm":
             x = ancestral(denoise, noise, process, step_noise, callback=callback)
         else:

@@ -19,8 +19,9 @@ IMAGE = {
 }  # fmt: skip
 LATENT = {
     "data.fid_samples": 3, "train.steps": 6, "train.batch_size": 8, "train.plot_graph_steps": 1,
-    "train.plot_samples_steps": 6, "train.checkpoint_steps": 3, "train.plot_sampling_steps": "3", "train.sample_size": 2,
-    "train.calculate_test_loss_steps": 2, "train.test_loss_repeats": 2, "train.ema_update_every": 1,
+    "train.plot_samples_steps": 6, "train.checkpoint_steps": 3, "train.plot_sampling_steps": "3",
+    "train.sample_size": 2, "train.calculate_test_loss_steps": 2, "train.test_loss_repeats": 2,
+    "train.ema_update_every": 1,
     "model.hid_channels": 16, "model.num_layers": 3, "model.time_embed_dim": 8, "diffusion.steps": 100,
     "diffusion.noise_schedule": "linear",
 }  # fmt: skip

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+import micro
 from data.datasets import open_dataset
 from data.latents import LatentSet
 from generation.infty_diff import InftyDiff
-import micro
 from training.checkpoint import checkpoint_steps, load_newest_checkpoint, load_weights, save_checkpoint, save_weights
 from training.ema import Ema
 from training.image_stage import ImageStage
@@ -70,8 +70,8 @@ def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("make", "changes"), [
     (image_trainer, {}),
-    (image_trainer, {"diffusion.schedule_sampler": "loss-second-moment", "diffusion.steps": 2, "train.plot_sampling_steps": "2",
-                     "model.stochastic_encoding": True, "model.learn_sigma": True}),
+    (image_trainer, {"diffusion.schedule_sampler": "loss-second-moment", "diffusion.steps": 2,
+                     "train.plot_sampling_steps": "2", "model.stochastic_encoding": True, "model.learn_sigma": True}),
     (image_trainer, {"mc_integral.type": "sobol", "diffusion.multiscale_loss": True, "train.plot_graph_steps": 4}),
     (latent_trainer, {"model.dropout": 0.2, "model.learn_sigma": True}),
 ], ids=["image", "image-learned-lossaware-stochastic", "image-multiscale-sobol", "latent"])  # fmt: skip
@@ -108,8 +108,8 @@ def test_run_folder_holds_what_the_contract_says(tmp_path):
 
 def test_training_beats_the_trivial_predictor(tmp_path):
     """Predicting zero has the loss E|T ξ|², the mean square of the mollifier's gains."""
-    trainer = image_trainer(tmp_path, {"train.steps": 150, "train.plot_graph_steps": 30, "train.plot_samples_steps": 150,
-                                       "train.checkpoint_steps": 150, "optimizer.learning_rate": 4e-3})  # fmt: skip
+    once = {name: 150 for name in ("train.steps", "train.plot_samples_steps", "train.checkpoint_steps")}
+    trainer = image_trainer(tmp_path, {**once, "train.plot_graph_steps": 30, "optimizer.learning_rate": 4e-3})
     trainer.run()
     trivial = trainer.stage.process.mollifier.gain((16, 12)).square().mean().item()
     assert metrics(trainer)[-1]["loss"] < 0.7 * trivial
@@ -241,7 +241,10 @@ def test_diverging_run_stops_and_keeps_its_last_checkpoint(tmp_path):
     trainer = image_trainer(tmp_path, {"train.steps": 3})
     trainer.run()
     worse = image_trainer(tmp_path)
-    worse.stage.loss = lambda batch, generator: (next(worse.stage.modules["denoiser"].parameters()).sum() * torch.nan, {})
+    worse.stage.loss = lambda batch, generator: (
+        next(worse.stage.modules["denoiser"].parameters()).sum() * torch.nan,
+        {},
+    )
     with pytest.raises(FloatingPointError, match="nan at step 4"):
         worse.run()
     assert checkpoint_steps(worse.run_dir.checkpoints)[0] == 3
@@ -259,7 +262,7 @@ def test_precision_choices():
 
 
 def test_latent_statistics_in_double_precision():
-    """Against the closed form of a large offset, where float16 (as the authors used) overflows or loses the deviation."""
+    """Latents with a large offset, which float16 (as the authors used) loses or overflows with."""
     generator = torch.Generator().manual_seed(0)
     mu = 1000 + 0.01 * torch.randn(5000, 2, 3, generator=generator, dtype=torch.float64)
     latents = LatentSet.create(mu.float())

@@ -1,0 +1,127 @@
+"""The commands as users type them: all three stages on a folder of images, killed and run again, and wrong input."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import micro
+from data.functions import ProceduralFunctions
+from data.pixels import to_uint8
+
+ROOT = Path(__file__).parents[1]
+IMAGES = {**micro.IMAGE, "data.name": "ffhq"}
+ENCODER = ["configs/ffhq_256_config.py", "micro"]
+PRIOR = ["configs/ffhq_latent_config.py", "micro_sampler"]
+
+
+def flags(name: str, stage: list[str], fields: dict) -> list[str]:
+    file, experiment = stage
+    return [f"--{name}", file, *micro.arguments(name, {"run.experiment": experiment, **fields})]
+
+
+def stage_one(root: Path, changes: dict | None = None) -> list[str]:
+    fields = micro.overrides(root, IMAGES, {"data.root_dir": root / "images", **(changes or {})})
+    return ["train_inf_ae_diffusion.py", *flags("config", ENCODER, fields)]
+
+
+def stage_two(root: Path, changes: dict | None = None) -> list[str]:
+    decoder = {"run.root_dir": root, "data.root_dir": root / "images"}
+    fields = micro.overrides(root, micro.LATENT, changes)
+    return ["train_latent_diffusion.py", *flags("config", PRIOR, fields), *flags("decoder_config", ENCODER, decoder)]
+
+
+def sampling(root: Path, *extra: str) -> list[str]:
+    place = {"run.root_dir": root, "run.device": "cpu", "data.fid_samples": 3}
+    return ["experiments/generate_samples.py", *flags("config", PRIOR, place),
+            *flags("decoder_config", ENCODER, {"run.root_dir": root}), *extra]  # fmt: skip
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def fails(command: list[str], part: str) -> None:
+    """The command must leave with status 2 and one line that holds `part`."""
+    done = run(command)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and part in errors[0] and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A folder of images and the two trained stages."""
+    root = tmp_path_factory.mktemp("commands")
+    (root / "images").mkdir()
+    functions = ProceduralFunctions(seed=3)
+    for i in range(12):
+        pixels = to_uint8(functions.evaluate(i, (32, 24))).permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(root / "images" / f"{i:05d}.png")
+    for command in (stage_one(root), stage_two(root)):
+        done = run(command)
+        assert done.returncode == 0, done.stderr
+    return root
+
+
+def losses(run_folder: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+def test_the_three_commands_make_their_files(root):
+    for name in ("micro", "micro_sampler"):
+        files = {path.name for path in (root / name).iterdir()}
+        assert {"config.json", "metrics.jsonl", "images", "checkpoints", "weights.safetensors"} <= files
+        assert [step for step, _ in losses(root / name)] == [1, 2, 3, 4, 5, 6]
+    assert len(list((root / "micro" / "latents").glob("*.safetensors"))) == 1
+    done = run(sampling(root, "--sample_img_size=24x40", "--sampling_steps=3", "--latent_sampling_steps=5"))
+    assert done.returncode == 0, done.stderr
+    folder = root / "micro_sampler" / "samples" / "24x40_ddim3_latent5"
+    assert {path.name for path in folder.glob("0*.png")} == {"000000.png", "000001.png", "000002.png"}
+    assert np.array(Image.open(folder / "000002.png")).shape == (24, 40, 3)
+    again = run(sampling(root, "--sample_img_size=24x40", "--sampling_steps=3", "--latent_sampling_steps=5"))
+    assert again.stdout.startswith("0 images drawn, 3 were there")
+
+
+def test_killed_at_random_moments_the_run_gives_the_same_losses(root):
+    longer = {"train.steps": 40, "train.checkpoint_steps": 5, "train.plot_samples_steps": 40}
+    whole = {**longer, "run.experiment": "whole"}
+    assert run(stage_one(root, whole)).returncode == 0
+    chance, folder = random.Random(0), root / "killed"
+    command = [sys.executable, *stage_one(root, {**longer, "run.experiment": "killed"})]
+    for _ in range(3):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = len(losses(folder)) if folder.exists() else 0
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            metrics = folder / "metrics.jsonl"
+            if metrics.exists() and metrics.read_bytes().count(b"\n") > before + 2:
+                break
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0.0, 0.4))
+        process.kill()
+        process.wait()
+    done = run(command[1:])
+    assert done.returncode == 0, done.stderr
+    assert losses(folder) == losses(root / "whole")
+
+
+def test_wrong_input_is_one_line(root, tmp_path):
+    fails(stage_one(root, {"data.root_dir": tmp_path / "none", "run.experiment": "new"}), "none")
+    assert not (root / "new").exists()
+    fails(stage_one(root, {"model.nf": 16}), "model.nf is 8 there, 16 here")
+    fails(stage_one(root, {"model.backend": "torchspars", "run.experiment": "new"}), "model.backend")
+    fails(sampling(root, "--sample_img_size=12by9"), "--sample_img_size=12by9")
+    fails(sampling(root, "--sampling_steps=0"), "'0'")
+    fails(sampling(root, "--decoder_config.run.experiment=missing"), "missing/weights.safetensors: no such file")
+
+
+def test_an_override_that_contradicts_the_trained_run_is_refused(root):
+    fails([*stage_two(root), "--decoder_config.model.nf=16"], "was trained with 8")
