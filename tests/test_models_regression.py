@@ -1,0 +1,80 @@
+"""A few numbers of every network, made by our own code once it agreed with the parity vectors; they need no other file.
+
+`python tests/test_models_regression.py` writes them anew, after a change that is meant to change them.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion.coordinates import Points
+from models.conv_uno import GridSpec
+from models.latent_mlp import MLPSkipNet
+from models.sparse_encoder import SparseEncoder
+from models.sparse_unet import SparseSpec, SparseUNet
+
+NUMBERS = Path(__file__).with_name("regression_models.json")
+TOLERANCE = 2e-5  # relative to the largest value, as for the parity vectors
+
+
+def waves(*shape: int, phase: float) -> torch.Tensor:
+    """Numbers in [−1, 1] that depend on no generator."""
+    count = torch.Size(shape).numel()
+    return torch.cos(0.7 * torch.arange(count, dtype=torch.float64) ** 1.3 + phase).float().view(shape)
+
+
+def with_waves(module: torch.nn.Module) -> torch.nn.Module:
+    with torch.no_grad():
+        for i, (name, parameter) in enumerate(module.named_parameters()):
+            scale = 0.8 / parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 0.3
+            one = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_(one + scale * waves(*parameter.shape, phase=i))
+    return module.eval()
+
+
+def points(size: tuple[int, int], subset: bool) -> Points:
+    total = size[0] * size[1]
+    index = torch.stack([(torch.arange(total // 4) * 29 + 3 * b) % total for b in range(2)])
+    return Points(size, index if subset else None)
+
+
+def networks(conv_type: str, convention: str, depthwise: bool) -> tuple[SparseUNet, SparseEncoder]:
+    sparse = SparseSpec(6, 2, 5, depthwise, neighbours=3, convention=convention, backend="torch_dense")
+    grid = GridSpec(8, 6, (1, 2), (1, 2), attention_resolutions=(4,), conv_type=conv_type)
+    network = SparseUNet(3, 3, (16, 16), sparse, grid, time_dim=8, z_dim=5)
+    return with_waves(network), with_waves(SparseEncoder(3, 5, (16, 16), sparse, grid, stochastic=True))
+
+
+def results() -> dict[str, torch.Tensor]:
+    """Every number that is kept, by name."""
+    found = {}
+    t, z = torch.tensor([3.0, 640.0]), waves(2, 5, phase=0.1)
+    for conv_type, convention, depthwise in (
+        ("conv", "cell_centred", True),
+        ("conv", "reference", False),
+        ("spectral", "cell_centred", True),
+    ):
+        network, encoder = networks(conv_type, convention, depthwise)
+        for size, subset in (((16, 16), True), ((16, 16), False), ((32, 20), False)):
+            where, name = points(size, subset), f"{conv_type}/{convention}/{size[0]}x{size[1]}/{subset}"
+            x = waves(2, where.count, 3, phase=0.2)
+            found[f"denoiser/{name}"] = network(x, where, t, z)[:, :: where.count // 3]
+            found[f"encoder/{name}"] = torch.cat(encoder(x, where, noise=z), dim=1)
+    latent = with_waves(MLPSkipNet(5, 12, 4, 7))
+    found["latent"] = latent(z, t)
+    return {name: value.detach() for name, value in found.items()}
+
+
+def test_numbers_are_what_they_were():
+    kept, found = json.loads(NUMBERS.read_text()), results()
+    assert set(kept) == set(found)
+    for name, values in kept.items():
+        tolerance = TOLERANCE * max(map(abs, values))
+        assert found[name].flatten().tolist() == pytest.approx(values, rel=0, abs=tolerance), name
+
+
+if __name__ == "__main__":
+    rounded = {name: [float(f"{v:.7g}") for v in value.flatten().tolist()] for name, value in results().items()}
+    NUMBERS.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in rounded.items()) + "\n}\n")
