@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from parity_vectors import END_TO_END, GRADIENTS, OUTPUTS, TIME_FEATURES, Vectors, assert_close
 from torch import nn
 
 from diffusion.coordinates import CONVENTIONS, Points, gather_points, image_to_points, points_to_image
@@ -30,6 +29,7 @@ from models.reference_weights import (
     state_from_reference,
 )
 from models.sparse_block import SparseBlock
+from parity_vectors import END_TO_END, GRADIENTS, OUTPUTS, TIME_FEATURES, Vectors, assert_close
 
 CPU = torch.device("cpu")
 

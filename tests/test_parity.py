@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 import parity_diffusion
 import parity_networks
-import pytest
 from parity_vectors import Vectors
 
 FOLDER = Path(os.environ.get("INFTY_DIFF_PARITY_DIR") or Path(__file__).parents[1] / ".." / "shared" / "parity")
