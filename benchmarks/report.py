@@ -1,0 +1,98 @@
+"""What benchmarks say of a measurement beside its numbers, and how they print them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import platform
+import resource
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.schema import ImageConfig
+from training.precision import Precision
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the peak so far; on a CPU only where the system can (Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes allocated on a GPU, or resident in this process, since `reset_peak_memory`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):  # Linux; getrusage there starts from the peak of the process that launched us
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+
+
+def circumstances(config: ImageConfig, precision: Precision) -> dict[str, Any]:
+    """What a result depends on beside the code's text."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "device": _device_name(precision.device),
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "precision": str(precision.dtype or torch.float32).removeprefix("torch."),
+        "batch_size": config.train.batch_size,
+        "size": list(config.size),
+        "config": dataclasses.asdict(config),
+    }
+
+
+def _commit() -> str | None:
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(describe, cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return None
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def step_table(result: dict[str, Any]) -> str:
+    """The result of train_step.py as aligned text."""
+    height, width = result["size"]
+    lines = [
+        f"{result['device']}, {result['threads']} threads, torch {result['torch']}, {result['precision']}, "
+        f"{result['batch_size']} images of {height}x{width}, {result['date']}, commit {result['commit']}"
+    ]
+    for row in result["rows"]:
+        lines += [
+            "",
+            f"ratio {row['ratio']:g}, {row['points']} points per image",
+            f"{'part':<32}{'ms':>10}{'backward':>10}{'share':>8}",
+        ]
+        for part in row["parts"]:
+            backward = f"{part['backward_ms']:.2f}" if part["backward_ms"] else "-"
+            lines.append(f"{part['part']:<32}{part['ms']:>10.2f}{backward:>10}{part['share']:>8.1%}")
+        low, high = row["step_ms_quartiles"]
+        lines += [
+            f"{'sum of parts':<32}{row['sum_of_parts_ms']:>10.2f}",
+            f"{'whole step, uninstrumented':<32}{row['step_ms']:>10.2f}   "
+            f"quartiles {low:.2f} to {high:.2f}, {row['repeats']} repeats",
+            f"{'images/s':<32}{row['images_per_second']:>10.2f}",
+            f"{'peak memory, MB':<32}{row['peak_memory_bytes'] / 1e6:>10.1f}",
+        ]
+    return "\n".join(lines)
