@@ -1,8 +1,8 @@
-"""Where functions are sampled: lattices on the unit square, subsets of their pixels, and what a pixel's
-coordinate is.
+"""Where functions are sampled: lattices on the unit square, subsets of their pixels, coordinates of pixels.
 
-A function lives on the unit square [0, 1]², rows first. A lattice ``size = (H, W)`` samples it; if H and W
-differ, the pitch differs per axis, the domain does not. A pixel is named by its id ``row * W + column``."""
+A function lives on the unit square [0, 1]², rows first. A lattice `size = (H, W)` samples it; if H and W differ, the
+pitch differs per axis, the domain does not. A pixel is named by its id, row · W + column.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ Size = tuple[int, int]
 class Points:
     """The pixels of a lattice at which a batch of functions is known.
 
-    size: (H, W) of the lattice. index: int64 (B, M) pixel ids, without repetition within a row; None stands
-    for every pixel of every function in row-major order, without storing the ids."""
+    size: (H, W) of the lattice.
+    index: int64 (B, M) pixel ids, without repetition within a row; None stands for every pixel of every function in
+        row-major order, without storing the ids.
+    """
 
     size: Size
     index: torch.Tensor | None = None
@@ -41,15 +43,13 @@ class Points:
         return self.index if device is None else self.index.to(device)
 
     def rows_cols(self, device: torch.device | str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows and columns of the points, int64, each (B, M), or (1, H·W) on `device` for the full
-        lattice."""
+        """Rows and columns of the points, int64, shaped like `ids`."""
         ids = self.ids(device)
         return ids.div(self.size[1], rounding_mode="floor"), ids.remainder(self.size[1])
 
 
 def validate_points(points: Points) -> None:
-    """Raise ValueError unless the points are well formed: int64 (B, M), M > 0, ids inside the lattice, none
-    repeated.
+    """Raise ValueError unless the ids are int64 (B, M) with M > 0, inside the lattice and distinct per function.
 
     Reads values back from the device, so it belongs at the borders of the program, not in a training step.
     """
@@ -78,14 +78,12 @@ def validate_points(points: Points) -> None:
 
 
 def image_to_points(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) to the features (B, H·W, C) of the full lattice; a view when x is contiguous or
-    channels_last."""
+    """(B, C, H, W) to the features (B, H·W, C) of the full lattice; a view of contiguous and channels_last images."""
     return x.flatten(2).transpose(1, 2)
 
 
 def points_to_image(values: torch.Tensor, size: Size) -> torch.Tensor:
-    """Features (B, H·W, C) of the full lattice to (B, C, H, W); a view, channels_last when the features are
-    contiguous."""
+    """Features (B, H·W, C) of the full lattice to (B, C, H, W); a view, channels_last if they are contiguous."""
     return values.transpose(1, 2).unflatten(2, size)
 
 
@@ -117,10 +115,11 @@ def scatter_points(values: torch.Tensor, points: Points, fill: float = 0.0) -> t
 class CoordinateConvention:
     """What the coordinate of a pixel is, and how the coarse grid of the network is read at a coordinate.
 
-    The only place that distinguishes the conventions; see `CONVENTIONS`. end_points: pixels 0 and n-1 sit on
-    the border of the unit square, else pixels are the centres of n equal cells. align_corners, padding_mode:
-    arguments of `torch.nn.functional.grid_sample` for the read. transposed_quadrant: pass (row, column) to
-    the read as they are, as the published models do."""
+    The only place that distinguishes the conventions; `CONVENTIONS` lists them.
+    end_points: pixels 0 and n-1 sit on the border of the unit square; else pixels are the centres of n equal cells.
+    align_corners, padding_mode: arguments of `torch.nn.functional.grid_sample` for the read.
+    transposed_quadrant: pass (row, column) to the read as they are, as the published models do.
+    """
 
     name: str
     end_points: bool
@@ -129,14 +128,12 @@ class CoordinateConvention:
     transposed_quadrant: bool
 
     def pixel_coordinate(self, i: torch.Tensor, n: int) -> torch.Tensor:
-        """Coordinate in [0, 1] of pixel i (any numeric tensor, fractions allowed) on an axis of n pixels,
-        float32 or wider."""
+        """Coordinate in [0, 1] of pixel i on an axis of n; i: integers, or fractions for positions between pixels."""
         i = i if i.is_floating_point() else i.float()
         return i / max(n - 1, 1) if self.end_points else (i + 0.5) / n
 
     def integer_geometry(self, n: int, u: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Put the n pixels and the u grid nodes of one axis on a common integer lattice, so distances compare
-        exactly.
+        """Put n pixels and u grid nodes of one axis on a common integer lattice, on which distances are exact.
 
         Returns `pixels` int64 (n,), `nodes` int64 (u,) and `denominator`: pixel i has the coordinate
         pixels[i] / denominator, node j has nodes[j] / denominator.
@@ -155,8 +152,7 @@ class CoordinateConvention:
         return pixels, nodes, 2 * half
 
     def grid_read_position(self, rows: torch.Tensor, cols: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The (x, y) that `grid_sample` takes, with this convention's `align_corners` and `padding_mode`, to
-        read at (rows, cols)."""
+        """The (x, y) that `grid_sample`, with the arguments of this convention, takes to read at (rows, cols)."""
         if self.transposed_quadrant:
             return rows, cols
         return 2 * cols - 1, 2 * rows - 1
@@ -165,13 +161,11 @@ class CoordinateConvention:
 CONVENTIONS: dict[str, CoordinateConvention] = {
     convention.name: convention
     for convention in (
-        # Positions mean the same at every resolution: pixel i is the cell [i/n, (i+1)/n], the read at c is at
-        # c·U - 1/2.
+        # Positions mean the same at every resolution: pixel i is the cell [i/n, (i+1)/n].
         CoordinateConvention(
             "cell_centred", False, align_corners=False, padding_mode="border", transposed_quadrant=False
         ),
-        # What the published models compute: pixel corners, and a read confined to one transposed quadrant of
-        # the grid.
+        # What the published models compute: end points, and a read confined to a transposed quadrant of the grid.
         CoordinateConvention("reference", True, align_corners=False, padding_mode="zeros", transposed_quadrant=True),
         # The published coordinates with the read at the coordinate itself.
         CoordinateConvention(

@@ -1,5 +1,4 @@
-"""Training losses. Each returns one number per sample, (B,), and is a mean over all other axes unless it says
-otherwise."""
+"""Training losses. Each returns one number per sample, (B,): a mean over all other axes unless it says otherwise."""
 
 from __future__ import annotations
 
@@ -48,14 +47,14 @@ def multiscale(
     grid_size: int,
     image_size: int,
 ) -> torch.Tensor:
-    """Sum of a loss at the points and on coarser versions of the function, each weighted by one over its
-    side: (B,).
+    """Sum of a loss at the points and on coarser versions of the function, each weighted by one over its side.
 
     L = loss / image_size + Σ_r loss(average-pooled to r × r) / r, for r = grid_size, grid_size/2, … ≥ 32 and
-    r < image_size, so that low frequencies, of which an image has few, count as much as high ones.
-    prediction, target: values in any layout (B, ...), at points or on a lattice. to_grid: interpolates such
-    values to (B, C, grid_size, grid_size). image_size: side of the image in pixels. Source: Hoogeboom et al.
-    2023, section 3.3.
+    r < image_size: low frequencies, of which an image has few, count as much as high ones.
+
+    prediction, target: values in any layout (B, ...), at points or on a lattice.
+    to_grid: interpolates such values to (B, C, grid_size, grid_size).
+    image_size: side of the image in pixels. Source: Hoogeboom et al. 2023.
     """
     total = loss(prediction, target) / image_size
     coarse_prediction, coarse_target = to_grid(prediction), to_grid(target)
@@ -84,11 +83,10 @@ def kl_standard_normal(mu: torch.Tensor, log_variance: torch.Tensor) -> torch.Te
 
 
 def log_probability_8bit(x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
-    """Log-probability in nats of 8-bit data under a Gaussian, elementwise: its mass within half a grey level
-    of x.
+    """Log-probability in nats of 8-bit data under a Gaussian, elementwise: its mass within half a grey level of x.
 
-    x: in [-1, 1]; the outermost levels own the tails. The normal distribution function is Page's
-    approximation, Φ(u) ≈ (1 + tanh(√(2/π) (u + 0.044715 u³))) / 2. Source: Ho et al. 2020, eq. (13).
+    x: in [-1, 1]; the outermost levels own the tails. The normal distribution function is Page's approximation.
+    Source: Ho et al. 2020, eq. (13).
     """
     scale = torch.exp(-log_std)
     below_upper = _normal_cdf((x - mean + HALF_GREY_LEVEL) * scale)
@@ -112,15 +110,14 @@ def variational_bound(
 ) -> torch.Tensor:
     """Term L_{t-1} of the variational bound in bits per value, for learned variances: (B,).
 
-    For t > 0 it is KL(q(x_{t-1} | x_t, x_0) ‖ p(x_{t-1} | x_t)), at t = 0 the negative log-likelihood of
-    8-bit data. Both laws have a covariance around T Tᵗ, which calls for T⁻¹ (34). For a predicted x_0 (38), ξ
-    or v it cancels against the T of the prediction; for a predicted Tξ it is dropped, as in (46). What is
-    left is pointwise, in the network's own error: μ̃ - μ_θ = k_t · (target - prediction). Hence it holds at
-    any points, and T is never applied.
+    For t > 0 it is KL(q(x_{t-1} | x_t, x_0) ‖ p(x_{t-1} | x_t)), at t = 0 the negative log-likelihood of 8-bit data.
+    The covariances σ² T Tᵗ of both laws call for T⁻¹, eq. (34). For a predicted x_0, ξ or v it cancels against the T
+    before the prediction, eq. (38); for a predicted Tξ it is dropped, as in (46). What is left is pointwise, with
+    μ̃ - μ_θ a multiple of the network's own error: the bound holds at any points, and T is never applied.
 
-    prediction, target, x_0 (un-mollified data): (B, M, C), (B, C, H, W) or (B, D). log_variance: of the
-    reverse step, from `DiffusionProcess.log_variance`. Detach the prediction to train the variance alone.
-    Source: Nichol & Dhariwal 2021.
+    prediction, target, x_0 (un-mollified data): (B, M, C), (B, C, H, W) or (B, D).
+    log_variance: that of the reverse step, from `DiffusionProcess.log_variance`.
+    Detach the prediction to train the variance alone. Source: Nichol & Dhariwal 2021.
     """
     at = process.schedule.at
     x_0_error = _x_0_per_target(process, t, target) * _difference(prediction, target)  # x̂_0 - x_0

@@ -18,15 +18,19 @@ KINDS = ("dct", "conv")
 class Mollifier:
     """T, a Gaussian of standard deviation `sigma` pixels of the training lattice, with reflecting boundary.
 
-    T multiplies the cosine coefficient (k, l) of a function sampled on an (H, W) lattice by g = exp(-π² (σ_h²
-    k² / H² + σ_w² l² / W²) / 2). T is one operator on functions: on a lattice r times finer σ is r times as
-    many pixels, and white noise is multiplied by `noise_scale`, r for two axes, so that Tξ has the same
-    variance.
+    On an (H, W) lattice, where it is σ_h and σ_w pixels wide, T multiplies the cosine coefficient (k, l) by
 
-    sigma: ≥ 0, in pixels of `train_size`; 0 makes T the identity, for tensors of any shape. train_size: (N_h,
-    N_w). kind: "dct", exact; or "conv", a truncated Gaussian of side ⌈4σ + 1⌉ with mirrored pixels, which has
-    no inverse. Calling it maps x (..., H, W) of any floating dtype to Tx; half precision is computed in
-    float32. Source: section 3.2 and appendix A."""
+        g = exp(-π² (σ_h² k² / H² + σ_w² l² / W²) / 2).
+
+    It is one operator on functions: on a lattice r times finer σ is r times as many pixels, and the white noise of the
+    training lattice becomes white noise times r (`noise_scale`), so that Tξ has the same variance there.
+
+    sigma: 0 or more, in pixels of `train_size`; 0 makes T the identity, for tensors of any shape.
+    train_size: (N_h, N_w).
+    kind: "dct", exact; or "conv", a Gaussian cut off at side ⌈4σ + 1⌉ with mirrored pixels, which has no inverse.
+    Calling it maps x (..., H, W) of any floating dtype to Tx; half precision is computed in float32.
+    Source: section 3.2.
+    """
 
     sigma: float
     train_size: Size
@@ -50,15 +54,13 @@ class Mollifier:
         return self.sigma * size[0] / self.train_size[0], self.sigma * size[1] / self.train_size[1]
 
     def noise_scale(self, size: Size) -> float:
-        """Factor of white noise on a lattice `size` that represents the noise function of the training
-        lattice; 1 without T."""
+        """Standard deviation of white noise on a lattice that is 1 on the training lattice; always 1 without T."""
         return 1.0 if self.identity else math.sqrt(math.prod(size) / math.prod(self.train_size))
 
     def gain(self, size: Size) -> torch.Tensor:
-        """The factors g by which T multiplies the cosine coefficients of a lattice, float64 (H, W) in (0,
-        1]."""
+        """The factors g in (0, 1] of the cosine coefficients of a lattice, float64 (H, W)."""
         self._require_spectrum("gain")
-        return torch.outer(*(_gains(n, sigma) for n, sigma in zip(size, self.sigmas(size), strict=True)))
+        return torch.outer(*map(_gains, size, self.sigmas(size)))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.identity:
@@ -69,20 +71,23 @@ class Mollifier:
 
     def noise(self, white: torch.Tensor) -> torch.Tensor:
         """The mollified noise Tξ (B, C, H, W) of white noise of unit variance on any lattice."""
-        return white if self.identity else self(white * self.noise_scale(white.shape[-2:]))
+        work = white.to(torch.promote_types(white.dtype, torch.float32))
+        return (self(work) * self.noise_scale(white.shape[-2:])).to(white.dtype)
 
     def inverse(self, x: torch.Tensor, inv_snr: float = 0.05) -> torch.Tensor:
         """Undo T by the Wiener filter, coefficients times g / (g² + inv_snr²); x (..., H, W).
 
-        inv_snr > 0: assumed noise-to-signal amplitude ratio, which bounds the amplification at 1 /
-        (2·inv_snr)."""
+        inv_snr: assumed ratio of noise to signal amplitudes, above 0; the amplification is at most 1 / (2 · inv_snr).
+        """
         if self.identity:
             return x
         self._require_spectrum("inverse")
         if not inv_snr > 0:
             raise ValueError(f"inv_snr is {inv_snr}; the Wiener filter needs a number above 0")
-        work, _ = self._working_copy(x)
-        coefficients = on_rows(dct, dct(work)) * _wiener_gains(self, x.shape[-2:], inv_snr, work.dtype, x.device)
+        work, sigmas = self._working_copy(x)
+        rows, cols = (_gains(n, sigma).to(work) for n, sigma in zip(x.shape[-2:], sigmas))
+        gain = torch.outer(rows, cols)
+        coefficients = on_rows(dct, dct(work)) * (gain / (gain**2 + inv_snr**2))
         return idct(on_rows(idct, coefficients)).to(x.dtype)
 
     def _working_copy(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[float, float]]:
@@ -101,11 +106,10 @@ IDENTITY = Mollifier(0.0, (1, 1))
 
 
 def _smooth(x: torch.Tensor, sigma: float, kind: str) -> torch.Tensor:
-    """Smooth along the last axis. T is separable, and per axis one fixed matrix: a single product below the
-    FFT's sizes."""
+    """Smooth along the last axis. T is separable, and per axis a fixed symmetric matrix: one product does it."""
     n = x.shape[-1]
     if kind == "dct" and n >= FFT_FROM:
-        return idct(dct(x) * _gains(n, sigma).to(x.device, x.dtype))
+        return idct(dct(x) * _gains(n, sigma).to(x))
     return times_matrix(x, partial(_smoothing_matrix, n, sigma, kind))
 
 
@@ -124,8 +128,7 @@ def _smoothing_matrix(n: int, sigma: float, kind: str, dtype: torch.dtype, devic
 
 
 def _mirrored_gaussian(n: int, sigma: float) -> torch.Tensor:
-    """Normalised Gaussian of odd side ⌈4σ + 1⌉ (one more if even), mirrored at the first and last pixel:
-    float64 (n, n)."""
+    """Normalised Gaussian of odd side ⌈4σ + 1⌉ (one more if even), mirrored at the outermost pixels, float64 (n, n)."""
     radius = math.ceil(4 * sigma + 1) // 2
     if radius >= n:
         raise ValueError(
@@ -136,11 +139,3 @@ def _mirrored_gaussian(n: int, sigma: float) -> torch.Tensor:
     pixels = (torch.arange(n).unsqueeze(1) + offsets).abs()
     pixels = torch.where(pixels < n, pixels, 2 * (n - 1) - pixels)
     return torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, pixels, weights.expand(n, -1).contiguous())
-
-
-@lru_cache(maxsize=4)
-def _wiener_gains(
-    mollifier: Mollifier, size: Size, inv_snr: float, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    gain = mollifier.gain(size)
-    return (gain / (gain**2 + inv_snr**2)).to(device, dtype)

@@ -1,13 +1,11 @@
-"""The mollified diffusion process: the forward law, its posterior, and what a network's output says about the
-state.
+"""The mollified diffusion process: its forward law, its posterior, and what a network's output says about a state.
 
-Notation: T is the mollifier, ξ white noise, x_t a state. States, and every estimate returned here, are
-mollified:
+T is the mollifier, ξ white noise, x_t a state. States are mollified,
 
-    x_t = √ᾱ_t · T x_0 + √(1 - ᾱ_t) · T ξ        (11)
+    x_t = √ᾱ_t · T x_0 + √(1 - ᾱ_t) · T ξ,        (11)
 
-so that below, `x_0` of a `Denoised` stands for T x̂_0 and `eps` for T ξ̂. With the identity as T (sigma 0)
-this is ordinary diffusion, of images or of vectors (B, D).
+and so is every estimate made of them here: `x_0` of a `Denoised` stands for T x̂_0, `eps` for T ξ̂. With the identity
+as T (sigma 0) this is ordinary diffusion, of images (B, C, H, W) or of vectors (B, D).
 """
 
 from __future__ import annotations
@@ -48,8 +46,8 @@ class Variance(Enum):
 class Denoised:
     """What a denoiser makes of a state x_t = √ᾱ_t · x_0 + √(1 - ᾱ_t) · eps, which holds exactly.
 
-    x_0, eps: the mollified estimates T x̂_0 and T ξ̂, shaped like x_t. log_variance: log σ_t² of the reverse
-    step, (B, 1, ...) or, learned, shaped like x_t.
+    x_0, eps: the mollified estimates T x̂_0 and T ξ̂, shaped like x_t.
+    log_variance: log σ_t² of the reverse step, (B, 1, ...) or, learned, shaped like x_t.
     """
 
     x_0: torch.Tensor
@@ -62,8 +60,7 @@ Denoiser = Callable[[torch.Tensor, torch.Tensor], Denoised]  # (x_t, t int64 (B,
 
 @dataclass(frozen=True)
 class DiffusionProcess:
-    """A schedule, a mollifier, and the meaning of the network's output. Steps t are int64 (B,), 0 … T-1, 0
-    the cleanest."""
+    """A schedule, a mollifier, and the meaning of the network's output. Steps t are int64 (B,), 0 the cleanest."""
 
     schedule: Schedule
     mollifier: Mollifier
@@ -79,50 +76,41 @@ class DiffusionProcess:
         at = self.schedule.at
         return at("sqrt_alpha_bar", t, like), at("sqrt_one_minus_alpha_bar", t, like)
 
-    # --- forward
-    # ---------------------------------------------------------------------------------------------------
-
     def q_sample(self, x_0: torch.Tensor, t: torch.Tensor, white: torch.Tensor) -> torch.Tensor:
         """Draw x_t from q(x_t | x_0), eq. (11).
 
         x_0: un-mollified data (B, C, H, W) on any lattice, or (B, D). white: standard normal, same shape.
         """
         signal, noise = self._amplitudes(t, x_0)
-        return self.mollifier(signal * x_0 + noise * self._scaled(white)).to(x_0.dtype)
+        scale = self.mollifier.noise_scale(white.shape[-2:])
+        return self.mollifier(signal * x_0 + noise * scale * white).to(x_0.dtype)
 
     def training_pair(
         self, x_0: torch.Tensor, t: torch.Tensor, white: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The state x_t and what the network has to predict from it, both shaped like x_0; arguments as in
-        `q_sample`."""
+        """The state x_t and what the network has to predict from it, shaped like x_0; arguments as in `q_sample`.
+
+        The loss over Monte-Carlo points gathers both, eq. (10): the mollifier needs the whole lattice.
+        """
+        signal, noise = self._amplitudes(t, x_0)
         if self.prediction is Prediction.MOLLIFIED_EPS:
-            signal, noise = self._amplitudes(t, x_0)
             target = self.mollifier.noise(white)
             return (signal * self.mollifier(x_0) + noise * target).to(x_0.dtype), target
-        return self.q_sample(x_0, t, white), self._unmollified_target(x_0, t, self._scaled(white))
-
-    def _scaled(self, white: torch.Tensor) -> torch.Tensor:
-        """White noise as the training lattice would show it; vectors have no lattice and no mollifier."""
-        return white if self.mollifier.identity else white * self.mollifier.noise_scale(white.shape[-2:])
-
-    def _unmollified_target(self, x_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        x_t = self.q_sample(x_0, t, white)
         if self.prediction is Prediction.X0:
-            return x_0
+            return x_t, x_0
+        eps = white * self.mollifier.noise_scale(white.shape[-2:])
         if self.prediction is Prediction.EPS:
-            return eps
-        signal, noise = self._amplitudes(t, x_0)
-        return (signal * eps - noise * x_0).to(x_0.dtype)
-
-    # --- reverse
-    # ---------------------------------------------------------------------------------------------------
+            return x_t, eps
+        return x_t, (signal * eps - noise * x_0).to(x_0.dtype)
 
     def denoise(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, clip: bool) -> Denoised:
         """Turn the network's output into the estimates that samplers use.
 
-        A predicted x_0, ξ or v is mollified first: the state consists of T x_0 and T ξ, not of x_0 and ξ.
-        With `clip`, a predicted x_0 is clamped to [-1, 1] before it is mollified, any other estimate of T x_0
-        as it is; `eps` then follows from x_t and the clamped x_0. output: (B, C, H, W) or, with a learned
-        variance, (B, 2C, H, W), on the whole lattice of x_t (B, C, H, W); or vectors.
+        A predicted x_0, ξ or v is mollified first: the state consists of T x_0 and T ξ, not of x_0 and ξ. With `clip`,
+        a predicted x_0 is clamped to [-1, 1] before it is mollified, an estimate of T x_0 as it is; then `eps` follows
+        from x_t and the clamped x_0.
+        output: on the whole lattice of x_t (B, C, H, W), with a learned variance (B, 2C, H, W); or vectors.
         """
         prediction, raw_variance = self.split(output, axis=1)
         signal, noise = self._amplitudes(t, x_t)
@@ -139,10 +127,9 @@ class DiffusionProcess:
         return Denoised(x_0.to(x_t.dtype), eps.to(x_t.dtype), self.log_variance(raw_variance, t, x_t))
 
     def split(self, output: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Split a network's output along its channel axis into the prediction and the raw learned variance,
-        or None.
+        """Split a network's output into the prediction and the raw learned variance, None if variances are fixed.
 
-        axis: 1 for (B, 2C, H, W) and (B, 2D), -1 for points (B, M, 2C).
+        axis: that of the channels, 1 for (B, 2C, H, W) and (B, 2D), -1 for points (B, M, 2C).
         """
         if not self.variance.learned:
             return output, None
@@ -154,8 +141,7 @@ class DiffusionProcess:
         return prediction, raw_variance
 
     def log_variance(self, raw_variance: torch.Tensor | None, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """log σ_t² of the reverse step, at least float32; raw_variance: the second part of `split`, shaped
-        like `like`."""
+        """log σ_t² of the reverse step, at least float32; raw_variance: what `split` returns, shaped like `like`."""
         at = self.schedule.at
         if self.variance is Variance.FIXED_LARGE:
             return at("fixed_large_log_variance", t, like)

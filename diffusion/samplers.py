@@ -1,12 +1,10 @@
 """Samplers: pure functions of a denoiser, a state, a process and a source of noise.
 
-They know no network and no resolution. A denoiser maps (x_t, t) to `Denoised`; guidance is a wrapper around
-it. A state x is always mollified: begin with Tξ, or for inversion with T x_0, in any shape (B, ...). `noise`
-returns mollified noise Tξ shaped like x, fresh at each call. Gradients are kept where they are enabled: wrap
-calls in `torch.no_grad()`.
+They know no network and no resolution. A denoiser maps (x_t, t) to `Denoised`; guidance is a wrapper around it. A
+state x is always mollified: begin with Tξ, or for inversion with T x_0, in any shape (B, ...). `noise` returns
+mollified noise Tξ shaped like x, fresh at each call. Gradients are followed unless the caller disables them.
 
-Each loop calls `callback(i, t, x, denoised)` after its i-th step, with the step t just done and the state x
-it led to.
+Each loop calls `callback(i, t, x, denoised)` after its i-th step: t is the step just done, x the state it led to.
 """
 
 from __future__ import annotations
@@ -28,12 +26,11 @@ def ancestral_step(
     t: torch.Tensor,
     noise: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One reverse step x_t -> x_{t-1}, eq. (14) and (40): posterior mean plus σ_t ⊙ Tξ, and no noise where t
-    = 0.
+    """One reverse step from x_t to x_{t-1}, eq. (14) and (40): posterior mean plus σ_t ⊙ Tξ, no noise where t = 0.
 
-    A learned σ_t varies over the image and multiplies the mollified noise, so that the covariance is diag(σ)
-    T Tᵗ diag(σ): where σ is constant this is σ² T Tᵗ, and no operation on the whole image is needed. noise
-    None stands for no noise.
+    A learned σ_t varies over the image. It multiplies the mollified noise, which makes the covariance
+    diag(σ_t) T Tᵗ diag(σ_t), or σ_t² T Tᵗ where σ_t is constant.
+    noise: Tξ shaped like x; None stands for zero.
     """
     mean = process.posterior_mean(denoised.x_0, x, t)
     if noise is None:
@@ -50,8 +47,7 @@ def ancestral(
     *,
     callback: Callback | None = None,
 ) -> torch.Tensor:
-    """Draw T x_0 by the reverse chain of the process, from x = Tξ; Ho et al. 2020 in mollified space, section
-    3.2."""
+    """Draw T x_0 from x = Tξ by the reverse chain of the process, Ho et al. 2020 in mollified space, section 3.2."""
     for i, step, t in _steps(reversed(range(process.schedule.num_steps)), x):
         denoised = denoise(x, t)
         x = ancestral_step(process, denoised, x, t, noise() if step > 0 else None)
@@ -67,10 +63,11 @@ def ddim_step(
     eta: float = 0.0,
     noise: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One DDIM step, x_{t-1} = √ᾱ_{t-1} · x_0 + √(1 - ᾱ_{t-1} - s²) · eps + s · Tξ; Song et al. 2021, eq.
-    (12) and (16).
+    """One DDIM step, Song et al. 2021, eq. (12) and (16):
 
-    s = η √((1 - ᾱ_{t-1}) / (1 - ᾱ_t)) √(1 - ᾱ_t / ᾱ_{t-1}). noise is needed for η > 0 only.
+        x_{t-1} = √ᾱ_{t-1} · x_0 + √(1 - ᾱ_{t-1} - s²) · eps + s · Tξ,    s² = η² (1 - ᾱ_{t-1}) / (1 - ᾱ_t) · β_t.
+
+    noise: Tξ shaped like x, for η > 0; None stands for zero.
     """
     at = process.schedule.at
     alpha_bar, alpha_bar_prev = at("alpha_bar", t, x), at("alpha_bar_prev", t, x)
@@ -124,11 +121,9 @@ def ddim_invert(
     stop: int | None = None,
     callback: Callback | None = None,
 ) -> torch.Tensor:
-    """Encode T x_0 to the state at step `stop` (default: the last) from which `ddim(start=stop)` leads back
-    to it.
+    """Encode T x_0 to the state at step `stop`, by default the last, from which `ddim(start=stop)` leads back to it.
 
-    The steps ascend, each from the state the one before has reached. The clean image stands in for the state
-    at step 0.
+    The steps ascend, each from the state the one before has reached; the clean image stands in for the state at step 0.
     """
     for i, step, t in _steps(range(_level(process, stop, "stop")), x):
         denoised = denoise(x, t)

@@ -18,10 +18,12 @@ NETWORK_TIME_RANGE = 1000.0  # the network sees t·1000/T, so that models of dif
 def make_betas(name: str, steps: int, resolution: float | None = None) -> torch.Tensor:
     """Variances beta of the noise added per step, float64 (steps,).
 
-    name: "linear" (from 0.1/T to 20/T), "cosine", "shifted_cosine" (cosine with the signal-to-noise ratio
-    shifted by (64/resolution)²; needs `resolution`, the side of the image in pixels), or "const<beta>", e.g.
-    "const0.008", whose beta refers to 1000 steps. Raises ValueError for any other name, for steps < 1 and for
-    a variance outside (0, 1). Source: Ho et al. 2020, Nichol & Dhariwal 2021, Hoogeboom et al. 2023."""
+    name: "linear", from 0.1/T to 20/T; "cosine"; "shifted_cosine", whose signal-to-noise ratio is (64 / resolution)²
+        times that of cosine; or "const<beta>", e.g. "const0.008", whose beta refers to 1000 steps.
+    resolution: side of the image in pixels, needed by "shifted_cosine".
+    Raises ValueError for any other name, for steps < 1 and for a variance outside (0, 1).
+    Source: Ho et al. 2020, Nichol & Dhariwal 2021, Hoogeboom et al. 2023.
+    """
     if steps < 1:
         raise ValueError(f"steps is {steps}; a schedule needs at least 1")
     if name == "linear":
@@ -72,9 +74,10 @@ def _betas_of(alpha_bar: Callable[[float], float], steps: int) -> torch.Tensor:
 def space_timesteps(steps: int, spec: str) -> list[int]:
     """The steps of a `steps`-step process that a shorter one keeps, ascending.
 
-    spec: "100" (evenly spaced, both ends kept), "10,15,20" (that many in each of three equal sections), or
-    "ddim50" (a constant integer stride from step 0). Raises ValueError if the spec cannot be met. Source:
-    Nichol & Dhariwal 2021."""
+    spec: "100", evenly spaced with both ends; "10,15,20", that many in each of three equal sections; or "ddim50", at
+        a constant integer stride from step 0.
+    Raises ValueError if the spec cannot be met. Source: Nichol & Dhariwal 2021.
+    """
     if spec.startswith("ddim"):
         count = _positive_int(spec.removeprefix("ddim"), spec)
         for stride in range(1, steps + 1):
@@ -111,10 +114,12 @@ def _positive_int(text: str, spec: str) -> int:
 class Schedule:
     """The tables of a noise schedule, float64 (num_steps,) on the CPU; build it with `create` or `respace`.
 
-    timestep_map: int64, for every step its index in the process the network was trained on, which has
-    `original_steps`. posterior_*: the posterior q(x_{t-1} | x_t, x_0), eq. (12): variance, its logarithm with
-    the zero at t = 0 replaced by the entry after it, and the factors of x_0 (coef1) and x_t (coef2) in its
-    mean. fixed_large_variance: beta, with the entry at t = 0 replaced by posterior_variance[1]."""
+    timestep_map: int64, for every step its index in the process the network was trained on.
+    original_steps: number of steps of that process.
+    posterior_*: of q(x_{t-1} | x_t, x_0), eq. (12): the variance; its logarithm, with the zero at t = 0 replaced by the
+        entry after it; the factors of x_0 (coef1) and x_t (coef2) in the mean.
+    fixed_large_variance: beta, with the entry at t = 0 replaced by posterior_variance[1].
+    """
 
     betas: torch.Tensor
     timestep_map: torch.Tensor
@@ -142,8 +147,7 @@ class Schedule:
         one, zero = betas.new_ones(1), betas.new_zeros(1)
         alpha_bar_prev = torch.cat([one, alpha_bar[:-1]])
         posterior_variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)
-        # The posterior variance of step 0 is zero; the one after it stands in where a logarithm or a sample
-        # is needed.
+        # The posterior variance at t = 0 is zero; where a logarithm is needed, the entry after it stands in.
         first_variance = posterior_variance[1:2] if len(betas) > 1 else betas
         fixed_large_variance = torch.cat([first_variance, betas[1:]])
         tables = {
@@ -177,11 +181,10 @@ class Schedule:
         return len(self.betas)
 
     def respace(self, kept: str | Iterable[int]) -> Schedule:
-        """The schedule that visits only some steps, with the same alpha_bar there: beta = 1 - alpha_bar /
-        alpha_bar of the one before.
+        """The schedule that visits only some steps, with the same alpha_bar at them.
 
-        kept: a spec of `space_timesteps`, or the step indices themselves (ascending order is restored,
-        repetitions dropped)."""
+        kept: a spec of `space_timesteps`, or the indices of the steps, in any order.
+        """
         indices = space_timesteps(self.num_steps, kept) if isinstance(kept, str) else sorted(set(kept))
         if not indices or indices[0] < 0 or indices[-1] >= self.num_steps:
             raise ValueError(f"kept steps are {indices}; at least one is needed, all from 0 to {self.num_steps - 1}")
@@ -192,15 +195,14 @@ class Schedule:
     def at(self, table: str, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Entries t of a table, shaped to multiply `like`.
 
-        table: the name of one of the attributes above. t: int64 (B,), in 0 … T-1. like: (B, ...). Returns (B,
-        1, ...), rounded from float64 at the very end, to the dtype of `like` or float32 if that is narrower.
+        table: the name of one of the attributes above. t: int64 (B,), 0 … T-1. like: (B, ...).
+        Returns (B, 1, ...), rounded from float64 at the very end, to the dtype of `like` but at least float32.
         """
         values = self._on_device(table, t.device)[t].to(torch.promote_types(like.dtype, torch.float32))
         return values.reshape(-1, *(1,) * (like.ndim - 1))
 
     def network_time(self, t: torch.Tensor) -> torch.Tensor:
-        """The time float32 (B,) that the network receives at steps t, int64 (B,): the original index times
-        1000 / original_steps."""
+        """The time that a network receives at steps t, float32 (B,): the original index · 1000 / original_steps."""
         return self._on_device("timestep_map", t.device)[t].float() * (NETWORK_TIME_RANGE / self.original_steps)
 
     def _on_device(self, table: str, device: torch.device) -> torch.Tensor:

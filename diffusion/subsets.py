@@ -20,22 +20,21 @@ def draw_points(
     count: int,
     device: torch.device | str,
 ) -> Points:
-    """Draw `count` distinct pixels of an (H, W) lattice for each of `batch` functions, in one call without
-    waiting for the device.
+    """Draw `count` distinct pixels of a lattice for each of `batch` functions at once, without waiting for the device.
 
-    kind: "uniform", uniform without replacement; or a low-discrepancy sequence, "halton" or "sobol", shifted
-    at random on the torus for each function, of which repeated pixels are skipped. In all three every pixel
-    is equally likely. generator: on `device`. Returns Points with ascending ids (B, count). Raises ValueError
-    for an unknown kind and for a count outside 1 … H·W. Source: eq. (10), sections 4.2 and 5
-    (quasi-Monte-Carlo)."""
+    kind: "uniform", without replacement; or "halton" or "sobol", the first distinct pixels of a low-discrepancy
+        sequence that is shifted at random, on the torus, for each function. All make every pixel equally likely.
+    generator: on `device`. size: (H, W) of the lattice.
+    Returns Points with ascending ids (B, count). Raises ValueError for an unknown kind and a count outside 1 … H·W.
+    Source: eq. (10) and section 4.2.
+    """
     pixels = size[0] * size[1]
     if kind not in KINDS:
         raise ValueError(f"point subset is {kind!r}; accepted are {', '.join(KINDS)}")
     if not 1 <= count <= pixels:
         raise ValueError(f"count is {count}; a {size[0]}x{size[1]} lattice has 1 to {pixels} points to draw")
     device = torch.device(device)
-    # 62 random bits make ties, and with them any dependence on the order of selection, practically
-    # impossible.
+    # With 62 random bits there are no ties, so that the draw is uniform however the smallest keys are found.
     keys = torch.randint(1 << 62, (batch, pixels), generator=generator, device=device)
     if kind != "uniform":
         keys = _first_visits(kind, generator, keys, size, 2 * count)
@@ -53,8 +52,9 @@ def _smallest(keys: torch.Tensor, count: int) -> torch.Tensor:
 def _first_visits(kind: str, generator: torch.Generator, keys: torch.Tensor, size: Size, length: int) -> torch.Tensor:
     """Replace the key of each pixel by the time at which the shifted sequence first visits it.
 
-    Pixels not visited within `length` points keep their random key, which exceeds any time: they come last,
-    in random order, so that any number of distinct pixels can be taken."""
+    Pixels not visited within `length` points keep their random key, which exceeds any time: they come last, in random
+    order, so that any number of distinct pixels can be taken.
+    """
     batch = keys.shape[0]
     sequence = _sequence(kind, length, keys.device)  # (length, 2)
     shift = torch.rand(batch, 1, 2, generator=generator, device=keys.device, dtype=torch.float64)
@@ -77,8 +77,7 @@ def _sequence(kind: str, length: int, device: torch.device) -> torch.Tensor:
 
 
 def _radical_inverse(length: int, base: int) -> torch.Tensor:
-    """The numbers 0 … length-1 with their digits in `base` mirrored at the point, float64: one axis of the
-    Halton sequence."""
+    """0 … length-1 with their digits in `base` mirrored at the point, float64: one axis of the Halton sequence."""
     remaining = torch.arange(length)
     inverse = torch.zeros(length, dtype=torch.float64)
     weight = 1.0

@@ -16,8 +16,7 @@ class UniformTimesteps:
     def sample(
         self, generator: torch.Generator, batch: int, device: torch.device | str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Steps t int64 (B,) and the weights float32 (B,) that keep a weighted loss unbiased; generator: on
-        `device`."""
+        """Steps t int64 (B,) and weights float32 (B,) that keep a weighted loss unbiased; generator: on `device`."""
         t = torch.randint(self.num_steps, (batch,), generator=generator, device=device)
         return t, torch.ones(batch, device=device)
 
@@ -33,12 +32,11 @@ class UniformTimesteps:
 
 
 class LossAwareTimesteps:
-    """Steps in proportion to the root mean square of their recent losses, p_t ∝ √E[L_t²], which minimises the
-    variance.
+    """Steps drawn with p_t ∝ √E[L_t²] over their recent losses, which gives the loss the least variance.
 
-    Uniform until every step has been seen `history` times, and with probability `uniform_probability`
-    afterwards, so that no step is forgotten. The state lives on the CPU. Source: Nichol & Dhariwal 2021,
-    section 3.3."""
+    Uniform until every step has been seen `history` times, and with probability `uniform_probability` afterwards, so
+    that no step is forgotten. The state lives on the CPU. Source: Nichol & Dhariwal 2021, section 3.3.
+    """
 
     def __init__(self, num_steps: int, history: int = 10, uniform_probability: float = 0.001) -> None:
         if num_steps < 1 or history < 1 or not 0 < uniform_probability <= 1:
@@ -65,15 +63,13 @@ class LossAwareTimesteps:
     def sample(
         self, generator: torch.Generator, batch: int, device: torch.device | str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Steps t int64 (B,) and weights 1/(T·p_t) float32 (B,), which keep a weighted loss unbiased;
-        generator: on `device`."""
+        """Steps t int64 (B,) and weights 1/(T·p_t) float32 (B,); arguments as for `UniformTimesteps`."""
         probabilities = self.probabilities().to(device)
         t = torch.multinomial(probabilities, batch, replacement=True, generator=generator)
         return t, (1 / (self.num_steps * probabilities[t])).float()
 
     def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
-        """Record unweighted per-sample losses (B,) at steps t (B,), gathered from all processes; waits for
-        the device."""
+        """Record unweighted losses (B,) at steps t (B,), gathered from all processes; waits for the device."""
         length = self._losses.shape[1]
         for step, loss in zip(t.tolist(), losses.detach().double().tolist(), strict=True):
             if not math.isfinite(loss):
@@ -86,8 +82,7 @@ class LossAwareTimesteps:
         return {"losses": self._losses.clone(), "counts": self._counts.clone()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Continue from a `state_dict`; raises ValueError if it belongs to another number of steps or
-        history."""
+        """Continue from a `state_dict`; raises ValueError if it has another number of steps or history."""
         for name, own in (("losses", self._losses), ("counts", self._counts)):
             if name not in state or state[name].shape != own.shape:
                 found = tuple(state[name].shape) if name in state else "missing"

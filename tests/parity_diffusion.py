@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from parity_vectors import Vectors
 
 from diffusion.coordinates import Points, gather_points
 from diffusion.losses import LOSSES, kl_gaussians, log_probability_8bit
@@ -19,6 +18,7 @@ from diffusion.mollifier import IDENTITY, Mollifier
 from diffusion.process import Denoised, DiffusionProcess, Prediction, Variance
 from diffusion.samplers import ancestral, ancestral_step, ddim, ddim_invert, ddim_invert_step, ddim_step
 from diffusion.schedules import Schedule, space_timesteps
+from parity_vectors import Vectors
 
 SCHEDULE_TOLERANCE = 1e-12  # relative to each entry
 TOLERANCE = 1e-5  # relative to the largest entry of the array
