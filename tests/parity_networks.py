@@ -283,7 +283,8 @@ def check_train_step(path: Path, vectors: Vectors, config: dict) -> None:
     loss = _LOSSES[config["diffusion"]["loss_type"]](prediction, gather_points(target, points))
     loss.mean().backward()
 
-    ours |= {"x_t": x_t, "z": z, "loss": loss, "mse": loss, "l1": loss, "mean_loss": loss.mean()}
+    ours |= {name: loss for name in ("loss", "mse", "l1")}
+    ours |= {"x_t": x_t, "z": z, "mean_loss": loss.mean(), "pred_xstart": prediction}
     for name, network in networks.items():
         layout = layout_of(parts[name])
         check_gradients(vectors, name, network, layout)
