@@ -128,7 +128,8 @@ def test_command_times_every_part(tmp_path):
         assert sum(part["share"] for part in row["parts"]) == pytest.approx(1)
         for part in row["parts"]:
             assert part["part"] in done.stdout
-            assert part["ms"] > part["backward_ms"] >= 0
+            drawn = part["part"] != "coordinates" or row["points"] < 120  # the whole lattice needs no drawing
+            assert part["ms"] > part["backward_ms"] >= 0 or not drawn
             one_way = part["part"] in FORWARD_ONLY or part["part"].endswith((" plan", " k-NN"))
             assert (part["backward_ms"] > 0) != one_way
 

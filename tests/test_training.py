@@ -208,7 +208,7 @@ def test_average_starts_from_a_copy_and_follows_the_formula():
     for n in range(6):
         module[0].weight.data += 1.0
         module[1].running_mean += 1.0
-        ema.update({"m": module})
+        ema.update()
         decay = min(0.5, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * module[0].weight.data
     assert torch.allclose(ema.modules["m"][0].weight, expected, atol=1e-6)

@@ -20,17 +20,23 @@ class Ema:
     def __init__(self, modules: dict[str, nn.Module], decay: float) -> None:
         self.decay, self.updates = decay, 0
         self.modules = {name: copy.deepcopy(module).eval().requires_grad_(False) for name, module in modules.items()}
+        # Collected once: walking the modules takes longer than the arithmetic.
+        self._averages = [p for module in self.modules.values() for p in module.parameters()]
+        self._current = [p for module in modules.values() for p in module.parameters()]
+        self._buffers = [
+            (b, modules[name].get_buffer(key))
+            for name, module in self.modules.items()
+            for key, b in module.named_buffers()
+        ]
 
     @torch.no_grad()
-    def update(self, modules: dict[str, nn.Module]) -> None:
+    def update(self) -> None:
         """Move every average towards its module."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        for name, average in self.modules.items():
-            averages, currents = list(average.parameters()), list(modules[name].parameters())
-            torch._foreach_lerp_(averages, currents, 1.0 - decay)
-            for target, source in zip(average.buffers(), modules[name].buffers()):
-                target.copy_(source)
+        torch._foreach_lerp_(self._averages, self._current, 1.0 - decay)
+        for average, current in self._buffers:
+            average.copy_(current)
 
     def state_dict(self) -> dict:
         return {"updates": self.updates, "modules": {n: m.state_dict() for n, m in self.modules.items()}}

@@ -68,12 +68,11 @@ class ImageStage:
             generator: source of coordinates, timesteps and noise, on the device.
         """
         x_0 = to_float(images)
-        batch, mc = len(x_0), self.config.mc_integral
+        batch = len(x_0)
         t, weights = self.timesteps.sample(generator, batch, self.device)
         white = torch.randn(x_0.shape, generator=generator, device=self.device)
         x_t, target = self.process.training_pair(x_0, t, white)
-        seen = draw_points(mc.type, generator, batch, self.config.size, mc.q_sample, self.device)
-        encoded = draw_points(mc.type, generator, batch, self.config.size, mc.q_sample, self.device)
+        seen, encoded = self._draw_points(generator, batch), self._draw_points(generator, batch)
 
         encode, stochastic = self.modules["encoder"], self.config.model.stochastic_encoding
         if stochastic:
@@ -100,6 +99,12 @@ class ImageStage:
             scalars["kld"] = kld.detach()
             loss = loss + self.config.model.kld_weight * kld
         return loss, scalars
+
+    def _draw_points(self, generator: torch.Generator, batch: int) -> Points:
+        mc, size = self.config.mc_integral, self.config.size
+        if mc.q_sample == size[0] * size[1]:
+            return Points(size)
+        return draw_points(mc.type, generator, batch, size, mc.q_sample, self.device)
 
     def _base_loss(self, prediction: torch.Tensor, target: torch.Tensor, points: Points) -> torch.Tensor:
         diffusion, model = self.config.diffusion, self.config.model

@@ -71,7 +71,7 @@ class Trainer:
             lr=optim.learning_rate,
             betas=(optim.adam_beta1, optim.adam_beta2),
             weight_decay=optim.weight_decay,
-            fused=self.device.type == "cuda",
+            fused=True,
         )
         self.scaler = precision.scaler()
         self.ema = Ema(stage.modules, config.train.ema_decay)
@@ -144,7 +144,7 @@ class Trainer:
 
         self.step += 1
         if self.step % train.ema_update_every == 0:
-            self.ema.update(self.stage.modules)
+            self.ema.update()
         self._accumulate(
             {
                 "loss": loss.detach(),
