@@ -1,0 +1,70 @@
+"""Weight files of networks made elsewhere."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+
+def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file, a PyTorch file (no code in it is run) or a TorchScript archive.
+
+    Raises:
+        ValueError: when there is no such file or it holds no tensors.
+    """
+    path = existing_file(path)
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError:
+        pass
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's notes on archives
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError):
+        return load_script(path).state_dict()
+    state = stored.get("state_dict", stored) if isinstance(stored, dict) else None
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path}: holds no table of tensors; accepted: a state dict")
+    return state
+
+
+def load_script(path: str | Path) -> torch.jit.ScriptModule:
+    """A TorchScript archive on the CPU, in evaluation mode.
+
+    Raises:
+        ValueError: when there is no such file or it is none.
+    """
+    path = existing_file(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.jit.load(str(path), map_location="cpu").eval()
+    except (RuntimeError, ValueError) as error:
+        kinds = "a safetensors file, a PyTorch state dict, a TorchScript archive"
+        raise ValueError(f"{path}: cannot be read ({_first_line(error)}); accepted: {kinds}") from None
+
+
+def existing_file(path: str | Path) -> Path:
+    """`path` with ~ expanded; ValueError unless it is a file."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"--weights={path}: no such file")
+    return path
+
+
+def unavailable(what: str, where: str, error: Exception) -> ValueError:
+    """The error that says that published weights could not be had, and what to do."""
+    return ValueError(
+        f"weights of {what}: not in the cache and not to be had from {where} ({_first_line(error)}); "
+        "accepted: --weights=PATH of that file"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
