@@ -96,6 +96,11 @@ class ModelConfig:
     knn_neighbours: int = option(3, "points averaged into a grid cell", low=1)
     depthwise_sparse: bool = option(True, "depthwise (True) or full (False) sparse convolutions")
     kernel_size: int = option(7, "side of the sparse kernel at the training size; odd", low=1)
+    kernel: str = option(
+        "linear",
+        "sparse kernel: weights; conv, activation, conv (Table 2); or a network of the offset",
+        choices=("linear", "nonlinear", "continuous"),
+    )
     backend: str = option("auto", "sparse operator back end; auto = the fastest installed")
     uno_res: int = option(128, "side of the grid of the inner U-Net", low=1)
     uno_base_channels: int = option(128, "channels of the finest U-Net level", low=1)

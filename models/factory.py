@@ -19,6 +19,7 @@ def _sparse_spec(config: ModelConfig) -> SparseSpec:
         neighbours=config.knn_neighbours,
         convention=config.coordinate_convention,
         backend=config.backend,
+        kernel=config.kernel,
     )
 
 

@@ -8,10 +8,15 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from diffusion.coordinates import Size
+from models.kernels import ContinuousKernel
 from models.layers import Modulation
 from models.operators.base import Backend, Plan
+
+KERNELS = ("linear", "nonlinear", "continuous")
 
 
 class SparseBlock(nn.Module):
@@ -25,7 +30,8 @@ class SparseBlock(nn.Module):
     modulation.
 
     channels: C. kernel_size: k, odd. depthwise: one kernel per channel, else full. takes_skip: whether `forward` gets
-    a skip.
+    a skip. kernel: "linear", k × k weights; "nonlinear", conv, GELU, conv in place of conv (Table 2); "continuous", a
+    network of the offset in place of weights, which needs train_size, the lattice that k refers to.
     time_dim, z_dim: widths of the conditioning, None for none. backend: what computes the convolution.
     """
 
@@ -40,10 +46,16 @@ class SparseBlock(nn.Module):
         time_dim: int | None = None,
         z_dim: int | None = None,
         norm: bool = True,
+        kernel: str = "linear",
+        train_size: Size | None = None,
     ):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"model.kernel_size is {kernel_size}; it must be odd and positive")
+        if kernel not in KERNELS:
+            raise ValueError(f"model.kernel is {kernel!r}; it must be one of {', '.join(KERNELS)}")
+        if kernel == "continuous" and train_size is None:
+            raise ValueError("model.kernel is 'continuous'; the block then needs its train_size")
         if not norm and (time_dim or z_dim):
             raise ValueError("a sparse block without norms cannot be conditioned on time or latent")
         self.backend = backend
@@ -53,11 +65,18 @@ class SparseBlock(nn.Module):
         self.norm2 = nn.LayerNorm(channels) if norm else None
         self.modulation1 = Modulation(channels, time_dim, z_dim)
         self.modulation2 = Modulation(channels, time_dim, z_dim)
-        self.kernel = nn.Parameter(torch.empty(channels, channels // self.groups, kernel_size, kernel_size))
-        self.mlp = nn.Sequential(nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))
         # The published models count all channels in the fan of depthwise kernels too: √C smaller than Conv2d's default.
         bound = 1 / math.sqrt(channels * kernel_size**2)
-        nn.init.uniform_(self.kernel, -bound, bound)
+        shape = (channels, channels // self.groups)
+        if kernel == "continuous":
+            self.kernel = ContinuousKernel(shape, kernel_size, train_size, bound)
+        else:
+            self.kernel = nn.Parameter(torch.empty(*shape, kernel_size, kernel_size))
+        self.mlp = nn.Sequential(nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))
+        self.second_kernel = nn.Parameter(torch.empty_like(self.kernel)) if kernel == "nonlinear" else None
+        for table in (self.kernel, self.second_kernel):
+            if isinstance(table, nn.Parameter):
+                nn.init.uniform_(table, -bound, bound)
 
     def forward(
         self,
@@ -72,8 +91,16 @@ class SparseBlock(nn.Module):
         if self.skip is not None:
             x = self.skip(torch.cat([x, skip], dim=2))  # (B, M, 2C) -> (B, M, C)
         if self.norm1 is None:
-            c = self.backend.conv(x, self.kernel, plan, self.groups)
+            c = self._integral(x, plan)
             return x + c + self.mlp(c)
-        h = self.modulation1(self.norm1(x), e, z)
-        x = self.backend.conv(h, self.kernel, plan, self.groups, residual=x)
+        x = self._integral(self.modulation1(self.norm1(x), e, z), plan, residual=x)
         return x + self.mlp(self.modulation2(self.norm2(x), e, z))
+
+    def _integral(self, h: torch.Tensor, plan: Plan, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Eq. (20), or with a nonlinear kernel a case of eq. (18), at the points."""
+        kernel = self.kernel
+        if isinstance(kernel, ContinuousKernel):
+            kernel = kernel(plan.points.size, plan.extent)
+        elif self.second_kernel is not None:
+            h, kernel = F.gelu(self.backend.conv(h, kernel, plan, self.groups)), self.second_kernel
+        return self.backend.conv(h, kernel, plan, self.groups, residual=residual)

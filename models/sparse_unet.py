@@ -7,6 +7,7 @@ latent.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,8 @@ class SparseSpec:
 
     channels: F. num_blocks: sparse blocks on the way in, and on the way out. kernel_size: side at the training
     lattice, odd.
-    depthwise: one kernel per channel, else full. neighbours: points averaged into a grid node.
+    depthwise: one kernel per channel, else full. neighbours: points averaged into a grid node. kernel: what the
+    kernel is, in `models.sparse_block.KERNELS`.
     convention: name in `diffusion.coordinates.CONVENTIONS`. backend: name in `models.operators.BACKENDS`, or "auto".
     """
 
@@ -37,6 +39,7 @@ class SparseSpec:
     neighbours: int = 3
     convention: str = "cell_centred"
     backend: str = "auto"
+    kernel: str = "linear"
 
     def __post_init__(self):
         if self.convention not in CONVENTIONS:
@@ -65,18 +68,21 @@ class SparseDescent(nn.Module):
         self.backend = get_backend(sparse.backend)
         self.linear_in = nn.Linear(in_channels, sparse.channels)
         self.down_blocks = nn.ModuleList(
-            SparseBlock(
-                sparse.channels,
-                sparse.kernel_size,
-                self.backend,
-                depthwise=sparse.depthwise,
-                time_dim=time_dim,
-                z_dim=z_dim,
-                norm=block_norm,
-            )
-            for _ in range(sparse.num_blocks)
+            self._block(time_dim=time_dim, z_dim=z_dim, norm=block_norm) for _ in range(sparse.num_blocks)
         )
         self.to_grid = nn.Linear(sparse.channels, grid.input_channels)
+
+    def _block(self, **options: Any) -> SparseBlock:
+        spec = self.sparse_spec
+        return SparseBlock(
+            spec.channels,
+            spec.kernel_size,
+            self.backend,
+            depthwise=spec.depthwise,
+            kernel=spec.kernel,
+            train_size=self.train_size,
+            **options,
+        )
 
     @property
     def convention(self) -> CoordinateConvention:
@@ -132,16 +138,7 @@ class SparseUNet(SparseDescent):
         self.grid = GridUNet(grid, time_dim, z_dim)
         self.from_grid = nn.Linear(grid.input_channels, sparse.channels)
         self.up_blocks = nn.ModuleList(
-            SparseBlock(
-                sparse.channels,
-                sparse.kernel_size,
-                self.backend,
-                depthwise=sparse.depthwise,
-                takes_skip=True,
-                time_dim=time_dim,
-                z_dim=z_dim,
-            )
-            for _ in range(sparse.num_blocks)
+            self._block(time_dim=time_dim, z_dim=z_dim, takes_skip=True) for _ in range(sparse.num_blocks)
         )
         self.linear_out = nn.Linear(sparse.channels, out_channels)
 

@@ -96,6 +96,6 @@ class Backend(Protocol):
         """out of the module's equation, plus `residual` if given: (B, M, C) to (B, M, C_out).
 
         `weight` (C_out, C/groups, k, k) is the kernel of the training lattice; the back end resamples it to
-        `plan.extent`.
+        `plan.extent`, unless that is its extent already.
         """
         ...
