@@ -31,10 +31,13 @@ class Command:
     Args:
         doc: the help text (the script's docstring).
         configs: flag name -> stage, for example {"config": LatentConfig, "decoder_config": ImageConfig}.
+        optional: the names among them that may be left out, and are then absent from what `run` hands on.
     """
 
-    def __init__(self, doc: str, configs: dict[str, type[ImageConfig] | type[LatentConfig]]) -> None:
-        self.doc, self.stages = doc, configs
+    def __init__(
+        self, doc: str, configs: dict[str, type[ImageConfig] | type[LatentConfig]], optional: tuple[str, ...] = ()
+    ) -> None:
+        self.doc, self.stages, self.optional = doc, configs, optional
         self.configs: dict[str, ImageConfig | LatentConfig] = {}
         self.overridden: dict[str, list[str]] = {name: [] for name in configs}
         for name, stage in configs.items():
@@ -69,6 +72,9 @@ class Command:
         faults += [f"argument {arg!r}: accepted: flags only, see --help" for arg in positional[1:]]
         for name, stage in self.stages.items():
             if name not in config_files:
+                stray = any(owner == name for owner, _, _ in overrides)
+                if name in self.optional and not stray:
+                    continue
                 faults.append(f"--{name}: missing; accepted: a configuration file, e.g. {_EXAMPLES[stage]}")
                 continue
             try:

@@ -70,8 +70,8 @@ class FolderSource:
 class ZipSource:
     """Image files in a zip archive; names are the archive's."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, field: str = "data.root_dir") -> None:
+        self.path, self._field = path, field
         self._archive: tuple[int, zipfile.ZipFile] | None = None
         self.names = sorted(name for name in self._open_archive().namelist() if is_image_name(name))
 
@@ -81,7 +81,7 @@ class ZipSource:
             try:
                 self._archive = os.getpid(), zipfile.ZipFile(self.path)
             except (zipfile.BadZipFile, OSError) as error:
-                raise ValueError(f"data.root_dir: {self.path} is not a readable zip archive ({error})") from error
+                raise ValueError(f"{self._field}: {self.path} is not a readable zip archive ({error})") from error
         return self._archive[1]
 
     def __getstate__(self) -> dict:
@@ -95,26 +95,26 @@ class ZipSource:
         return f"{info.file_size}-{info.CRC:08x}"
 
 
-def open_source(root_dir: str | os.PathLike) -> FolderSource | ZipSource:
-    """The images below a folder or in a zip.
+def open_source(root_dir: str | os.PathLike, field: str = "data.root_dir") -> FolderSource | ZipSource:
+    """The images below a folder or in a zip; `field` is what a user calls it.
 
     Raises:
         ValueError: nothing there, neither folder nor zip, or no images in it.
     """
-    path = existing_path(root_dir)
-    source = FolderSource(path) if path.is_dir() else ZipSource(path)
+    path = existing_path(root_dir, field)
+    source = FolderSource(path) if path.is_dir() else ZipSource(path, field)
     if not source.names:
-        raise ValueError(f"data.root_dir: no images in {path}, accepted are files ending in {' '.join(EXTENSIONS)}")
+        raise ValueError(f"{field}: no images in {path}, accepted are files ending in {' '.join(EXTENSIONS)}")
     return source
 
 
-def existing_path(root_dir: str | os.PathLike) -> Path:
+def existing_path(root_dir: str | os.PathLike, field: str = "data.root_dir") -> Path:
     """`root_dir` as a path with ~ expanded; ValueError if it is empty or nothing is there."""
     if not str(root_dir):
-        raise ValueError("data.root_dir: empty, accepted is the path of a folder or a zip of images")
+        raise ValueError(f"{field}: empty, accepted is the path of a folder or a zip of images")
     path = Path(root_dir).expanduser()
     if not path.exists():
-        raise ValueError(f"data.root_dir: {path} does not exist, accepted is the path of a folder or a zip of images")
+        raise ValueError(f"{field}: {path} does not exist, accepted is the path of a folder or a zip of images")
     return path
 
 
@@ -135,10 +135,28 @@ def _walk(root: Path) -> Iterator[str]:
         yield from (Path(folder, file).relative_to(root).as_posix() for file in files)
 
 
-def decode_image(encoded: bytes, size: tuple[int, int], channels: int) -> torch.Tensor:
-    """Decode, crop centrally to the aspect ratio of `size`, and reduce with an antialiased Lanczos filter.
+def read_image(encoded: bytes, channels: int) -> Image.Image:
+    """Decode an image file at its own size.
 
     With 1 or 3 channels, transparent parts are shown over white. The orientation stored by cameras is applied.
+
+    Args:
+        encoded: bytes of an image file.
+        channels: 1 grey, 3 RGB, 4 RGB and alpha.
+
+    Raises:
+        ValueError: damaged, or of an unsupported kind.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded)) as opened:
+            opened.load()
+            return with_channels(ImageOps.exif_transpose(opened), channels)
+    except Exception as error:  # decoders raise nearly anything on damaged data
+        raise ValueError(f"cannot be decoded ({_one_line(error)})") from error
+
+
+def decode_image(encoded: bytes, size: tuple[int, int], channels: int) -> torch.Tensor:
+    """Decode as `read_image`, crop centrally to the aspect ratio of `size`, reduce with an antialiased Lanczos filter.
 
     Args:
         encoded: bytes of an image file.
@@ -151,12 +169,7 @@ def decode_image(encoded: bytes, size: tuple[int, int], channels: int) -> torch.
     Raises:
         ValueError: damaged, of an unsupported kind, or smaller than `size` after cropping; says which.
     """
-    try:
-        with Image.open(io.BytesIO(encoded)) as opened:
-            opened.load()
-            image = _to_mode(ImageOps.exif_transpose(opened), _MODES[channels])
-    except Exception as error:  # decoders raise nearly anything on damaged data
-        raise ValueError(f"cannot be decoded ({_one_line(error)})") from error
+    image = read_image(encoded, channels)
     fault = _size_fault(image.size, size)
     if fault:
         raise ValueError(fault)
@@ -264,8 +277,9 @@ class ImageFiles:
         raise ValueError(f"data.root_dir: {self._source.path}: none of {len(self)} images can be decoded")
 
 
-def _to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """8-bit L, RGB or RGBA."""
+def with_channels(image: Image.Image, channels: int) -> Image.Image:
+    """8-bit L, RGB or RGBA, for 1, 3 or 4 channels; transparent parts are shown over white in the first two."""
+    mode = _MODES[channels]
     if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey at 255
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode in ("I", "F"):
