@@ -1,10 +1,11 @@
 """Samplers: pure functions of a denoiser, a state, a process and a source of noise.
 
-They know no network and no resolution. A denoiser maps (x_t, t) to `Denoised`; guidance is a wrapper around it. A
-state x is always mollified: begin with Tξ, or for inversion with T x_0, in any shape (B, ...). `noise` returns
-mollified noise Tξ shaped like x, fresh at each call. Gradients are followed unless the caller disables them.
+They know no network and no resolution. A denoiser maps (x_t, t) to `Denoised`. A state x is always mollified: begin
+with Tξ, or for inversion with T x_0, in any shape (B, ...). `noise` returns mollified noise Tξ shaped like x, fresh at
+each call. Gradients are followed unless the caller disables them.
 
-Each loop calls `callback(i, t, x, denoised)` after its i-th step: t is the step just done, x the state it led to.
+A generating loop hands the state x that its step t led to, to `correct(x, t, denoised)` and goes on with what that
+returns (see `diffusion.conditioning`). Then each loop calls `callback(i, t, x, denoised)`: its i-th step is done.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from diffusion.process import Denoised, Denoiser, DiffusionProcess
 
 Noise = Callable[[], torch.Tensor]
 Callback = Callable[[int, int, torch.Tensor, Denoised], None]
+Correction = Callable[[torch.Tensor, int, Denoised], torch.Tensor]
 
 
 def ancestral_step(
@@ -45,12 +47,14 @@ def ancestral(
     process: DiffusionProcess,
     noise: Noise,
     *,
+    correct: Correction | None = None,
     callback: Callback | None = None,
 ) -> torch.Tensor:
     """Draw T x_0 from x = Tξ by the reverse chain of the process, Ho et al. 2020 in mollified space, section 3.2."""
     for i, step, t in _steps(reversed(range(process.schedule.num_steps)), x):
         denoised = denoise(x, t)
         x = ancestral_step(process, denoised, x, t, noise() if step > 0 else None)
+        x = _corrected(correct, x, step, denoised)
         _report(callback, i, step, x, denoised)
     return x
 
@@ -88,6 +92,7 @@ def ddim(
     eta: float = 0.0,
     noise: Noise | None = None,
     start: int | None = None,
+    correct: Correction | None = None,
     callback: Callback | None = None,
 ) -> torch.Tensor:
     """Draw T x_0 by DDIM, deterministic for eta = 0.
@@ -103,6 +108,54 @@ def ddim(
     for i, step, t in _steps(reversed(range(last + 1)), x):
         denoised = denoise(x, t)
         x = ddim_step(process, denoised, x, t, eta, noise() if eta > 0 and step > 0 else None)
+        x = _corrected(correct, x, step, denoised)
+        _report(callback, i, step, x, denoised)
+    return x
+
+
+def dpmpp_step(
+    process: DiffusionProcess, denoised: Denoised, before: Denoised | None, x: torch.Tensor, t: torch.Tensor
+) -> torch.Tensor:
+    """One step t ≥ 1 of DPM-Solver++ (2M), Lu et al. 2022, algorithm 2, with λ = log √ᾱ/√(1 - ᾱ), h = λ_{t-1} - λ_t:
+
+        x_{t-1} = √(1 - ᾱ_{t-1}) / √(1 - ᾱ_t) · x_t + √ᾱ_{t-1} (1 - e^{-h}) · (x_0 + h / (2 h') · (x_0 - x_0')).
+
+    x_0' is the estimate at step t + 1, h' the length of the step from there; without it the step is that of DDIM.
+    The solver integrates the linear part of the ODE exactly and the estimate to second order, both of which the
+    mollifier leaves as they are: T acts on x_t, x_0 and x_0' alike.
+    before: the estimates of step t + 1, or None.
+    """
+    at = process.schedule.at
+    h = 0.5 * (at("log_snr", t - 1, x) - at("log_snr", t, x))
+    x_0 = denoised.x_0
+    if before is not None:
+        h_before = 0.5 * (at("log_snr", t, x) - at("log_snr", t + 1, x))
+        x_0 = x_0 + h / (2 * h_before) * (x_0 - before.x_0)
+    noise = at("sqrt_one_minus_alpha_bar", t - 1, x) / at("sqrt_one_minus_alpha_bar", t, x)
+    return (noise * x - at("sqrt_alpha_bar", t - 1, x) * torch.expm1(-h) * x_0).to(x.dtype)
+
+
+def dpmpp(
+    denoise: Denoiser,
+    x: torch.Tensor,
+    process: DiffusionProcess,
+    *,
+    start: int | None = None,
+    correct: Correction | None = None,
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    """Draw T x_0 by DPM-Solver++ (2M): the deterministic map of DDIM in the limit, of second order in the steps.
+
+    It wants steps evenly spaced in log-SNR, "logsnr20"; spaced evenly in t, the last ones are too long for it. The
+    first step and the last, to ᾱ = 1 where log-SNR is infinite, are of first order.
+    x, start: as in `ddim`.
+    """
+    before = None
+    for i, step, t in _steps(reversed(range(_level(process, start, "start") + 1)), x):
+        denoised = denoise(x, t)
+        x = denoised.x_0 if step == 0 else dpmpp_step(process, denoised, before, x, t)
+        before = denoised
+        x = _corrected(correct, x, step, denoised)
         _report(callback, i, step, x, denoised)
     return x
 
@@ -145,6 +198,10 @@ def _steps(order: Iterable[int], x: torch.Tensor) -> Iterator[tuple[int, int, to
     """Number the steps and give each as the int64 (B,) that denoisers take."""
     for i, step in enumerate(order):
         yield i, step, torch.full((x.shape[0],), step, dtype=torch.int64, device=x.device)
+
+
+def _corrected(correct: Correction | None, x: torch.Tensor, step: int, denoised: Denoised) -> torch.Tensor:
+    return x if correct is None else correct(x, step, denoised)
 
 
 def _report(callback: Callback | None, i: int, step: int, x: torch.Tensor, denoised: Denoised) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 MAX_BETA = 0.999
+LEAST_SIGNAL = 1 / 127.5  # amplitude √ᾱ at which an image in [-1, 1] is one grey level of 8 bits
 NETWORK_TIME_RANGE = 1000.0  # the network sees t·1000/T, so that models of different T share one time scale
 
 
@@ -102,10 +103,31 @@ def space_timesteps(steps: int, spec: str) -> list[int]:
     return kept
 
 
+def log_snr_timesteps(alpha_bar: torch.Tensor, spec: str) -> list[int]:
+    """The steps that "logsnr20" keeps, ascending: 20 evenly spaced in log ᾱ/(1 - ᾱ), each the nearest that is left.
+
+    They begin at step 0. The last is the noisiest whose signal √ᾱ is still a grey level, since steps beyond it, of
+    which the cosine schedule has some that are far apart in log-SNR, do not show in the image.
+    alpha_bar: float64 (T,). Raises ValueError if there are fewer steps than that.
+    """
+    count = _positive_int(spec.removeprefix("logsnr"), spec)
+    seen = max(int((alpha_bar >= LEAST_SIGNAL**2).sum()), 1)
+    if count > seen:
+        raise ValueError(f"sampling steps are {spec!r}; {seen} of {len(alpha_bar)} steps show a signal, not {count}")
+    log_snr = (alpha_bar.log() - (1 - alpha_bar).log())[:seen]
+    kept: list[int] = []
+    for position, target in enumerate(torch.linspace(log_snr[0], log_snr[-1], count, dtype=torch.float64)):
+        nearest = int((log_snr - target).abs().argmin())
+        free = kept[-1] + 1 if kept else 0
+        kept.append(min(max(nearest, free), seen - count + position))
+    return kept
+
+
 def _positive_int(text: str, spec: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise ValueError(
-            f"sampling steps are {spec!r}; accepted are a number, numbers joined by commas, or ddim and a number"
+            f"sampling steps are {spec!r}; accepted are a number, numbers joined by commas, or ddim or logsnr and a "
+            "number"
         )
     return int(text)
 
@@ -116,6 +138,7 @@ class Schedule:
 
     timestep_map: int64, for every step its index in the process the network was trained on.
     original_steps: number of steps of that process.
+    log_snr: log ᾱ / (1 - ᾱ).
     posterior_*: of q(x_{t-1} | x_t, x_0), eq. (12): the variance; its logarithm, with the zero at t = 0 replaced by the
         entry after it; the factors of x_0 (coef1) and x_t (coef2) in the mean.
     fixed_large_variance: beta, with the entry at t = 0 replaced by posterior_variance[1].
@@ -130,6 +153,7 @@ class Schedule:
     sqrt_alpha_bar: torch.Tensor = field(init=False)
     sqrt_one_minus_alpha_bar: torch.Tensor = field(init=False)
     log_one_minus_alpha_bar: torch.Tensor = field(init=False)
+    log_snr: torch.Tensor = field(init=False)
     sqrt_recip_alpha_bar: torch.Tensor = field(init=False)
     sqrt_recipm1_alpha_bar: torch.Tensor = field(init=False)
     log_betas: torch.Tensor = field(init=False)
@@ -157,6 +181,7 @@ class Schedule:
             "sqrt_alpha_bar": alpha_bar.sqrt(),
             "sqrt_one_minus_alpha_bar": (1 - alpha_bar).sqrt(),
             "log_one_minus_alpha_bar": (1 - alpha_bar).log(),
+            "log_snr": alpha_bar.log() - (1 - alpha_bar).log(),
             "sqrt_recip_alpha_bar": (1 / alpha_bar).sqrt(),
             "sqrt_recipm1_alpha_bar": (1 / alpha_bar - 1).sqrt(),
             "log_betas": betas.log(),
@@ -183,9 +208,14 @@ class Schedule:
     def respace(self, kept: str | Iterable[int]) -> Schedule:
         """The schedule that visits only some steps, with the same alpha_bar at them.
 
-        kept: a spec of `space_timesteps`, or the indices of the steps, in any order.
+        kept: a spec of `space_timesteps` or `log_snr_timesteps`, or the indices of the steps, in any order.
         """
-        indices = space_timesteps(self.num_steps, kept) if isinstance(kept, str) else sorted(set(kept))
+        if not isinstance(kept, str):
+            indices = sorted(set(kept))
+        elif kept.startswith("logsnr"):
+            indices = log_snr_timesteps(self.alpha_bar, kept)
+        else:
+            indices = space_timesteps(self.num_steps, kept)
         if not indices or indices[0] < 0 or indices[-1] >= self.num_steps:
             raise ValueError(f"kept steps are {indices}; at least one is needed, all from 0 to {self.num_steps - 1}")
         alpha_bar = self.alpha_bar[indices]
