@@ -34,7 +34,7 @@ import torch
 from absl import flags
 from torch import nn
 
-import models.sparse_unet
+import models.coarse_nodes
 import training.image_stage
 from benchmarks.part_clock import BACKWARD, OUTSIDE, Part, PartClock
 from benchmarks.report import circumstances, peak_memory, reset_peak_memory, step_table
@@ -137,8 +137,8 @@ def instrumented(trainer: Trainer, clock: PartClock) -> Iterator[None]:
             replace(module, "forward", clock.timed_both_ways(name, module.forward))
 
         def time_gather(attribute: str, making: str, name: str) -> None:
-            make = clock.timed(making, getattr(models.sparse_unet, attribute))
-            replace(models.sparse_unet, attribute, lambda *args: clock.timed_both_ways(name, make(*args)))
+            make = clock.timed(making, getattr(models.coarse_nodes, attribute))
+            replace(models.coarse_nodes, attribute, lambda *args: clock.timed_both_ways(name, make(*args)))
 
         for name, network in stage.modules.items():
             for block in [*network.down_blocks, *getattr(network, "up_blocks", [])]:

@@ -93,6 +93,11 @@ class ModelConfig:
     nf: int = option(64, "channels of the sparse level", low=1)
     time_emb_dim: int = option(256, "width of the time embedding", low=4)
     num_conv_blocks: int = option(3, "sparse blocks on the way in, and on the way out", low=1)
+    downsampling: str = option(
+        "grid",
+        "from points to the nodes of the U-Net: interpolation to a grid, or subsets of the points (Table 2)",
+        choices=("grid", "random", "equidistant"),
+    )
     knn_neighbours: int = option(3, "points averaged into a grid cell", low=1)
     depthwise_sparse: bool = option(True, "depthwise (True) or full (False) sparse convolutions")
     kernel_size: int = option(7, "side of the sparse kernel at the training size; odd", low=1)

@@ -6,16 +6,20 @@ copies. Letters: B batch, C channels, H × W grid of the level at hand, D output
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.coarse_nodes import SUBSETS, Pyramid
 from models.layers import Attention, Modulation
+from models.point_conv import PointConv, Stencil
 from models.spectral import SpectralConv
 
 CONV_TYPES = ("conv", "spectral")
+NODES = ("grid", *SUBSETS)
 _HEAD_WIDTH = 128  # hidden channels of the U-Net's output layers
 
 
@@ -26,7 +30,8 @@ class GridSpec:
     resolution: side of the grid. base_channels: channels of the finest level, `mults` times it after each level.
     blocks_per_level: residual blocks of each level. attention_resolutions: sides at which a level attends.
     dropout: rate, active where the side is at most `dropout_resolution`. conv_type: "conv" or "spectral".
-    attention: "sdpa" or "flash_attn".
+    attention: "sdpa" or "flash_attn". nodes: "grid", or how subsets of the points are drawn in its place, level by
+    level; features are then (B, N, 1, C), and the networks take the `Pyramid` of the subsets.
     """
 
     resolution: int
@@ -38,6 +43,7 @@ class GridSpec:
     dropout_resolution: int = 0
     conv_type: str = "conv"
     attention: str = "sdpa"
+    nodes: str = "grid"
 
     def __post_init__(self):
         levels = len(self.mults)
@@ -53,6 +59,12 @@ class GridSpec:
             )
         if self.conv_type not in CONV_TYPES:
             raise ValueError(f"model.uno_conv_type is {self.conv_type!r}; it must be one of {', '.join(CONV_TYPES)}")
+        if self.nodes not in NODES:
+            raise ValueError(f"model.downsampling is {self.nodes!r}; it must be one of {', '.join(NODES)}")
+        if self.nodes != "grid" and self.conv_type != "conv":
+            raise ValueError(
+                f"model.uno_conv_type is {self.conv_type!r}; with model.downsampling={self.nodes!r} it must be 'conv'"
+            )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -68,6 +80,16 @@ class GridSpec:
     def input_channels(self) -> int:
         """Channels a grid network takes: those of the finest level."""
         return self.base_channels
+
+    @property
+    def layer(self) -> str:
+        """What stands for a convolution: "conv", "spectral" or, between points, "points"."""
+        return self.conv_type if self.nodes == "grid" else "points"
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Side of every level's grid."""
+        return tuple(self.side(level) for level in range(len(self.mults)))
 
     def side(self, level: int) -> int:
         """Side of a level's grid."""
@@ -92,6 +114,8 @@ def _conv(conv_type: str, c_in: int, c_out: int, resize: str = "same") -> nn.Mod
     """A 3×3 convolution, or the layer that stands for it, which keeps, halves or doubles the side."""
     if conv_type == "spectral":
         return SpectralConv(c_in, c_out, resize)
+    if conv_type == "points":
+        return PointConv(c_in, c_out)  # the stencil says where from and where to
     if resize == "double":
         return _ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1)
     return _Conv2d(c_in, c_out, 3, stride=2 if resize == "half" else 1, padding=1)
@@ -112,11 +136,18 @@ class GridBlock(nn.Module):
         self.conv_out = _conv(conv_type, c_out, c_out)
         self.shortcut = nn.Identity() if c_in == c_out else nn.Linear(c_in, c_out)
 
-    def forward(self, x: torch.Tensor, e: torch.Tensor | None, z: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, e: torch.Tensor | None, z: torch.Tensor | None, *stencil: Stencil
+    ) -> torch.Tensor:
         """x: (B, H, W, c_in); e: (B, time_dim); z: (B, z_dim). Returns (B, H, W, c_out)."""
-        h = self.conv_in(F.gelu(self.norm_in(x)))
+        h = self.conv_in(F.gelu(self.norm_in(x)), *stencil)
         h = self.modulation(self.norm_out(h), e, z)
-        return self.shortcut(x) + self.conv_out(self.dropout(F.gelu(h)))
+        return self.shortcut(x) + self.conv_out(self.dropout(F.gelu(h)), *stencil)
+
+
+def _stencil(of_levels: Sequence[Stencil] | None, level: int) -> tuple[Stencil, ...]:
+    """What a level's convolutions take beside features: nothing on a grid, the level's stencil between points."""
+    return () if of_levels is None else (of_levels[level],)
 
 
 class GridLevel(nn.Module):
@@ -135,13 +166,13 @@ class GridLevel(nn.Module):
         super().__init__()
         side, count = spec.side(level), spec.blocks_per_level[level]
         self.blocks = nn.ModuleList(
-            GridBlock(*channels, time_dim, z_dim, _dropout(spec, level), spec.conv_type) for _ in range(count)
+            GridBlock(*channels, time_dim, z_dim, _dropout(spec, level), spec.layer) for _ in range(count)
         )
         attends = side in spec.attention_resolutions
         self.attentions = nn.ModuleList(
             Attention(channels[1], spec.attention) if attends else nn.Identity() for _ in range(count)
         )
-        self.resample = _conv(spec.conv_type, channels[1], next_channels, resize)
+        self.resample = _conv(spec.layer, channels[1], next_channels, resize)
 
 
 def _dropout(spec: GridSpec, level: int) -> float:
@@ -162,25 +193,26 @@ class GridTrunk(nn.Module):
             )
             for level, width in enumerate(widths[:-1])
         )
-        middle = (widths[-1], widths[-1], time_dim, z_dim, _dropout(spec, last), spec.conv_type)
+        middle = (widths[-1], widths[-1], time_dim, z_dim, _dropout(spec, last), spec.layer)
         self.mid_block1 = GridBlock(*middle)
         self.mid_attention = Attention(widths[-1], spec.attention)
         self.mid_block2 = GridBlock(*middle)
 
     def descend(
-        self, x: torch.Tensor, e: torch.Tensor | None, z: torch.Tensor | None
+        self, x: torch.Tensor, e: torch.Tensor | None, z: torch.Tensor | None, pyramid: Pyramid | None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """x: (B, H, W, C). Returns the coarsest features and, finest first, the output of every block."""
+        same, down = (None, None) if pyramid is None else (pyramid.same, pyramid.down)
         if self.appends_coordinates:
             x = torch.cat([x, _coordinate_channels(x)], dim=3)  # (B, H, W, C + 2)
         h, skips = self.fc0(x), []
-        for level in self.downs:
+        for depth, level in enumerate(self.downs):
             for block, attention in zip(level.blocks, level.attentions):
-                h = attention(block(h, e, z))
+                h = attention(block(h, e, z, *_stencil(same, depth)))
                 skips.append(h)
-            h = level.resample(h)  # (B, H/2, W/2, C'), or (B, H, W, C') after the last
-        h = self.mid_block1(h, e, z)
-        return self.mid_block2(self.mid_attention(h), e, z), skips
+            h = level.resample(h, *_stencil(down, depth))  # (B, H/2, W/2, C'), or (B, H, W, C') after the last
+        h = self.mid_block1(h, e, z, *_stencil(same, -1))
+        return self.mid_block2(self.mid_attention(h), e, z, *_stencil(same, -1)), skips
 
 
 def _coordinate_channels(x: torch.Tensor) -> torch.Tensor:
@@ -210,13 +242,16 @@ class GridUNet(GridTrunk):
         self.fc1 = nn.Linear(widths[0], _HEAD_WIDTH)
         self.fc2 = nn.Linear(_HEAD_WIDTH, spec.input_channels)
 
-    def forward(self, x: torch.Tensor, e: torch.Tensor | None, z: torch.Tensor | None) -> torch.Tensor:
-        """x: (B, H, W, C); e: (B, time_dim); z: (B, z_dim)."""
-        h, skips = self.descend(x, e, z)
-        for level in self.ups:
+    def forward(
+        self, x: torch.Tensor, e: torch.Tensor | None, z: torch.Tensor | None, pyramid: Pyramid | None = None
+    ) -> torch.Tensor:
+        """x: (B, H, W, C); e: (B, time_dim); z: (B, z_dim); pyramid: of the nodes where they are points."""
+        same, up = (None, None) if pyramid is None else (pyramid.same, pyramid.up)
+        h, skips = self.descend(x, e, z, pyramid)
+        for depth, level in zip(reversed(range(len(self.ups))), self.ups):
             for block, attention in zip(level.blocks, level.attentions):
-                h = attention(block(torch.cat([h, skips.pop()], dim=3), e, z))
-            h = level.resample(h)  # (B, 2H, 2W, C'), or (B, H, W, C') after the last
+                h = attention(block(torch.cat([h, skips.pop()], dim=3), e, z, *_stencil(same, depth)))
+            h = level.resample(h, *_stencil(up, depth))  # (B, 2H, 2W, C'), or (B, H, W, C') after the last
         return self.fc2(F.gelu(self.fc1(h)))
 
 
@@ -227,6 +262,6 @@ class GridEncoder(GridTrunk):
         super().__init__(spec, None, None)
         self.fc1 = nn.Linear(spec.widths[-1], out_channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h, _ = self.descend(x, None, None)
+    def forward(self, x: torch.Tensor, pyramid: Pyramid | None = None) -> torch.Tensor:
+        h, _ = self.descend(x, None, None, pyramid)
         return self.fc1(h)

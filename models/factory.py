@@ -34,6 +34,7 @@ def _grid_spec(config: ModelConfig) -> GridSpec:
         dropout_resolution=config.uno_dropout_from_resolution,
         conv_type=config.uno_conv_type,
         attention=config.attention,
+        nodes=config.downsampling,
     )
 
 

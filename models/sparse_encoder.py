@@ -54,8 +54,9 @@ class SparseEncoder(SparseDescent):
         A stochastic encoder returns an `Encoding` with z = mu + exp(logvar/2)·noise, noise (B, D) standard normal;
         without noise z is mu. Raises ValueError when shapes do not fit or there are fewer points than neighbours.
         """
-        _, _, grid = self.descend(x, points, self.plan(x, points))
-        h = self.grid(grid).mean(dim=(1, 2))  # (B, U', U', D) -> (B, D)
+        plan, nodes = self.plan(x, points), self.nodes(x, points)
+        _, grid = self.descend(x, plan, nodes)
+        h = self.grid(grid, nodes.pyramid).mean(dim=(1, 2))  # (B, U', U', D) -> (B, D)
         z = self.linear_out(h)
         if self.mu is None:
             return z

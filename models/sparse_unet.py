@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from diffusion.coordinates import CONVENTIONS, CoordinateConvention, Points, Size
+from models.coarse_nodes import GridNodes, PointNodes
 from models.conv_uno import GridSpec, GridUNet
-from models.interpolation import grid_to_points, points_to_grid
 from models.layers import sinusoidal_features
 from models.operators import get_backend
 from models.operators.base import Plan, lattice_extent
@@ -98,19 +98,28 @@ class SparseDescent(nn.Module):
         extent = lattice_extent(kernel_size, points.size, self.train_size)
         return self.backend.plan(points, x.shape[0], extent, kernel_size, x.device)
 
+    def nodes(self, x: torch.Tensor, points: Points) -> GridNodes | PointNodes:
+        """The nodes of the inner network for points with features x (B, M, C)."""
+        spec, grid, batch = self.sparse_spec, self.grid_spec, x.shape[0]
+        if grid.nodes == "grid":
+            return GridNodes(points, batch, grid.resolution, spec.neighbours, self.convention, x.device)
+        return PointNodes(points, batch, grid.nodes, grid.sides, spec.neighbours, self.convention, x.device)
+
     def descend(
-        self, x: torch.Tensor, points: Points, plan: Plan, e: torch.Tensor | None = None, z: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-        """x: (B, M, C). Returns point features (B, M, F), the output of every block, and grid features (B, U, U, G)."""
-        spec, size = self.sparse_spec, self.grid_spec.size
+        self,
+        x: torch.Tensor,
+        plan: Plan,
+        nodes: GridNodes | PointNodes,
+        e: torch.Tensor | None = None,
+        z: torch.Tensor | None = None,
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """x: (B, M, C). Returns the output (B, M, F) of every block, and node features (B, U, U, G)."""
         h, skips = self.linear_in(x), []  # (B, M, F)
         for block in self.down_blocks:
             h = block(h, plan, e=e, z=z)
             skips.append(h)
-        gather = points_to_grid(points, x.shape[0], size, spec.neighbours, self.convention, x.device)
         # Weights sum to one, so the projection may follow the average: it then runs on U² nodes instead of M points.
-        grid = self.to_grid(gather(h)).unflatten(1, size)  # (B, U², F) -> (B, U, U, G)
-        return h, skips, grid
+        return skips, self.to_grid(nodes.enter(h))  # (B, U, U, F) -> (B, U, U, G)
 
 
 class SparseUNet(SparseDescent):
@@ -152,11 +161,10 @@ class SparseUNet(SparseDescent):
             given = None if z is None else tuple(z.shape)
             wanted = None if self.z_dim is None else (x.shape[0], self.z_dim)
             raise ValueError(f"z is {given}; this denoiser needs {wanted}")
-        plan = self.plan(x, points)
+        plan, nodes = self.plan(x, points), self.nodes(x, points)
         e = self.time_mlp(sinusoidal_features(t, self.time_dim).to(self.linear_in.weight.dtype))  # (B, time_dim)
-        h, skips, grid = self.descend(x, points, plan, e, z)
-        grid = self.grid(grid, e, z).flatten(1, 2)  # (B, U², G)
-        h = self.from_grid(grid_to_points(points, x.shape[0], self.grid_spec.size, self.convention, x.device)(grid))
+        skips, grid = self.descend(x, plan, nodes, e, z)
+        h = self.from_grid(nodes.leave(self.grid(grid, e, z, nodes.pyramid)))  # (B, M, F)
         for block in self.up_blocks:
             h = block(h, plan, skip=skips.pop(), e=e, z=z)  # (B, M, F)
         return self.linear_out(h)

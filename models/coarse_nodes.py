@@ -1,0 +1,166 @@
+"""The nodes of the inner U-Net, and the way from the points to them and back.
+
+The paper (section 4.2) names two ways to downsample a function known at points: "(1) selecting a subset of coordinates
+and (2) interpolating points to a regularly spaced grid". Its model takes the second, once, and halves the grid after
+that (`GridNodes`). The ablation "sparse downsampling" of Table 2 takes the first throughout (`PointNodes`), "performed
+by randomly subsampling coordinates" or by equidistant subsampling: level l of the U-Net has as many points as the
+grid would have nodes, each level a subset of the one above, and every 3 × 3 convolution is that of `point_conv`.
+
+Letters: B batch, C channels, M points, U side of the grid, N nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+
+from diffusion.coordinates import CoordinateConvention, Points
+from models.interpolation import WeightedGather, grid_to_points, points_to_grid
+from models.point_conv import Stencil, stencil_between
+
+SUBSETS = ("random", "equidistant")
+_LAST = torch.iinfo(torch.int64).max
+
+
+class GridNodes:
+    """A regular U × U grid: weighted mean of the nearest points one way, bilinear reading the other."""
+
+    pyramid = None
+
+    def __init__(
+        self, points: Points, batch: int, side: int, neighbours: int, convention: CoordinateConvention, device
+    ) -> None:
+        self._geometry = (points, batch, (side, side))
+        self._neighbours, self._convention, self._device = neighbours, convention, device
+
+    def enter(self, h: torch.Tensor) -> torch.Tensor:
+        """Features at the points (B, M, C) to nodes (B, U, U, C)."""
+        gather = points_to_grid(*self._geometry, self._neighbours, self._convention, self._device)
+        return gather(h).unflatten(1, self._geometry[2])
+
+    def leave(self, nodes: torch.Tensor) -> torch.Tensor:
+        """Features at the nodes (B, U, U, C) to points (B, M, C)."""
+        return grid_to_points(*self._geometry, self._convention, self._device)(nodes.flatten(1, 2))
+
+
+@dataclass(frozen=True, eq=False)
+class Pyramid:
+    """Stencils of a U-Net on nested subsets of points, one per level, finest first.
+
+    same: within a level. down: to the next level; the last level keeps its points. up: to the level before; the first
+    keeps its points.
+    """
+
+    same: Sequence[Stencil]
+    down: Sequence[Stencil]
+    up: Sequence[Stencil]
+
+    def expand(self, batch: int) -> Pyramid:
+        """The pyramid of one item for a batch of items with the same points."""
+        parts = ([stencil.expand(batch) for stencil in part] for part in (self.same, self.down, self.up))
+        return Pyramid(*parts)
+
+
+class PointNodes:
+    """Nested subsets of the points; level l holds min(M, side_l²) of them.
+
+    The subset is a function of the set of points: the same lattice gives the same nodes in every step of a sampler, and
+    other draws of points give others. Interpolation back to the points is over the nearest nodes.
+    """
+
+    def __init__(
+        self,
+        points: Points,
+        batch: int,
+        kind: str,
+        sides: Sequence[int],
+        neighbours: int,
+        convention: CoordinateConvention,
+        device: torch.device,
+    ) -> None:
+        counts = tuple(min(points.count, side**2) for side in sides)
+        if points.index is None:
+            chosen, pyramid = _of_full_lattice(points.size, kind, tuple(sides), counts, device)
+        else:
+            chosen, pyramid = _levels(points, kind, sides, counts, device)
+        self.pyramid = pyramid.expand(batch)
+        self._chosen = chosen.expand(batch, -1)
+        self._points, self._neighbours, self._convention = points, neighbours, convention
+        self._nodes = Points(points.size, points.ids(device).gather(1, chosen))
+
+    def enter(self, h: torch.Tensor) -> torch.Tensor:
+        """Features at the points (B, M, C) to nodes (B, N, 1, C): those of the points chosen."""
+        return h.gather(1, self._chosen.unsqueeze(2).expand(-1, -1, h.shape[2])).unsqueeze(2)
+
+    def leave(self, nodes: torch.Tensor) -> torch.Tensor:
+        """Features at the nodes (B, N, 1, C) to points (B, M, C): mean of the nearest by inverse squared distance."""
+        nodes = nodes.squeeze(2)
+        if self._nodes.count == self._points.count:
+            return torch.empty_like(nodes).scatter(1, self._chosen.unsqueeze(2).expand_as(nodes), nodes)
+        batch, size = len(nodes), self._points.size
+        gather = points_to_grid(self._nodes, batch, size, self._neighbours, self._convention, nodes.device)
+        if self._points.index is None:
+            return gather(nodes)
+        ids = self._points.index.unsqueeze(2).expand(-1, -1, self._neighbours)  # the pixels' rows of the gather
+        rows, weights = (part.unflatten(0, (batch, -1)).gather(1, ids) for part in (gather.rows, gather.weights))
+        return WeightedGather(batch, rows.flatten(0, 1), weights.flatten(0, 1))(nodes)
+
+
+@lru_cache(maxsize=4)
+def _of_full_lattice(
+    size: tuple[int, int], kind: str, sides: tuple[int, ...], counts: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor, Pyramid]:
+    return _levels(Points(size), kind, sides, counts, device)
+
+
+def _levels(
+    points: Points, kind: str, sides: Sequence[int], counts: Sequence[int], device: torch.device
+) -> tuple[torch.Tensor, Pyramid]:
+    """Positions of the nodes in the list of points, (B, N) or (1, N), and the stencils between the levels."""
+    if kind not in SUBSETS:
+        raise ValueError(f"the subset of points is {kind!r}; it must be one of {', '.join(SUBSETS)}")
+    ids = points.ids(device)
+    picks = max((count for count in counts if count < points.count), default=0)  # a level that takes all needs none
+    order = _random_order(ids) if kind == "random" else _farthest_first(points, ids, picks)
+    chosen = order[:, : counts[0]]
+    levels = [Points(points.size, ids.gather(1, order[:, :count])) for count in counts]
+    same = [stencil_between(level, level, side) for level, side in zip(levels, sides)]
+    down = [stencil_between(*pair, side) for pair, side in zip(pairwise(levels), sides)]
+    up = [stencil_between(*pair, side) for pair, side in zip(zip(levels[1:], levels), sides[1:])]
+    return chosen, Pyramid(same, [*down, same[-1]], [same[0], *up])
+
+
+def _random_order(ids: torch.Tensor) -> torch.Tensor:
+    """A permutation (B, M) of the points of each item that looks random and follows from the set of their ids."""
+    salt = _scramble(ids).sum(1, keepdim=True)
+    return _scramble(ids ^ salt).argsort(1)  # a bijection: no two keys are equal
+
+
+def _scramble(x: torch.Tensor) -> torch.Tensor:
+    """A bijection of int64 that mixes all bits (the finaliser of SplitMix64; products wrap)."""
+    x = (x ^ (x >> 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+def _farthest_first(points: Points, ids: torch.Tensor, picks: int) -> torch.Tensor:
+    """Equidistant subsampling: a permutation (B, M) that begins with `picks` points, each farthest from those before.
+
+    The lowest id comes first and decides ties. Distances are those in the unit square times H·W: exact integers.
+    """
+    size = points.size
+    row = ids.div(size[1], rounding_mode="floor") * size[1]
+    col = ids.remainder(size[1]) * size[0]
+    nearest = torch.full_like(ids, _LAST)
+    rank = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1) + picks  # the rest keep their order
+    for pick in range(picks):
+        candidates = ids.where(nearest == nearest.amax(1, keepdim=True), _LAST)
+        chosen = candidates.argmin(1, keepdim=True)  # (B, 1)
+        rank.scatter_(1, chosen, pick)
+        distance = (row - row.gather(1, chosen)).square() + (col - col.gather(1, chosen)).square()
+        nearest = torch.minimum(nearest, distance)
+    return rank.argsort(1)
