@@ -1,0 +1,94 @@
+"""Who may import what, and that optional packages stay optional."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OPTIONAL = (
+    "wandb",
+    "lpips",
+    "cleanfid",
+    "open_clip",
+    "torchsparse",
+    "spconv",
+    "flash_attn",
+    "lmdb",
+    "matplotlib",
+    "triton",
+)
+
+# Package -> the project's packages and the third-party ones it may import (anywhere in a file).
+ALLOWED = {
+    "diffusion": {"diffusion", "torch", "numpy"},
+    "models": {"models", "diffusion", "configs", "torch", "flash_attn", "numpy"},
+    "data": {"data", "torch", "numpy", "PIL", "tqdm", "lmdb"},
+    "configs": {"configs", "ml_collections", "absl"},
+    "generation": {"generation", "configs", "data", "diffusion", "models", "training", "torch", "numpy", "PIL", "tqdm"},
+    "training": {"training", "configs", "data", "diffusion", "generation", "models", "torch", "torchvision",
+                 "safetensors", "tqdm", "wandb"},
+}  # fmt: skip
+TRAINER = {"configs.schema", "diffusion.noise", "training.checkpoint", "training.ema", "training.precision",
+           "training.run_dir"}  # fmt: skip
+
+
+def imports(file: Path) -> set[str]:
+    """Modules imported anywhere in a file."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found.add(node.module)
+    return found
+
+
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_packages_keep_to_their_layer(package):
+    assert files(package)
+    for file in files(package):
+        for module in imports(file):
+            top = module.split(".")[0]
+            assert top in ALLOWED[package] or top in sys.stdlib_module_names, f"{file.name} imports {module}"
+
+
+def test_mathematics_touches_no_file_clock_or_environment():
+    for file in files("diffusion"):
+        assert not imports(file) & {"os", "pathlib", "io", "time", "random", "logging", "sys"}, file
+
+
+def test_only_the_factory_of_networks_reads_configurations():
+    for file in files("models"):
+        reads = any(module.startswith("configs") for module in imports(file))
+        assert not reads or file.name == "factory.py", file
+
+
+def test_the_loop_knows_no_stage():
+    own = {m for m in imports(ROOT / "training/trainer.py") if m.split(".")[0] in ALLOWED}
+    assert own <= TRAINER
+
+
+def test_everything_imports_without_optional_packages():
+    modules = [".".join(f.relative_to(ROOT).with_suffix("").parts) for package in ALLOWED for f in files(package)]
+    modules += [f.stem for f in ROOT.glob("train_*.py")]
+    code = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({OPTIONAL!r}))\n"  # None makes an import fail
+        "import importlib\n"
+        f"for name in {modules!r}: importlib.import_module(name.removesuffix('.__init__'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_scripts_are_thin():
+    for file in ROOT.glob("train_*.py"):
+        assert len(file.read_text().splitlines()) <= 80, file
