@@ -13,7 +13,7 @@ from configs.stored import config_from
 from diffusion.coordinates import Points, Size, image_to_points, points_to_image
 from diffusion.noise import derive_seed, function_noise
 from diffusion.process import Denoiser
-from diffusion.samplers import ancestral, ddim, ddim_invert
+from diffusion.samplers import ancestral, ddim, ddim_invert, dpmpp
 from generation.factory import build_image_process
 from generation.latent_prior import LatentPrior
 from models.factory import build_denoiser, build_encoder
@@ -29,12 +29,13 @@ WEIGHTS = "weights.safetensors"
 class SamplingOptions:
     """How images are drawn from noise.
 
-    steps: step subset, "100", "ddim50" or "10,15,20". sampler: "ddim" or "ddpm". eta: noise of DDIM, in [0, 1].
+    steps: step subset, "100", "ddim50", "10,15,20" or "logsnr20"; by default 100, and 20 for "dpmpp", which takes a
+    mere number as that many steps even in log-SNR. sampler: "ddim", "ddpm" or "dpmpp". eta: noise of DDIM, in [0, 1].
     inv_snr: inverse signal-to-noise ratio of the Wiener filter that undoes the mollifier. clip: keep estimates of the
     clean image in [−1, 1]; without it DDIM inverts `encode_stochastic` exactly in the limit of many steps.
     """
 
-    steps: str = "100"
+    steps: str | None = None
     sampler: str = "ddim"
     eta: float = 0.0
     inv_snr: float = 0.05
@@ -45,8 +46,14 @@ class SamplingOptions:
             raise ValueError(f"sampler={self.sampler!r}; accepted: {', '.join(SAMPLERS)}")
         if not 0.0 <= self.eta <= 1.0:
             raise ValueError(f"eta={self.eta}; accepted: 0 to 1")
+        if self.eta > 0 and self.sampler != "ddim":
+            raise ValueError(f"eta={self.eta}; accepted: 0, since {self.sampler} has no such choice")
         if self.inv_snr <= 0:
             raise ValueError(f"inv_snr={self.inv_snr}; accepted: a number > 0")
+        steps = self.steps or _DEFAULT_STEPS[self.sampler]
+        if self.sampler == "dpmpp" and steps.isdecimal():
+            steps = f"logsnr{steps}"
+        object.__setattr__(self, "steps", steps)
 
 
 class InftyDiff:
@@ -166,6 +173,8 @@ class InftyDiff:
         denoise = self.denoiser_at(latents, tuple(noise.shape[-2:]), options.steps, options.clip)
         if options.sampler == "ddpm":
             x = ancestral(denoise, noise, process, step_noise, callback=callback)
+        elif options.sampler == "dpmpp":
+            x = dpmpp(denoise, noise, process, callback=callback)
         else:
             x = ddim(denoise, noise, process, eta=options.eta, noise=step_noise, callback=callback)
         return self.deblur(x, options.inv_snr) if deblur else x
@@ -233,4 +242,5 @@ class InftyDiff:
         return self.process.respaced(steps).denoiser(network, clip)
 
 
-SAMPLERS = ("ddim", "ddpm")
+_DEFAULT_STEPS = {"ddim": "100", "ddpm": "100", "dpmpp": "20"}
+SAMPLERS = tuple(_DEFAULT_STEPS)

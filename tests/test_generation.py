@@ -39,13 +39,13 @@ def model(tmp_path_factory) -> InftyDiff:
 
 
 @pytest.mark.parametrize("size", [(16, 12), (24, 24), (13, 29)])
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp"])
 def test_an_image_depends_on_its_seed_alone(model, size, sampler):
     options = SamplingOptions(steps="3", sampler=sampler)
     together = model.sample([7, 3, 11], size, options, latent_steps="4")
     alone = model.sample([3], size, options, latent_steps="4")
     assert together.shape == (3, 3, *size) and together.isfinite().all()
-    assert (together[1] - alone[0]).abs().max() < 2e-4  # rounding of differently batched products
+    assert (together[1] - alone[0]).abs().max() < 1e-3  # rounding of differently batched products
     assert (together[0] - together[1]).abs().max() > 1e-2
 
 
@@ -113,6 +113,8 @@ def test_faults_are_one_line(model, tmp_path):
         SamplingOptions(sampler="euler")
     with pytest.raises(ValueError, match="eta=2"):
         SamplingOptions(eta=2)
+    with pytest.raises(ValueError, match=r"eta=0.5; accepted: 0, since dpmpp"):
+        SamplingOptions(sampler="dpmpp", eta=0.5)
     with pytest.raises(ValueError, match="inv_snr=0"):
         SamplingOptions(inv_snr=0)
     with pytest.raises(ValueError, match="100"):
