@@ -1,12 +1,10 @@
 """A few numbers of every network, made by our own code once it agreed with the parity vectors; they need no other file.
 
-`python tests/test_models_regression.py` writes them anew, after a change that is meant to change them.
+`PYTHONPATH=. python tests/test_models_regression.py` writes them anew, after a change that is meant to change them.
 """
 
-import json
 from pathlib import Path
 
-import pytest
 import torch
 
 from diffusion.coordinates import Points
@@ -14,15 +12,10 @@ from models.conv_uno import GridSpec
 from models.latent_mlp import MLPSkipNet
 from models.sparse_encoder import SparseEncoder
 from models.sparse_unet import SparseSpec, SparseUNet
+from regression import compare, keep, waves
 
 NUMBERS = Path(__file__).with_name("regression_models.json")
 TOLERANCE = 2e-5  # relative to the largest value, as for the parity vectors
-
-
-def waves(*shape: int, phase: float) -> torch.Tensor:
-    """Numbers in [−1, 1] that depend on no generator."""
-    count = torch.Size(shape).numel()
-    return torch.cos(0.7 * torch.arange(count, dtype=torch.float64) ** 1.3 + phase).float().view(shape)
 
 
 def with_waves(module: torch.nn.Module) -> torch.nn.Module:
@@ -68,13 +61,8 @@ def results() -> dict[str, torch.Tensor]:
 
 
 def test_numbers_are_what_they_were():
-    kept, found = json.loads(NUMBERS.read_text()), results()
-    assert set(kept) == set(found)
-    for name, values in kept.items():
-        tolerance = TOLERANCE * max(map(abs, values))
-        assert found[name].flatten().tolist() == pytest.approx(values, rel=0, abs=tolerance), name
+    compare(NUMBERS, results(), TOLERANCE)
 
 
 if __name__ == "__main__":
-    rounded = {name: [float(f"{v:.7g}") for v in value.flatten().tolist()] for name, value in results().items()}
-    NUMBERS.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in rounded.items()) + "\n}\n")
+    keep(NUMBERS, results())
