@@ -1,4 +1,5 @@
-"""A few numbers of every schedule, mollifier, loss and sampler, made by our own code once it agreed with the parity vectors.
+"""A few numbers of every schedule, mollifier, loss and sampler, made by our own code once it agreed with the parity
+vectors.
 
 `PYTHONPATH=. python tests/test_diffusion_regression.py` writes them anew, after a change that is meant to change them.
 """

@@ -147,6 +147,28 @@ def test_signal_saves_and_stops(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_signal_during_pictures_does_not_wait_for_them(tmp_path):
+    trainer = image_trainer(tmp_path, {"train.plot_samples_steps": 2})
+    drawn = []
+
+    def endless(averaged):
+        drawn.append(trainer.step)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            pass
+
+    trainer.stage.pictures = endless
+    with pytest.raises(SystemExit):
+        trainer.run()
+    assert drawn == [2] and checkpoint_steps(trainer.run_dir.checkpoints) == [2]
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="WORLD_SIZE=4: accepted: 1"):
+        RunDir(micro.image(tmp_path), resume=True)
+
+
 def state(step: int) -> dict:
     return {"step": step, "modules": {"a": torch.arange(5000.0) + step}, "text": "x", "none": None, "list": [1, 2.0]}
 

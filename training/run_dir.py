@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,10 @@ class RunDir:
         self.plain_config: dict[str, Any] = json.loads(json.dumps(asdict(config)))  # as JSON stores it
         self.path = run_path(config)
         self.checkpoints = self.path / "checkpoints"
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']}: accepted: 1; training takes one process, one device"
+            )
         stored = self.path / "config.json"
         if stored.exists():
             if not resume:

@@ -52,6 +52,10 @@ class Stage(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class _StopDrawing(Exception):
+    """A signal arrived while pictures were drawn."""
+
+
 class Trainer:
     """Optimiser, averages, checkpoints and reports around a `Stage`.
 
@@ -80,6 +84,7 @@ class Trainer:
         self.sums: dict[str, torch.Tensor] = {}  # of the scalars since the last log line, kept on the device
         self.summed = 0
         self._signal: int | None = None
+        self._drawing = False
 
     def run(self) -> None:
         """Train up to `train.steps`, continuing the newest checkpoint of the run.
@@ -99,12 +104,14 @@ class Trainer:
                 self.train_step(batch)
                 bar.update()
                 if self.step % train.plot_graph_steps == 0:
-                    now = time.perf_counter()
-                    self._report(bar, (self.step - clock_step) * train.batch_size / (now - clock))
+                    self._check_finite()  # waits for the device, so the clock is read after the work is done
+                    seconds = time.perf_counter() - clock
+                    self._report(bar, (self.step - clock_step) * train.batch_size / seconds)
                     clock, clock_step = time.perf_counter(), self.step
                 done = self.step == train.steps
                 if self.step % train.plot_samples_steps == 0 or done:
-                    self.run_dir.save_images(self.step, self.stage.pictures(self.ema.modules))
+                    self._save_pictures()
+                    clock, clock_step = time.perf_counter(), self.step
                 if self.step % train.checkpoint_steps == 0 or done:
                     self._save()
             if self._signal is not None:
@@ -121,6 +128,18 @@ class Trainer:
     def _on_signal(self, number: int, _: Any) -> None:
         self._signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+        if self._drawing:
+            raise _StopDrawing
+
+    def _save_pictures(self) -> None:
+        """Draw and write the pictures of this step; a signal cuts it short, as they may take minutes."""
+        self._drawing = True
+        try:
+            self.run_dir.save_images(self.step, self.stage.pictures(self.ema.modules))
+        except _StopDrawing:
+            log.info("pictures of step %d were not finished", self.step)
+        finally:
+            self._drawing = False
 
     def train_step(self, batch: torch.Tensor) -> None:
         """One step of the optimiser on `batch` (uint8 images, or latents), and of the averages where they fall due."""
@@ -165,7 +184,6 @@ class Trainer:
         self.summed += 1
 
     def _report(self, bar: tqdm, images_per_second: float) -> None:
-        self._check_finite()
         means = {name: (total / self.summed).item() for name, total in self.sums.items()}
         self.sums, self.summed = {}, 0
         metrics = {
