@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from metrics.weights import read_state_dict, unavailable
+from metrics.weights import cached_or_downloaded, hub_folder, read_state_dict
 
 LPIPS_NETS = {"alex": ("AlexNet_Weights", 31), "vgg": ("VGG16_Weights", 16), "squeeze": ("SqueezeNet1_1_Weights", 17)}
 _WINDOW, _WINDOW_SIGMA = 11, 1.5  # pixels; Wang et al. 2004, section III.B
@@ -111,20 +111,18 @@ def load_lpips(
 def _backbone(module: nn.Module, library, net: str, weights: str | Path | None) -> dict[str, torch.Tensor]:
     """Torchvision's parameters under the names of `module`, whose layer "slice2.3" is torchvision's "features.3"."""
     published = getattr(library, LPIPS_NETS[net][0]).IMAGENET1K_V1
-    if weights is not None:
-        state, where = read_state_dict(weights), str(weights)
-    else:
-        where = published.url
-        try:
-            state = published.get_state_dict(progress=True, check_hash=True)
-        except (OSError, RuntimeError) as error:
-            raise unavailable(f"the {net} backbone of LPIPS", where, error) from None
+    if weights is None:
+        name = published.url.rpartition("/")[2]  # "alexnet-owt-7be5be79.pth": the last part begins its digest
+        cached = hub_folder() / name
+        digest = Path(name).stem.rpartition("-")[2]
+        weights = cached_or_downloaded(f"the {net} backbone of LPIPS", cached, [published.url], digest)
+    state = read_state_dict(weights)
     found = {}
     for name, like in module.state_dict().items():
         key = f"features.{name.partition('.')[2]}"
         if key not in state or state[key].shape != like.shape:
             shape = tuple(like.shape)
-            raise ValueError(f"{where}: has no {key} of shape {shape}; accepted: torchvision's {net} weights")
+            raise ValueError(f"{weights}: has no {key} of shape {shape}; accepted: torchvision's {net} weights")
         found[name] = state[key]
     return found
 

@@ -58,11 +58,33 @@ def existing_file(path: str | Path) -> Path:
     return path
 
 
-def unavailable(what: str, where: str, error: Exception) -> ValueError:
-    """The error that says that published weights could not be had, and what to do."""
-    return ValueError(
-        f"weights of {what}: not in the cache and not to be had from {where} ({_first_line(error)}); "
-        "accepted: --weights=PATH of that file"
+def hub_folder() -> Path:
+    """Where torch and torchvision keep downloaded weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def cached_or_downloaded(what: str, path: Path, urls: list[str], sha256: str | None = None) -> Path:
+    """`path`, filled from the first of `urls` that answers if it is not there yet.
+
+    Args:
+        what: the network, for the message.
+        sha256: beginning of the digest of what the first url gives.
+    Raises:
+        ValueError: when none can be had.
+    """
+    path = path.expanduser()
+    if path.is_file():
+        return path
+    reasons = []
+    for url in urls:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256 if url == urls[0] else None)
+            return path
+        except (OSError, RuntimeError) as error:
+            reasons.append(f"{url} ({_first_line(error)})")
+    raise ValueError(
+        f"weights of {what}: not in {path}, not to be had from {' nor from '.join(reasons)}; accepted: --weights=PATH"
     )
 
 

@@ -1,0 +1,102 @@
+"""Score a folder of samples: FID_CLIP or FID, KID, precision and recall, and for large images patch FID.
+
+    python experiments/calculate_fid.py --samples=checkpoints/ffhq_mollified_256_sampler/samples/256x256_ddim100 \\
+        --config configs/ffhq_256_config.py --config.data.root_dir=ffhq.zip
+
+The reference is the data set of --config, or any folder or zip given as --reference. Weights come from the usual caches
+of torch and open_clip, are downloaded, or are given by --weights; --model=random_features needs none, and measures
+nothing but that everything works. Features of the reference are kept in --cache_dir. The report is printed and written
+as JSON, by default into the folder of the samples. Under torchrun the first process does the work.
+
+--protocol=clean (default) takes the PNGs as they are, and the images of the training split unmirrored.
+--protocol=reference does what the authors do: mollified samples (--save_raw) as float16, Wiener-filtered here and
+cut to 8 bit; reference images mirrored at random; for FFHQ the training and the validation images.
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import flags
+
+from configs.flags import Command, readable_errors
+from configs.schema import ImageConfig
+from data.datasets import SPLITS
+from generation.factory import build_image_process
+from metrics.evaluation import evaluate, table
+from metrics.extractors import EXTRACTORS, open_extractor
+from metrics.features import Extraction
+from metrics.images import DatasetImages, ImageFolder, ImageSet, Mirrored, MollifiedSamples, config_digest
+from training.files import write_json
+from training.precision import pick_device
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("samples", None, "folder or zip of samples")
+flags.DEFINE_string("reference", None, "folder or zip of reference images, instead of --config")
+flags.DEFINE_enum("model", "clip_vit_b_32", EXTRACTORS, "feature extractor")
+flags.DEFINE_string("weights", None, "file of the extractor's weights; default: the usual cache, else a download")
+flags.DEFINE_string("encoder_run", None, "folder of the stage-one run whose encoder --model=encoder takes")
+flags.DEFINE_integer("num_samples", None, "number of samples, the first by name; default: all", lower_bound=2)
+flags.DEFINE_integer("patches", 0, "patches an image for patch FID; 0 = no patch FID", lower_bound=0)
+flags.DEFINE_enum("protocol", "clean", ("clean", "reference"), "how images are prepared; reference = the authors' way")
+flags.DEFINE_enum("split", None, SPLITS, "part of the data set of --config; default: train (see also --protocol)")
+flags.DEFINE_float("inv_snr", 0.05, "inverse signal-to-noise ratio of the Wiener filter of --protocol=reference")
+flags.DEFINE_integer("eval_batch_size", 64, "images in the network at once", lower_bound=1)
+flags.DEFINE_enum("device", "auto", ("auto", "cpu", "cuda"), "device to run on")
+flags.DEFINE_string("cache_dir", str(Extraction.cache_dir), "where features of reference images are kept")
+flags.DEFINE_string("json", None, "file of the report; default: fid_MODEL[_reference].json beside the samples")
+_FLIP_SEED = 0
+
+
+def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
+    config: ImageConfig | None = configs.get("config")
+    if int(os.environ.get("RANK", 0)):
+        return
+    with readable_errors():
+        if not FLAGS.samples:
+            raise ValueError("--samples: missing; accepted: a folder or zip of images")
+        extractor = open_extractor(FLAGS.model, pick_device(FLAGS.device), FLAGS.weights, FLAGS.encoder_run)
+        samples, reference = image_sets(config, extractor.channels)
+        how = Extraction(FLAGS.eval_batch_size, os.cpu_count() or 1, Path(FLAGS.cache_dir))
+        report = evaluate(samples, reference, extractor, how, FLAGS.patches)
+        report["protocol"] = FLAGS.protocol
+        report["config_sha256"] = config_digest(asdict(config)) if config else None
+        manifest = Path(FLAGS.samples) / "manifest.json"
+        report["samples"]["manifest"] = json.loads(manifest.read_text()) if manifest.is_file() else None
+        path = Path(FLAGS.json) if FLAGS.json else default_report(Path(FLAGS.samples))
+        write_json(path, report)
+    print(f"{table(report)}\nwritten: {path}")
+
+
+def image_sets(config: ImageConfig | None, channels: int) -> tuple[ImageSet, ImageSet]:
+    """The samples and the reference images that the command line names."""
+    if (config is None) == (FLAGS.reference is None):
+        raise ValueError("--reference, --config: accepted: exactly one of them")
+    authors = FLAGS.protocol == "reference"
+    if authors and config is None:
+        raise ValueError("--protocol=reference: accepted: with --config, which says how samples were mollified")
+    if authors:
+        mollifier = build_image_process(config).mollifier
+        samples = MollifiedSamples(FLAGS.samples, mollifier, FLAGS.inv_snr, channels, FLAGS.num_samples)
+    else:
+        samples = ImageFolder(FLAGS.samples, channels, "--samples", FLAGS.num_samples)
+    if config is None:
+        return samples, ImageFolder(FLAGS.reference, channels, "--reference")
+    split = FLAGS.split or ("all" if authors and config.data.name == "ffhq" else "train")
+    reference = DatasetImages(config, split, channels)
+    return samples, Mirrored(reference, _FLIP_SEED) if authors else reference
+
+
+def default_report(samples: Path) -> Path:
+    """Where the report goes: into the folder of samples, or beside the zip."""
+    name = f"fid_{FLAGS.model}{'_reference' if FLAGS.protocol == 'reference' else ''}.json"
+    return samples / name if samples.is_dir() else samples.with_name(f"{samples.stem}_{name}")
+
+
+if __name__ == "__main__":
+    Command(__doc__, {"config": ImageConfig}, optional=("config",)).run(main)

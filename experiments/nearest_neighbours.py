@@ -1,0 +1,124 @@
+"""Show the training images nearest to samples by LPIPS (Figures 13 to 15): are samples new, or copies?
+
+    python experiments/nearest_neighbours.py --samples=checkpoints/ffhq_mollified_256_sampler/samples/256x256_ddim100 \\
+        --config configs/ffhq_256_config.py --config.data.root_dir=ffhq.zip --num_samples=8
+
+Left a sample, right its neighbours with their distances, nearest first; written as a picture and as JSON, by default
+beside the folder of the samples. Where training mirrored images, mirror images are searched too. --metric=pixels and
+--metric=random_features need no weights and still find copies.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from absl import flags
+
+from configs.flags import Command, readable_errors
+from configs.schema import ImageConfig
+from metrics.extractors import Extractor, open_extractor, pixels_extractor
+from metrics.features import Extraction
+from metrics.images import DatasetImages, ImageFolder, ImageSet, Mirrored
+from metrics.neighbours import Neighbour, nearest, pixel_distance, random_features_distance, sheet
+from metrics.similarity import LPIPS_NETS, PairDistance, load_lpips
+from training.files import write_atomic, write_json
+from training.precision import pick_device
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("samples", None, "folder or zip of samples")
+flags.DEFINE_string("reference", None, "folder or zip of training images, instead of --config")
+flags.DEFINE_enum("metric", "lpips", ("lpips", "random_features", "pixels"), "distance that orders the neighbours")
+flags.DEFINE_enum("net", "alex", tuple(LPIPS_NETS), "backbone of LPIPS")
+flags.DEFINE_string("weights", None, "torchvision's file of that backbone; default: torch's cache, else a download")
+flags.DEFINE_integer("num_samples", 8, "number of samples, the first by name", lower_bound=1)
+flags.DEFINE_integer("neighbours", 5, "neighbours shown of each", lower_bound=1)
+flags.DEFINE_integer("shortlist", 200, "training images compared by --metric, nearest by a cheap one", lower_bound=1)
+flags.DEFINE_string("encoder_run", None, "stage-one run whose encoder makes the shortlist; default: small pixels")
+flags.DEFINE_bool("mirrored", None, "search mirror images too; default: data.random_flip of --config, else yes")
+flags.DEFINE_enum("device", "auto", ("auto", "cpu", "cuda"), "device to run on")
+flags.DEFINE_string("cache_dir", str(Extraction.cache_dir), "where features of training images are kept")
+flags.DEFINE_string("out", None, "the picture, JSON beside it; default: SAMPLES_neighbours_METRIC.png")
+
+
+def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
+    config: ImageConfig | None = configs.get("config")
+    if int(os.environ.get("RANK", 0)):
+        return
+    with readable_errors():
+        if not FLAGS.samples:
+            raise ValueError("--samples: missing; accepted: a folder or zip of images")
+        if (config is None) == (FLAGS.reference is None):
+            raise ValueError("--reference, --config: accepted: exactly one of them")
+        device = pick_device(FLAGS.device)
+        distance, extractor = open_distance(device), open_shortlist(device)
+        samples = ImageFolder(FLAGS.samples, 3, "--samples", FLAGS.num_samples)
+        training = training_sets(config)
+        how = Extraction(threads=os.cpu_count() or 1, cache_dir=Path(FLAGS.cache_dir))
+        shortlist = max(FLAGS.shortlist, FLAGS.neighbours)
+        found = nearest(samples, training, distance, extractor, how, count=FLAGS.neighbours, shortlist=shortlist)
+        out = Path(FLAGS.out) if FLAGS.out else beside(Path(FLAGS.samples))
+        write_atomic(out, lambda path: sheet(samples, training, found).save(path, format="png"))
+        write_json(out.with_suffix(".json"), report(samples, training, found, extractor))
+    print(f"nearest of {len(training[0])} training images by {FLAGS.metric}: {out}")
+
+
+def open_distance(device: torch.device) -> PairDistance:
+    """The distance of --metric."""
+    if FLAGS.metric == "lpips":
+        return load_lpips(FLAGS.net, FLAGS.weights, device)
+    if FLAGS.weights:
+        raise ValueError(f"--weights={FLAGS.weights}: accepted: with --metric=lpips")
+    return pixel_distance if FLAGS.metric == "pixels" else random_features_distance(device)
+
+
+def open_shortlist(device: torch.device) -> Extractor:
+    """The features that make the shortlist."""
+    if not FLAGS.encoder_run:
+        return pixels_extractor(device)
+    extractor = open_extractor("encoder", device, encoder_run=FLAGS.encoder_run)
+    if extractor.channels != 3:
+        raise ValueError(
+            f"--encoder_run={FLAGS.encoder_run}: of {extractor.channels} channels; accepted: an RGB encoder"
+        )
+    return extractor
+
+
+def training_sets(config: ImageConfig | None) -> list[ImageSet]:
+    """The training images and, if wanted, their mirror images."""
+    images = DatasetImages(config, "train", 3) if config else ImageFolder(FLAGS.reference, 3, "--reference")
+    mirrored = config is None or config.data.random_flip if FLAGS.mirrored is None else FLAGS.mirrored
+    return [images, Mirrored(images)] if mirrored else [images]
+
+
+def report(
+    samples: ImageSet, training: list[ImageSet], found: list[list[Neighbour]], extractor: Extractor
+) -> dict[str, Any]:
+    """What the picture shows, by name."""
+    rows = [
+        {
+            "sample": samples.item_name(i),
+            "neighbours": [{"image": training[n.view].item_name(n.index), "distance": n.distance} for n in row],
+        }
+        for i, row in enumerate(found)
+    ]
+    return {
+        "metric": f"lpips, {FLAGS.net}" if FLAGS.metric == "lpips" else FLAGS.metric,
+        "weights": FLAGS.weights,
+        "shortlist": {"images": max(FLAGS.shortlist, FLAGS.neighbours), "extractor": extractor.identity()},
+        "samples": samples.path,
+        "training": [{"path": images.path, "images": len(images)} for images in training],
+        "nearest": rows,
+    }
+
+
+def beside(samples: Path) -> Path:
+    """Where the picture goes: beside the folder or zip of samples."""
+    return samples.resolve().with_name(f"{samples.resolve().stem}_neighbours_{FLAGS.metric}.png")
+
+
+if __name__ == "__main__":
+    Command(__doc__, {"config": ImageConfig}, optional=("config",)).run(main)

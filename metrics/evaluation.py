@@ -1,0 +1,110 @@
+"""All metrics of a set of samples against a reference set, as a report and as a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from metrics.extractors import Extractor
+from metrics.features import Extraction, cached_features, features
+from metrics.frechet import frechet_distance, gaussian_of, kernel_distance
+from metrics.images import ImageSet
+from metrics.manifold import precision_recall
+
+NEIGHBOURS = 3  # k of precision and recall, as published
+_MANIFOLD_IMAGES = 50_000  # at most, of each set
+_MANIFOLD_SEED = 0
+
+
+def evaluate(
+    samples: ImageSet, reference: ImageSet, extractor: Extractor, how: Extraction, patches: int = 0
+) -> dict[str, Any]:
+    """Fréchet and kernel distance, precision and recall, and with `patches` the Fréchet distance of patches.
+
+    Returns:
+        A report of plain values: the metrics, what they were computed from and how, and warnings.
+    Raises:
+        ValueError: for fewer than two images on either side, or damaged ones.
+    """
+    for name, images in (("--samples", samples), ("reference", reference)):
+        if len(images) < 2:
+            raise ValueError(f"{name}: {images.path} holds {len(images)} image; accepted: at least 2")
+    sizes = [tuple(images[0].shape[:2]) for images in (samples, reference)]
+    real = cached_features(reference, extractor, how, title="reference images")
+    made = features(samples, extractor, how, title="samples")
+    kid, kid_error = kernel_distance(real, made)
+    report = {
+        "metric": extractor.metric,
+        "fid": frechet_distance(gaussian_of(real), gaussian_of(made)),
+        "kid": kid,
+        "kid_standard_error": kid_error,
+        **_precision_recall(real, made),
+        "num_samples": len(samples),
+        "num_reference": len(reference),
+        "feature_dimension": real.shape[1],
+        "extractor": extractor.identity(),
+        "samples": {"path": samples.path, "size": sizes[0], "fingerprint": samples.fingerprint()},
+        "reference": {"path": reference.path, "size": sizes[1], "fingerprint": reference.fingerprint()},
+        "warnings": _warnings(len(samples), len(reference), real.shape[1], sizes, extractor, patches),
+    }
+    if patches:
+        real = cached_features(reference, extractor, how, patches=patches, title="patches of reference images")
+        made = features(samples, extractor, how, patches=patches, title="patches of samples")
+        report |= {"patch_fid": frechet_distance(gaussian_of(real), gaussian_of(made)), "patches_per_image": patches}
+    return report
+
+
+def _precision_recall(real: torch.Tensor, made: torch.Tensor) -> dict[str, Any]:
+    """Of equally many features from both sets, drawn at random from the larger, since both depend on the number."""
+    count = min(len(real), len(made), _MANIFOLD_IMAGES)
+    if count <= NEIGHBOURS:
+        return {"precision": None, "recall": None, "precision_recall_images": count}
+    generator = torch.Generator().manual_seed(_MANIFOLD_SEED)
+    chosen = (x[torch.randperm(len(x), generator=generator)[:count]] if len(x) > count else x for x in (real, made))
+    precision, recall = precision_recall(*chosen, k=NEIGHBOURS)
+    return {"precision": precision, "recall": recall, "precision_recall_images": count}
+
+
+def _warnings(
+    made: int, real: int, dimension: int, sizes: list[tuple[int, int]], extractor: Extractor, patches: int
+) -> list[str]:
+    found = []
+    for count, what in ((made, "samples"), (real, "reference images")):
+        if count <= dimension:
+            found.append(
+                f"{count} {what} for {dimension} feature dimensions: their covariance is singular and the Fréchet "
+                "distance is too large; compare only with values of the same numbers"
+            )
+    if sizes[0] != sizes[1]:
+        found.append(f"samples are {_by(sizes[0])}, reference images {_by(sizes[1])}")
+    if not patches and min(a - b for a, b in zip(sizes[0], extractor.input_size)) > 0:
+        found.append(
+            f"samples of {_by(sizes[0])} are reduced to {_by(extractor.input_size)}, which hides their finest detail; "
+            "--patches=1 measures it"
+        )
+    return found
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people."""
+    rows = [(report["metric"], f"{report['fid']:.4f}")]
+    if "patch_fid" in report:
+        rows.append((f"the same of patches, {report['patches_per_image']} an image", f"{report['patch_fid']:.4f}"))
+    rows.append(("KID × 1000", f"{1000 * report['kid']:.4f} ± {1000 * report['kid_standard_error']:.4f}"))
+    for name in ("precision", "recall"):
+        value = "needs more images" if report[name] is None else f"{report[name]:.4f}"
+        rows.append((f"{name} (k = {NEIGHBOURS}, {report['precision_recall_images']} images)", value))
+    for name, count in (("samples", report["num_samples"]), ("reference", report["num_reference"])):
+        rows.append((name, f"{count} images of {_by(report[name]['size'])}, {report[name]['path']}"))
+    rows.append(("extractor", f"{report['extractor']['name']}, {report['feature_dimension']} dimensions"))
+    rows.append(("resize", report["extractor"]["resize"]))
+    if "protocol" in report:
+        rows.append(("protocol", report["protocol"]))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    return "\n".join(lines + [f"warning: {text}" for text in report["warnings"]])
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"

@@ -1,0 +1,215 @@
+"""Feature extractors by name: what they take, what they give, and where their weights come from."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from generation.infty_diff import WEIGHTS, InftyDiff
+from metrics.resize import Size, clean_resize, clip_resize
+from metrics.weights import cached_or_downloaded, hub_folder, load_script, read_state_dict
+from training.files import file_digest
+
+CLIP_SIDE, INCEPTION_SIDE, RANDOM_SIDE, PIXELS_SIDE = 224, 299, 64, 16
+_CLIP_NAME = "ViT-B-32-quickgelu"  # OpenAI trained with the fast approximation of GELU
+_CLIP_SHA256 = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
+_CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{_CLIP_SHA256}/ViT-B-32.pt"
+_CLIP_HUB = "timm/vit_base_patch32_clip_224.openai"
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+_RANDOM_WIDTHS = (16, 32, 64)
+_RANDOM_SEED = 0
+
+EXTRACTORS = ("clip_vit_b_32", "inception_v3", "random_features", "encoder")
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A network from images to vectors, with the preparation of its input.
+
+    name: as on the command line. metric: what the Fréchet distance of its features is called. resize: the preparation
+    in words. input_size: (h, w) of what `network` takes. channels: of the images. weights: what identifies them.
+    prepare: uint8 (H, W, C) to (h, w, C), values 0 to 255. network: (B, C, h, w) float32, 0 to 255, to (B, D).
+    """
+
+    name: str
+    metric: str
+    resize: str
+    input_size: Size
+    channels: int
+    weights: str
+    prepare: Callable[[np.ndarray], np.ndarray] = field(repr=False)
+    network: Callable[[torch.Tensor], torch.Tensor] = field(repr=False)
+
+    def identity(self) -> dict:
+        """What its features depend on, apart from the images."""
+        return {k: v for k, v in asdict(self).items() if k not in ("prepare", "network", "metric")}
+
+
+def open_extractor(
+    name: str, device: torch.device, weights: str | None = None, encoder_run: str | None = None
+) -> Extractor:
+    """An extractor on a device.
+
+    Args:
+        name: one of EXTRACTORS.
+        weights: file of the weights of clip_vit_b_32 (OpenAI's ViT-B-32.pt or open_clip's file) or inception_v3
+            (inception-2015-12-05.pt); by default from the usual cache, else downloaded.
+        encoder_run: the run whose encoder is meant by "encoder".
+    Raises:
+        ValueError: when the weights cannot be had or do not fit, a package is missing, or an argument does not apply.
+    """
+    if name not in EXTRACTORS:
+        raise ValueError(f"--model={name}; accepted: {', '.join(EXTRACTORS)}")
+    if weights is not None and name not in ("clip_vit_b_32", "inception_v3"):
+        raise ValueError(f"--weights={weights}: {name} takes none; accepted: with clip_vit_b_32 and inception_v3")
+    if (encoder_run is not None) != (name == "encoder"):
+        raise ValueError("--encoder_run: accepted: the folder of a stage-one run, with --model=encoder and only then")
+    if name == "clip_vit_b_32":
+        return _clip(device, weights)
+    if name == "inception_v3":
+        return _inception(device, weights)
+    return _encoder(encoder_run, device) if name == "encoder" else _random_features(device)
+
+
+def pixels_extractor(device: torch.device) -> Extractor:
+    """The pixels of a small, thereby blurred, copy: cheap and good enough to find candidates for neighbours."""
+    size = (PIXELS_SIDE, PIXELS_SIDE)
+    return Extractor(
+        name="pixels", metric="distance of small pixels", resize=_clean_words(size), input_size=size, channels=3,
+        weights="none", prepare=partial(clean_resize, size=size), network=lambda x: x.to(device).flatten(1) / 127.5 - 1,
+    )  # fmt: skip
+
+
+def _clip(device: torch.device, weights: str | None) -> Extractor:
+    """Image embeddings (512) of OpenAI's CLIP ViT-B/32, the features of FID_CLIP (Kynkäänniemi et al. 2023)."""
+    try:
+        import open_clip
+    except ImportError:
+        raise ValueError(
+            "--model=clip_vit_b_32 needs the package open_clip_torch; accepted: pip install open_clip_torch, "
+            "or another --model"
+        ) from None
+    path = Path(weights) if weights is not None else _cached_clip()
+    state = read_state_dict(path)
+    logging.disable(logging.WARNING)  # it warns that weights are random, which the next lines change
+    try:
+        visual = open_clip.create_model(_CLIP_NAME, pretrained=None, precision="fp32").visual
+    finally:
+        logging.disable(logging.NOTSET)
+    _load_visual(visual, state, path)
+    visual.to(device).eval().requires_grad_(False)
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (_CLIP_MEAN, _CLIP_STD))
+    return Extractor(
+        name="clip_vit_b_32", metric="FID_CLIP",
+        resize=f"shorter side to {CLIP_SIDE}, PIL bicubic in 8 bit, central square (clean-fid's for CLIP)",
+        input_size=(CLIP_SIDE, CLIP_SIDE), channels=3, weights=file_digest(path.expanduser()),
+        prepare=partial(clip_resize, side=CLIP_SIDE), network=lambda x: visual((x.to(device) / 255 - mean) / std),
+    )  # fmt: skip
+
+
+def _cached_clip() -> Path:
+    """OpenAI's weights as open_clip, or OpenAI's own package (and so clean-fid), keeps them, else downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    kept = try_to_load_from_cache(_CLIP_HUB, "open_clip_model.safetensors")
+    for path in (kept, Path("~/.cache/clip/ViT-B-32.pt").expanduser()):
+        if isinstance(path, str | Path) and Path(path).is_file():
+            return Path(path)
+    urls = [_CLIP_URL, f"https://huggingface.co/{_CLIP_HUB}/resolve/main/open_clip_model.safetensors"]
+    return cached_or_downloaded("CLIP ViT-B/32", hub_folder() / "clip_vit_b_32_openai", urls, _CLIP_SHA256)
+
+
+def _load_visual(visual: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Load the image tower out of the parameters of a whole CLIP."""
+    mine = {name.removeprefix("visual."): value.float() for name, value in state.items() if name.startswith("visual.")}
+    wanted = {name: value.shape for name, value in visual.state_dict().items()}
+    wrong = [name for name, shape in wanted.items() if name not in mine or mine[name].shape != shape]
+    if wrong or len(mine) != len(wanted):
+        what = f"lacks or differs in visual.{wrong[0]}" if wrong else "has more parameters"
+        raise ValueError(
+            f"--weights={path}: {what}; accepted: CLIP ViT-B/32 as OpenAI or open_clip store it (ViT-B-32.pt, "
+            "open_clip_model.safetensors)"
+        )
+    visual.load_state_dict(mine)
+
+
+def _inception(device: torch.device, weights: str | None) -> Extractor:
+    """Pooled features (2048) of the Inception of the original FID, without the network's own resize."""
+    path = Path(weights) if weights is not None else _cached_inception()
+    script = load_script(path)
+    if not hasattr(script, "layers"):
+        raise ValueError(f"--weights={path}: another network; accepted: {_INCEPTION_URL.rpartition('/')[2]}")
+    layers = script.layers.to(device)
+    size = (INCEPTION_SIDE, INCEPTION_SIDE)
+    return Extractor(
+        name="inception_v3", metric="FID", resize=_clean_words(size), input_size=size, channels=3,
+        weights=file_digest(path.expanduser()), prepare=partial(clean_resize, size=size),
+        network=lambda x: layers((x.to(device) - 128) / 128).flatten(1),
+    )  # fmt: skip
+
+
+def _cached_inception() -> Path:
+    path = hub_folder() / _INCEPTION_URL.rpartition("/")[2]
+    return cached_or_downloaded("Inception-v3", path, [_INCEPTION_URL])
+
+
+class RandomFeatures(nn.Module):
+    """A fixed convolutional network with random weights: a stand-in where no trained one can be had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(_RANDOM_SEED)
+        for i, (c_in, c_out) in enumerate(zip((3, *_RANDOM_WIDTHS), _RANDOM_WIDTHS)):
+            std = (2 / (25 * c_in)) ** 0.5  # keeps the variance through the ReLU
+            self.register_buffer(f"weight{i}", std * torch.randn(c_out, c_in, 5, 5, generator=generator))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Feature maps of (B, 3, H, W) in [−1, 1], each half the size of the one before."""
+        maps = []
+        for weight in self.buffers():
+            x = functional.relu(functional.conv2d(x, weight, stride=2, padding=2))
+            maps.append(x)
+        return maps
+
+
+def _random_features(device: torch.device) -> Extractor:
+    maps, size = RandomFeatures().to(device), (RANDOM_SIDE, RANDOM_SIDE)
+    return Extractor(
+        name="random_features", metric="Fréchet distance of random features (not FID_CLIP)",
+        resize=_clean_words(size), input_size=size, channels=3, weights=_digest(maps.state_dict()),
+        prepare=partial(clean_resize, size=size),
+        network=lambda x: torch.cat([m.mean(dim=(2, 3)) for m in maps(x.to(device) / 127.5 - 1)], dim=1),
+    )  # fmt: skip
+
+
+def _encoder(run: str, device: torch.device) -> Extractor:
+    """Latents of a trained run's own encoder."""
+    model = InftyDiff.from_runs(run, device=device.type)
+    size = model.config.size
+    return Extractor(
+        name="encoder", metric="Fréchet distance of the run's own encoder (not FID_CLIP)",
+        resize=_clean_words(size), input_size=size, channels=model.config.data.channels,
+        weights=file_digest(Path(run) / WEIGHTS), prepare=partial(clean_resize, size=size),
+        network=lambda x: model.encode(x / 127.5 - 1),
+    )  # fmt: skip
+
+
+def _clean_words(size: Size) -> str:
+    return f"{size[0]}x{size[1]}, PIL bicubic in floating point (clean-fid's clean)"
+
+
+def _digest(state: dict[str, torch.Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name, value in state.items():
+        sha.update(name.encode() + value.cpu().numpy().tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,113 @@
+"""Features of image sets, and their cache on the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from metrics.extractors import Extractor
+from metrics.images import ImageSet
+from training.checkpoint import load_weights, save_weights
+
+_log = logging.getLogger(__name__)
+_PATCH_SEED = 0
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How features are computed; changes no value.
+
+    batch_size: images in the network at once. threads: decoding. cache_dir: where features of references are kept.
+    """
+
+    batch_size: int = 64
+    threads: int = 8
+    cache_dir: Path = Path("~/.cache/infty-diff")
+
+
+def features(
+    images: ImageSet, extractor: Extractor, how: Extraction, *, patches: int = 0, title: str = "images"
+) -> torch.Tensor:
+    """Features of every image, or of `patches` random patches of each.
+
+    A patch has the size of the extractor's input and is cut out without any resize, so that detail finer than that
+    input counts (patch FID, as in Chai et al. 2022). Where it is cut depends on the image's position in the set alone.
+
+    Returns:
+        (N, D), or (N·patches, D), float32 on the CPU.
+    Raises:
+        ValueError: for a damaged image, or one smaller than a patch.
+    """
+    load = partial(_whole, images, extractor) if not patches else partial(_patch, images, extractor, patches)
+    count = len(images) * max(1, patches)
+    parts = []
+    with tqdm(total=count, desc=title, unit="patch" if patches else "image", disable=None, leave=False) as bar:
+        # Convolutions in TensorFloat-32 would move the features in the third digit.
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            for batch in _loaded(load, count, how):
+                parts.append(extractor.network(batch).float().cpu())
+                bar.update(len(batch))
+    return torch.cat(parts)
+
+
+def cached_features(
+    images: ImageSet, extractor: Extractor, how: Extraction, *, patches: int = 0, title: str = "images"
+) -> torch.Tensor:
+    """`features`, read from the cache when the same images and extractor were seen before."""
+    key = {"images": images.fingerprint(), "extractor": extractor.identity(), "patches": patches}
+    key = json.loads(json.dumps(key))
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    path = how.cache_dir.expanduser() / "features" / f"{name}.safetensors"
+    if path.exists():
+        tensors, stored = load_weights(path)
+        if stored == key:
+            _log.info("features of %d %s from %s", len(tensors["features"]), title, path)
+            return tensors["features"]
+    computed = features(images, extractor, how, patches=patches, title=title)
+    save_weights(path, {"features": computed}, key)
+    return computed
+
+
+def _whole(images: ImageSet, extractor: Extractor, i: int) -> torch.Tensor:
+    return _tensor(extractor.prepare(images[i]))
+
+
+def _patch(images: ImageSet, extractor: Extractor, patches: int, i: int) -> torch.Tensor:
+    index, number = divmod(i, patches)
+    image, (height, width) = images[index], extractor.input_size
+    room = image.shape[0] - height, image.shape[1] - width
+    if min(room) < 0:
+        raise ValueError(
+            f"--patches={patches}: {images.path}: {images.item_name(index)} is {image.shape[0]}x{image.shape[1]}; "
+            f"accepted: images of at least {height}x{width}, the input of {extractor.name}"
+        )
+    chance = np.random.Generator(np.random.PCG64([_PATCH_SEED, index, number]))
+    top, left = (int(chance.integers(0, r + 1)) for r in room)
+    return _tensor(extractor.prepare(np.ascontiguousarray(image[top : top + height, left : left + width])))
+
+
+def _tensor(prepared: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(prepared.transpose(2, 0, 1)))
+
+
+def _loaded(load: Callable[[int], torch.Tensor], count: int, how: Extraction) -> Iterator[torch.Tensor]:
+    """Batches in order; threads prepare the next one meanwhile, since decoding and resizing release the lock."""
+    indices = iter(range(count))
+    with ThreadPoolExecutor(max(1, how.threads)) as pool:
+        ahead = deque(pool.submit(load, i) for i in islice(indices, 2 * how.batch_size))
+        while ahead:
+            batch = [ahead.popleft().result() for _ in range(min(how.batch_size, len(ahead)))]
+            ahead.extend(pool.submit(load, i) for i in islice(indices, len(batch)))
+            yield torch.stack(batch)

@@ -1,0 +1,187 @@
+"""Sets of 8-bit images of any size, as metrics take them: folders, zips, data sets, mollified samples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from configs.schema import ImageConfig
+from data.base import digest
+from data.datasets import open_dataset
+from data.images import existing_path, open_source, read_image, with_channels
+from diffusion.mollifier import Mollifier
+
+_SAMPLE = re.compile(r"\d{6,}\.png")  # what generation/folder.py writes, beside its contact sheet
+_CONTACT_SHEET = "contact_sheet.png"
+
+
+class ImageSet(Protocol):
+    """Images in a fixed order; readable from threads."""
+
+    path: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """Image i, uint8 (H, W, C)."""
+
+    def item_name(self, i: int) -> str:
+        """Where image i comes from, for people."""
+
+    def fingerprint(self) -> str:
+        """Hex digest of what the images are."""
+
+
+class ImageFolder:
+    """The images of a folder or zip, sorted by name, at their own sizes.
+
+    Of a folder of samples (one with a manifest.json) only the samples are taken, not other pictures in it.
+    """
+
+    def __init__(self, path: str, channels: int, field: str, limit: int | None = None) -> None:
+        """
+        Args:
+            path: folder or zip.
+            channels: of the images given out, whatever is stored.
+            field: what a user calls this path, for messages.
+            limit: take the first so many.
+        Raises:
+            ValueError: when there is nothing, no image, or fewer than `limit`.
+        """
+        self._source, self.path, self._channels, self._field = open_source(path, field), str(path), channels, field
+        drawn = (self._source.path / "manifest.json").is_file()
+        wanted = [
+            i
+            for i, name in enumerate(self._source.names)
+            if (_SAMPLE.fullmatch(name) if drawn else Path(name).name != _CONTACT_SHEET)
+        ]
+        self._indices = _first(wanted, limit, path)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        with self._source.open(self._indices[i]) as stream:
+            encoded = stream.read()
+        try:
+            return _pixels(read_image(encoded, self._channels))
+        except ValueError as error:
+            raise ValueError(f"{self._field}: {self.path}: {self.item_name(i)} {error}") from error
+
+    def item_name(self, i: int) -> str:
+        return self._source.names[self._indices[i]]
+
+    def fingerprint(self) -> str:
+        items = (f"{self._source.names[i]} {self._source.signature(i)}" for i in self._indices)
+        return digest({"channels": self._channels}, items)
+
+
+class DatasetImages:
+    """The images of a configuration's data set."""
+
+    def __init__(self, config: ImageConfig, split: str, channels: int) -> None:
+        self._dataset, self._channels = open_dataset(config.data, split), channels
+        self.path = " ".join(filter(None, (f"data.name={config.data.name}", config.data.root_dir, f"split {split}")))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return _converted(self._dataset[i], self._channels)
+
+    def item_name(self, i: int) -> str:
+        return self._dataset.item_name(i)
+
+    def fingerprint(self) -> str:
+        return digest({"channels": self._channels}, [self._dataset.fingerprint()])
+
+
+class Mirrored:
+    """Images turned left to right: all of them, or with a seed a random half."""
+
+    def __init__(self, images: ImageSet, seed: int | None = None) -> None:
+        self._images, self._seed = images, seed
+        self.path = f"{images.path}, mirrored{'' if seed is None else ' at random'}"
+        chance = None if seed is None else np.random.Generator(np.random.PCG64(seed)).random(len(images))
+        self._turned = np.ones(len(images), bool) if chance is None else chance < 0.5
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        pixels = self._images[i]
+        return np.ascontiguousarray(pixels[:, ::-1]) if self._turned[i] else pixels
+
+    def item_name(self, i: int) -> str:
+        return f"{self._images.item_name(i)}{' mirrored' if self._turned[i] else ''}"
+
+    def fingerprint(self) -> str:
+        return digest({"mirrored": True, "seed": self._seed}, [self._images.fingerprint()])
+
+
+class MollifiedSamples:
+    """Samples kept before the Wiener filter (`raw/*.npy` of a sample folder), filtered and cut to 8 bit.
+
+    This is what the authors evaluate: they store samples as float16, and cut fractions off instead of rounding.
+    """
+
+    def __init__(self, path: str, mollifier: Mollifier, inv_snr: float, channels: int, limit: int | None) -> None:
+        self.path, self._mollifier, self._inv_snr, self._channels = str(path), mollifier, inv_snr, channels
+        folder = existing_path(path, "--samples") / "raw"
+        self._files = sorted(folder.glob("*.npy"))
+        if not self._files:
+            raise ValueError(
+                f"--samples={path}: no raw/*.npy; --protocol=reference takes samples drawn with --save_raw"
+            )
+        self._files = _first(self._files, limit, path)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        try:
+            stored = torch.from_numpy(np.load(self._files[i]))
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"--samples: {self._files[i]} cannot be read ({error})") from error
+        x = stored.half().float()
+        if self._mollifier.kind == "dct":
+            x = self._mollifier.inverse(x, self._inv_snr)
+        return _converted(((x + 1) / 2 * 255).clamp(0, 255).to(torch.uint8), self._channels)
+
+    def item_name(self, i: int) -> str:
+        return self._files[i].name
+
+    def fingerprint(self) -> str:
+        stats = ((path.name, path.stat()) for path in self._files)
+        return digest({"inv_snr": self._inv_snr}, (f"{name} {s.st_size}-{s.st_mtime_ns}" for name, s in stats))
+
+
+def config_digest(config: Any) -> str:
+    """SHA-256 of a plain configuration, as hex."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def _first(items: list, limit: int | None, path: str) -> list:
+    if limit is not None and limit > len(items):
+        raise ValueError(f"--num_samples={limit}: {path} holds {len(items)} images; accepted: at most that many")
+    return items if limit is None else items[:limit]
+
+
+def _converted(stored: torch.Tensor, channels: int) -> np.ndarray:
+    """Uint8 (C, H, W) as (H, W, channels)."""
+    values = stored.permute(1, 2, 0).contiguous().numpy()
+    image = Image.fromarray(values[..., 0] if values.shape[2] == 1 else values)
+    return _pixels(with_channels(image, channels))
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """(H, W, C) of an L, RGB or RGBA image."""
+    pixels = np.array(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels

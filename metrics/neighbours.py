@@ -1,0 +1,127 @@
+"""The training images nearest to samples (Figures 13 to 15 of the paper), and their picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from data.pixels import to_float
+from metrics.extractors import Extractor, RandomFeatures
+from metrics.features import Extraction, cached_features, features
+from metrics.images import ImageSet
+from metrics.resize import clean_resize
+from metrics.similarity import PairDistance
+
+_BATCH = 32  # pairs compared at once
+_GAP, _LABEL, _TILE = 6, 14, 128  # pixels of the picture
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """One training image near a sample: in which view of the training set, which image, how far."""
+
+    view: int
+    index: int
+    distance: float
+
+
+def nearest(
+    samples: ImageSet,
+    training: Sequence[ImageSet],
+    distance: PairDistance,
+    extractor: Extractor,
+    how: Extraction,
+    *,
+    count: int,
+    shortlist: int,
+) -> list[list[Neighbour]]:
+    """The nearest training images of each sample, the nearest first.
+
+    Comparing all pairs by a deep distance is out of reach for large sets; so the `shortlist` images nearest in the
+    features of `extractor` are compared, and the order among these is exact.
+
+    Args:
+        samples: what to look for; brought to the size of the image it is compared with.
+        training: views of one training set, the images and perhaps their mirror images; the nearest view counts.
+        distance: of images (B, C, H, W) in [−1, 1].
+        count: neighbours per sample.
+        shortlist: candidates per sample, at least `count`.
+    """
+    views = [cached_features(images, extractor, how, title="training images") for images in training]
+    places = [(view, index) for view, found in enumerate(views) for index in range(len(found))]
+    known = torch.cat(views)
+    result = []
+    for i, feature in enumerate(tqdm(features(samples, extractor, how, title="samples"), "samples", disable=None)):
+        squared = (known - feature).square().sum(dim=1)
+        candidates = [places[j] for j in squared.topk(min(shortlist, len(known)), largest=False).indices.tolist()]
+        best: dict[int, Neighbour] = {}
+        for neighbour in _ranked(samples[i], candidates, training, distance):
+            best.setdefault(neighbour.index, neighbour)
+        result.append(list(best.values())[:count])
+    return result
+
+
+def _ranked(
+    sample: np.ndarray, candidates: list[tuple[int, int]], training: Sequence[ImageSet], distance: PairDistance
+) -> list[Neighbour]:
+    found = []
+    for start in range(0, len(candidates), _BATCH):
+        batch = candidates[start : start + _BATCH]
+        images = [training[view][index] for view, index in batch]
+        size = images[0].shape[:2]
+        images = torch.stack([_values(image, size) for image in images])
+        distances = distance(_values(sample, size).expand_as(images), images)
+        found += [Neighbour(*place, float(d)) for place, d in zip(batch, distances)]
+    return sorted(found, key=lambda neighbour: neighbour.distance)
+
+
+def _values(image: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+    """Uint8 (H, W, C) as (C, h, w) in [−1, 1]."""
+    resized = image if image.shape[:2] == tuple(size) else np.rint(clean_resize(image, size)).astype(np.uint8)
+    return to_float(torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1))))
+
+
+def pixel_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Root mean square difference of (B, C, H, W), (B,)."""
+    return (a - b).square().mean(dim=(1, 2, 3)).sqrt()
+
+
+def random_features_distance(device: torch.device) -> PairDistance:
+    """The form of LPIPS with a fixed random network: differences of unit-length feature vectors, over all levels.
+
+    Finds copies; says little about what people see as alike.
+    """
+    maps = RandomFeatures().to(device)
+
+    @torch.no_grad()
+    def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        levels = zip(maps(a.to(device)), maps(b.to(device)))
+        unit = torch.nn.functional.normalize
+        return sum((unit(x) - unit(y)).square().sum(dim=1).mean(dim=(1, 2)) for x, y in levels).cpu()
+
+    return distance
+
+
+def sheet(samples: ImageSet, training: Sequence[ImageSet], found: list[list[Neighbour]]) -> Image.Image:
+    """Samples on the left; on the right their neighbours with the distances, nearest first."""
+    height, width = samples[0].shape[:2]
+    tile = max(1, round(width * _TILE / height)), _TILE
+    columns = 1 + max(len(row) for row in found)
+    picture = Image.new("RGB", (columns * (tile[0] + _GAP) + 2 * _GAP, len(found) * (tile[1] + _LABEL) + _GAP), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, row in enumerate(found):
+        top = _GAP + i * (tile[1] + _LABEL)
+        shown = [(samples[i], "sample")]
+        shown += [(training[n.view][n.index], f"{n.distance:.4f}") for n in row]
+        for column, (image, label) in enumerate(shown):
+            left = _GAP + column * (tile[0] + _GAP) + (_GAP if column else 0)
+            enlarged = image.shape[0] < tile[1]  # then every pixel shall be seen as it is
+            filtering = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
+            picture.paste(Image.fromarray(image).resize(tile, filtering), (left, top))
+            draw.text((left, top + tile[1]), label, fill="black")
+    return picture
