@@ -114,7 +114,7 @@ class RunDir:
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({"images": wandb.Image(str(path), caption=", ".join(rows))}, step=step)
+            self._wandb.log({"pictures": wandb.Image(str(path), caption=", ".join(rows))}, step=step)
         return path
 
     def close(self) -> None:
