@@ -26,7 +26,7 @@ from training.run_dir import run_path
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("sample_img_size", None, "side, or height x width as in 192x320; default: the training size")
-flags.DEFINE_string("sampling_steps", None, "steps of the images: 100, ddim50, 10,15,20 or logsnr20; default: 100, of dpmpp 20")
+flags.DEFINE_string("sampling_steps", None, "step subset: 100, ddim50, 10,15,20 or logsnr20; default: 100, dpmpp 20")
 flags.DEFINE_string("latent_sampling_steps", None, "step subset of the latent model; default: all steps")
 flags.DEFINE_integer("num_samples", None, "number of images, seeds 0 to N-1; default: data.fid_samples", lower_bound=1)
 flags.DEFINE_string("seeds", None, "seeds instead of num_samples: 0-99 or 3,7,10-12")
