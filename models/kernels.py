@@ -13,20 +13,18 @@ from torch import nn
 from diffusion.coordinates import Size
 
 _WIDTH = 32  # of the hidden layers
-_HIDDEN_PHASE = 30.0  # gain of the hidden sines, as usual for them
 
 
 class _Sine(nn.Linear):
-    """sin(gain · (W·x + b))."""
+    """sin(W·x + b), with b anywhere in a period."""
 
-    def __init__(self, c_in: int, c_out: int, bound: float, gain: float):
+    def __init__(self, c_in: int, c_out: int, bound: float):
         super().__init__(c_in, c_out)
-        self.gain = gain
         nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.uniform_(self.bias, -math.pi / gain, math.pi / gain)
+        nn.init.uniform_(self.bias, -math.pi, math.pi)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.sin(self.gain * super().forward(x))
+        return torch.sin(super().forward(x))
 
 
 class ContinuousKernel(nn.Module):
@@ -46,8 +44,8 @@ class ContinuousKernel(nn.Module):
         self.shape, self.kernel_size, self.train_size = tuple(shape), kernel_size, tuple(train_size)
         nyquist = math.pi * kernel_size / 2  # radians per unit of u
         self.layers = nn.Sequential(
-            _Sine(2, _WIDTH, nyquist, 1.0),
-            _Sine(_WIDTH, _WIDTH, math.sqrt(6 / _WIDTH) / _HIDDEN_PHASE, _HIDDEN_PHASE),
+            _Sine(2, _WIDTH, nyquist),
+            _Sine(_WIDTH, _WIDTH, math.sqrt(6 / _WIDTH)),  # phases of variance one
             nn.Linear(_WIDTH, math.prod(self.shape)),
         )
         # A sine of a uniform phase has the variance 1/2: the sum over the width then has that of the table.

@@ -1,0 +1,10 @@
+"""Eq. (36): the network predicts the clean function."""
+
+from configs import ffhq_128_config
+
+
+def get_config():
+    config = ffhq_128_config.get_config()
+    config.run.experiment = "ablation_predict_x0"
+    config.diffusion.model_mean_type = "xstart"
+    return config
