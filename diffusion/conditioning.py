@@ -1,0 +1,138 @@
+"""Conditions on generated images: parts that are known (inpainting), frequencies that are known (super-resolution).
+
+Known pixels x̄ are sharp, states are mollified, and T carries pixels across the edge of a hole: next to it T x̄ is not
+known even where x̄ is. So wherever T x̄ is needed here, x̄ is completed inside the hole by an estimate of what is there:
+by the current estimate of the sampler (`Known.guided`), or before there is one by a smooth surface (`fill_hole`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from diffusion.coordinates import Size
+from diffusion.cosine import dct, idct, on_rows
+from diffusion.mollifier import Mollifier
+from diffusion.process import Denoised, Denoiser
+
+Image = torch.Tensor
+_SURE = 0.99  # part of its Gaussian weight that a mollified pixel has from known pixels to count as known
+
+
+@dataclass(frozen=True)
+class Guided(Denoised):
+    """Estimates, and the gradient of what they miss of the known pixels with respect to the state, shaped like x_t."""
+
+    gradient: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Known:
+    """The known part of images: pixels `image` (B or 1, C, H, W), read only where `mask`, bool (H, W), is true.
+
+    mollifier: T. deblur: undoes it, up to a filter, on (B, C, H, W).
+    Raises ValueError if the mask has another size, or no or only known pixels.
+    """
+
+    image: Image
+    mask: torch.Tensor
+    mollifier: Mollifier
+    deblur: Callable[[Image], Image]
+
+    def __post_init__(self) -> None:
+        check_mask(self.mask, tuple(self.image.shape[-2:]))
+
+    def guided(self, denoise: Denoiser) -> Denoiser:
+        """Reconstruction guidance (section 5.3, after Ho et al. 2022b): a denoiser that returns `Guided`, with
+
+            gradient = ∇_{x_t} ‖m ⊙ (μ̃_0(x_t, t) - T x̄)‖²,
+
+        the sum over pixels and channels, in which x̄ is completed inside the hole by the deblurred estimate itself and
+        T x̄ counts as a constant. Gradients are switched on inside, whatever the caller does.
+        """
+
+        def denoise_and_compare(x_t: torch.Tensor, t: torch.Tensor) -> Guided:
+            with torch.enable_grad():
+                x_t = x_t.detach().requires_grad_()
+                denoised = denoise(x_t, t)
+                target = self.mollifier(self.completed(self.deblur(denoised.x_0.detach())))
+                missed = self.mask * (denoised.x_0 - target)
+                (gradient,) = torch.autograd.grad(missed.square().sum(), x_t)
+            return Guided(denoised.x_0.detach(), denoised.eps.detach(), denoised.log_variance.detach(), gradient)
+
+        return denoise_and_compare
+
+    def completed(self, estimate: Image) -> Image:
+        """The known pixels, and those of an estimate (B, C, H, W) elsewhere."""
+        return torch.where(self.mask, self.image, estimate)
+
+    def soft_mask(self) -> torch.Tensor:
+        """Weights in [0, 1], float32 (H, W): about 1 well inside the known part, and about 0 wherever T x̄ is not known.
+
+        Smooth like a state: a product with the mask itself would have an edge, which no state has.
+        """
+        weights = self.mask.float()
+        if self.mollifier.identity:
+            return weights
+        for _ in range(2):  # shrink to where T x̄ is known, and again by as much as T will widen it
+            weights = (self.mollifier(weights) >= _SURE).float()
+        return self.mollifier(weights).clamp(0, 1)
+
+
+def descend(scale: float) -> Callable[[torch.Tensor, int, Guided], torch.Tensor]:
+    """The correction x_{t-1} ← x_{t-1} - λ · gradient of samplers with a guided denoiser; scale: λ."""
+    return lambda x, step, denoised: x - scale * denoised.gradient
+
+
+def follow(states: Sequence[torch.Tensor], weights: torch.Tensor) -> Callable[[torch.Tensor, int, object], Image]:
+    """The correction that holds the known part to its own path, x ← x + w ⊙ (x_known - x), after Lugmayr et al. 2022.
+
+    They draw x_known from q(x_{t-1} | x̄) anew at each step; the states that DDIM inversion went through are consistent
+    with each other, and the path back along them ends at x̄ again.
+    states: by level, T x̄ as the first, and at index t the state at step t.
+    weights: w, broadcast over (B, C, H, W), from `Known.soft_mask`.
+    """
+    return lambda x, step, denoised: x + weights.to(x) * (states[max(step - 1, 0)] - x)
+
+
+def check_mask(mask: torch.Tensor, size: Size) -> None:
+    """Raise ValueError unless the mask is bool (H, W) of this size with known and unknown pixels."""
+    if mask.dtype != torch.bool or tuple(mask.shape) != tuple(size):
+        raise ValueError(
+            f"mask is {mask.dtype} {tuple(mask.shape)}; accepted: torch.bool {tuple(size)}, the size of the image"
+        )
+    if mask.all() or not mask.any():
+        raise ValueError(f"mask: {'no' if mask.all() else 'every'} pixel is unknown; accepted: some, not all")
+
+
+def fill_hole(image: Image, mask: torch.Tensor) -> Image:
+    """Continue the known pixels (B, C, H, W) smoothly into the hole, without reading what is there.
+
+    Each pixel takes the Gaussian mean of the known pixels, T(m x̄) / T m, with a T of 1, 2, 4, … pixels, the first by
+    which enough of them reach it. mask: bool (H, W), true where known.
+    """
+    size = tuple(image.shape[-2:])
+    check_mask(mask, size)
+    known = torch.where(mask, image, 0.0)
+    enough = min(0.05, 0.5 * float(mask.float().mean()))  # the widest T spreads the known part evenly
+    filled, missing, sigma = known, ~mask, 1.0
+    while missing.any():
+        mollifier = Mollifier(sigma, size)
+        weight = mollifier(mask.to(image.dtype))
+        reached = missing & (weight > enough)
+        filled = torch.where(reached, mollifier(known) / weight.clamp(min=enough), filled)
+        missing, sigma = missing & ~reached, 2 * sigma
+    return filled
+
+
+def join_bands(low: Image, high: Image, band: Size) -> Image:
+    """The image whose cosine coefficients (k, l) are those of `low` where k < H' and l < W', and those of `high` else.
+
+    low, high: (B, C, H, W). band: (H', W'), the lattice that determines the coefficients taken from `low`.
+    """
+    spectrum = [on_rows(dct, dct(x)) for x in (low, high)]
+    joined = spectrum[1].clone()
+    joined[..., : band[0], : band[1]] = spectrum[0][..., : band[0], : band[1]]
+    return on_rows(idct, idct(joined))
