@@ -47,11 +47,15 @@ def ancestral(
     process: DiffusionProcess,
     noise: Noise,
     *,
+    start: int | None = None,
     correct: Correction | None = None,
     callback: Callback | None = None,
 ) -> torch.Tensor:
-    """Draw T x_0 from x = Tξ by the reverse chain of the process, Ho et al. 2020 in mollified space, section 3.2."""
-    for i, step, t in _steps(reversed(range(process.schedule.num_steps)), x):
+    """Draw T x_0 by the reverse chain of the process, Ho et al. 2020 in mollified space, section 3.2.
+
+    x: the state at step `start`, by default the last, where it is Tξ.
+    """
+    for i, step, t in _steps(reversed(range(_level(process, start, "start") + 1)), x):
         denoised = denoise(x, t)
         x = ancestral_step(process, denoised, x, t, noise() if step > 0 else None)
         x = _corrected(correct, x, step, denoised)

@@ -222,6 +222,10 @@ class Schedule:
         previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
         return Schedule(1 - alpha_bar / previous, self.timestep_map[indices], self.original_steps)
 
+    def step_until(self, t: int) -> int:
+        """The noisiest step of this schedule that is no noisier than step t of the original process; at least 0."""
+        return max(int((self.timestep_map <= t).sum()) - 1, 0)
+
     def at(self, table: str, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Entries t of a table, shaped to multiply `like`.
 

@@ -10,10 +10,10 @@ import torch
 
 from configs.schema import ImageConfig, LatentConfig
 from configs.stored import config_from
-from diffusion.coordinates import Points, Size, image_to_points, points_to_image
+from diffusion.coordinates import Points, Size, gather_points, image_to_points, points_to_image
 from diffusion.noise import derive_seed, function_noise
 from diffusion.process import Denoiser
-from diffusion.samplers import ancestral, ddim, ddim_invert, dpmpp
+from diffusion.samplers import Callback, Correction, ancestral, ddim, ddim_invert, dpmpp
 from generation.factory import build_image_process
 from generation.latent_prior import LatentPrior
 from models.factory import build_denoiser, build_encoder
@@ -114,23 +114,34 @@ class InftyDiff:
         return cls(config, networks["encoder"], networks["denoiser"], prior, precision)
 
     @torch.no_grad()
-    def encode_distribution(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Latents (B, D) of images (B, C, H, W), and their log-variance for a stochastic encoder, else None."""
+    def encode_distribution(
+        self, images: torch.Tensor, points: Points | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Latents (B, D) of images (B, C, H, W), and their log-variance for a stochastic encoder, else None.
+
+        points: the pixels to look at, every one by default.
+        """
         images = images.to(self.device)
-        points = Points(tuple(images.shape[-2:]))
+        points = points or Points(tuple(images.shape[-2:]))
         with self.precision.autocast():
-            encoding = self.encoder(image_to_points(images), points)
+            encoding = self.encoder(gather_points(images, points), points)
         if self.config.model.stochastic_encoding:
             return encoding.mu.float(), encoding.logvar.float()
         return encoding.float(), None
 
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Latents (B, D) of images (B, C, H, W): the encoder on every pixel (the mean of a stochastic one)."""
-        return self.encode_distribution(images)[0]
+    def encode(self, images: torch.Tensor, points: Points | None = None) -> torch.Tensor:
+        """Latents (B, D) of images (B, C, H, W), by default of every pixel; of a stochastic encoder the mean."""
+        return self.encode_distribution(images, points)[0]
 
     @torch.no_grad()
     def encode_stochastic(
-        self, images: torch.Tensor, latents: torch.Tensor | None = None, steps: str = "100"
+        self,
+        images: torch.Tensor,
+        latents: torch.Tensor | None = None,
+        steps: str = "100",
+        *,
+        stop: int | None = None,
+        callback: Callback | None = None,
     ) -> torch.Tensor:
         """The noise (B, C, H, W), mollified, from which DDIM with the same `steps` returns the images.
 
@@ -138,12 +149,14 @@ class InftyDiff:
             images: (B, C, H, W).
             latents: (B, D); those of the images by default.
             steps: step subset of the inversion.
+            stop: the step of the subset whose state is returned, by default the last.
+            callback: called as callback(i, t, x, denoised) after each step.
         """
         images = images.to(self.device)
         latents = self.encode(images) if latents is None else latents
         process = self.process.respaced(steps)
         denoise = self.denoiser_at(latents, tuple(images.shape[-2:]), steps, clip=False)
-        return ddim_invert(denoise, process.mollifier(images), process)
+        return ddim_invert(denoise, process.mollifier(images), process, stop=stop, callback=callback)
 
     @torch.no_grad()
     def decode(
@@ -153,8 +166,11 @@ class InftyDiff:
         options: SamplingOptions | None = None,
         *,
         step_noise: Callable[[], torch.Tensor] | None = None,
+        start: int | None = None,
+        guide: Callable[[Denoiser], Denoiser] | None = None,
+        correct: Correction | None = None,
         deblur: bool = True,
-        callback: Callable | None = None,
+        callback: Callback | None = None,
     ) -> torch.Tensor:
         """Images drawn from latents and mollified noise.
 
@@ -163,6 +179,8 @@ class InftyDiff:
             noise: (B, C, H, W), mollified: from `initial_noise` or `encode_stochastic`; its size is the images' size.
             options: sampler and steps.
             step_noise: returns mollified noise for the steps of a stochastic sampler.
+            start: the step of the subset at which `noise` is the state, by default the last.
+            guide, correct: wrap the denoiser, and correct each state (see `diffusion.conditioning`).
             deblur: undo the mollifier by the Wiener filter; else the mollified images are returned.
             callback: called as callback(i, t, x, denoised) after each step.
         Returns:
@@ -171,12 +189,14 @@ class InftyDiff:
         options = options or SamplingOptions()
         process = self.process.respaced(options.steps)
         denoise = self.denoiser_at(latents, tuple(noise.shape[-2:]), options.steps, options.clip)
+        denoise = denoise if guide is None else guide(denoise)
+        hooks = {"start": start, "correct": correct, "callback": callback}
         if options.sampler == "ddpm":
-            x = ancestral(denoise, noise, process, step_noise, callback=callback)
+            x = ancestral(denoise, noise, process, step_noise, **hooks)
         elif options.sampler == "dpmpp":
-            x = dpmpp(denoise, noise, process, callback=callback)
+            x = dpmpp(denoise, noise, process, **hooks)
         else:
-            x = ddim(denoise, noise, process, eta=options.eta, noise=step_noise, callback=callback)
+            x = ddim(denoise, noise, process, eta=options.eta, noise=step_noise, **hooks)
         return self.deblur(x, options.inv_snr) if deblur else x
 
     @torch.no_grad()
@@ -188,7 +208,7 @@ class InftyDiff:
         *,
         latent_steps: str | None = None,
         deblur: bool = True,
-        callback: Callable | None = None,
+        callback: Callback | None = None,
     ) -> torch.Tensor:
         """Images (B, C, H, W) drawn from the prior, each a function of its own seed alone.
 
