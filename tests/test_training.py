@@ -216,6 +216,8 @@ def test_weights_file_faults_are_one_line(tmp_path):
     save_weights(path, {"a": torch.ones(3)}, {"step": 1})
     tensors, header = load_weights(path)
     assert torch.equal(tensors["a"], torch.ones(3)) and header == {"step": 1}
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         load_weights(path)
