@@ -169,17 +169,25 @@ def decode_image(encoded: bytes, size: tuple[int, int], channels: int) -> torch.
     Raises:
         ValueError: damaged, of an unsupported kind, or smaller than `size` after cropping; says which.
     """
-    image = read_image(encoded, channels)
+    pixels = torch.from_numpy(np.array(fitted(read_image(encoded, channels), size)))  # (H, W) or (H, W, C)
+    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+
+
+def fitted(
+    image: Image.Image, size: tuple[int, int], resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
+    """The largest centred part of an image with the aspect ratio of `size` (H, W), reduced to it.
+
+    Raises:
+        ValueError: smaller than `size` after cropping.
+    """
     fault = _size_fault(image.size, size)
     if fault:
         raise ValueError(fault)
     left, top, width, height = _centre_crop(image.size, size)
     if (width, height) != image.size:
         image = image.crop((left, top, left + width, top + height))
-    if (height, width) != tuple(size):
-        image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(image))  # (H, W) or (H, W, C)
-    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+    return image if (height, width) == tuple(size) else image.resize((size[1], size[0]), resample)
 
 
 class ImageFiles:

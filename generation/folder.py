@@ -77,7 +77,7 @@ def _draw_batch(model: InftyDiff, out_dir: Path, seeds: list[int], options: Fold
     for seed, raw, image in zip(seeds, mollified.cpu(), images):
         if options.save_raw:
             write_atomic(_raw_path(out_dir, seed), lambda path, raw=raw: _save_npy(path, raw))
-        write_atomic(out_dir / f"{seed:06d}.png", lambda path, image=image: _save_png(path, image))
+        save_png(out_dir / f"{seed:06d}.png", image)
 
 
 def _raw_path(out_dir: Path, seed: int) -> Path:
@@ -89,10 +89,11 @@ def _save_npy(path: Path, raw: torch.Tensor) -> None:
         np.save(file, raw.numpy())
 
 
-def _save_png(path: Path, image: torch.Tensor) -> None:
-    """Write uint8 (C, H, W) as PNG."""
+def save_png(path: Path, image: torch.Tensor) -> None:
+    """Write uint8 (C, H, W) as PNG, atomically."""
     pixels = image.permute(1, 2, 0).squeeze(2) if image.shape[0] == 1 else image.permute(1, 2, 0)
-    Image.fromarray(pixels.contiguous().numpy(), _MODES[image.shape[0]]).save(path, format="png")
+    picture = Image.fromarray(pixels.contiguous().numpy(), _MODES[image.shape[0]])
+    write_atomic(path, lambda temporary: picture.save(temporary, format="png"))
 
 
 def _is_done(out_dir: Path, seed: int, options: FolderOptions) -> bool:

@@ -1,0 +1,140 @@
+"""What users give to the editing commands: images, masks, boxes, steps."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+
+from configs.schema import DataConfig
+from data.datasets import open_dataset
+from data.images import ImageSource, existing_path, fitted, is_image_name, open_source, read_image
+from data.pixels import to_float
+from diffusion.coordinates import Size
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Images (N, C, H, W) in [−1, 1], where each comes from, and its size before it was fitted to (H, W)."""
+
+    images: torch.Tensor
+    names: list[str]
+    own_sizes: list[Size]
+
+    def stem(self, i: int) -> str:
+        """A file name for what is made of image i: its number and the last part of its name."""
+        return f"{i:03d}_{re.sub(r'[^A-Za-z0-9._-]+', '-', PurePosixPath(self.names[i]).stem)}"
+
+
+class _File:
+    """One image file as an `ImageSource`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.names = path, [path.name]
+
+    def open(self, i: int) -> BinaryIO:
+        return self.path.open("rb")
+
+    def signature(self, i: int) -> str:
+        raise NotImplementedError("inputs are not cached")
+
+
+def open_inputs(path: str | None, data: DataConfig, size: Size, count: int, split: str = "val") -> Inputs:
+    """The first images of a file, folder or zip, or without one of a split of the data set.
+
+    Args:
+        path: an image, a folder or a zip of images of any sizes; None for the data set.
+        data: of the model; its channels count in any case.
+        size: (H, W) that images are cropped centrally and reduced to.
+        count: at most so many.
+        split: of the data set.
+    Raises:
+        ValueError: nothing there, no image, an image that cannot be decoded or is smaller than `size`.
+    """
+    if path is None:
+        # A few images are wanted: the whole set need not be decoded for them.
+        dataset = open_dataset(replace(data, img_size=size[0], img_width=size[1], in_memory="never"), split)
+        indices = range(min(count, len(dataset)))
+        images = torch.stack([dataset[i] for i in indices])
+        return Inputs(to_float(images), [dataset.item_name(i) for i in indices], [size] * len(images))
+    source = _open_source(path)
+    images, sizes = [], []
+    for i in range(min(count, len(source.names))):
+        with source.open(i) as stream:
+            encoded = stream.read()
+        try:
+            image = read_image(encoded, data.channels)
+            fit = torch.from_numpy(np.array(fitted(image, size)))
+        except ValueError as error:
+            raise ValueError(f"--input={path}: {source.names[i]} {error}; accepted: a smaller size") from error
+        images.append(fit[None] if data.channels == 1 else fit.permute(2, 0, 1))
+        sizes.append(image.size[::-1])
+    return Inputs(to_float(torch.stack(images)), source.names[: len(images)], sizes)
+
+
+def _open_source(path: str) -> ImageSource:
+    where = existing_path(path, "--input")
+    return _File(where) if where.is_file() and is_image_name(where.name) else open_source(where, "--input")
+
+
+def read_mask(path: str, own_size: Size, size: Size) -> torch.Tensor:
+    """The known pixels, bool (H, W), by a mask image in which white marks the unknown ones.
+
+    The mask is cropped and reduced as its image was; a pixel of which any part is brighter than middle grey is unknown.
+
+    Args:
+        path: an image file, of the size of the image it belongs to.
+        own_size: that size.
+        size: (H, W) that the image was fitted to.
+    Raises:
+        ValueError: no such file, not an image, or of another size; says which.
+    """
+    try:
+        mask = read_image(existing_path(path, "--mask").read_bytes(), 1)
+    except OSError as error:
+        raise ValueError(f"--mask={path}: cannot be read ({error.strerror}); accepted: an image file") from error
+    except ValueError as error:
+        raise ValueError(f"--mask={path}: {error}") from error
+    if mask.size[::-1] != tuple(own_size):
+        raise ValueError(f"--mask={path}: {_shown(mask.size[::-1])}; accepted: {_shown(own_size)}, as its image")
+    unknown = mask.point(lambda value: 255 * (value > 127))
+    return torch.from_numpy(np.array(fitted(unknown, size, Image.Resampling.BOX))) == 0
+
+
+def parse_box(text: str, size: Size) -> torch.Tensor:
+    """The known pixels, bool (H, W), outside a box "top,left,height,width" in pixels.
+
+    Raises:
+        ValueError: not four whole numbers, empty, or not within the image.
+    """
+    match = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*", text)
+    top, left, height, width = map(int, match.groups()) if match else (0, 0, 0, 0)
+    if min(height, width) < 1 or top + height > size[0] or left + width > size[1]:
+        raise ValueError(f"--box={text}: accepted: top,left,height,width of a box within {_shown(size)}")
+    known = torch.ones(size, dtype=torch.bool)
+    known[top : top + height, left : left + width] = False
+    return known
+
+
+def parse_step(text: str | None, steps: int) -> int | None:
+    """A step of the process: a whole number "300" from 0 to steps − 1, or a part "0.3" of the way there.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if text is None:
+        return None
+    if re.fullmatch(r"\d+", text) and int(text) < steps:
+        return int(text)
+    if re.fullmatch(r"\d*\.\d+", text) and float(text) <= 1:
+        return round(float(text) * (steps - 1))
+    raise ValueError(f"--start_step={text}: accepted: 0 to {steps - 1}, or a part of the way there, 0.0 to 1.0")
+
+
+def _shown(size: Size) -> str:
+    return f"{size[0]}x{size[1]} (HxW)"
