@@ -60,9 +60,10 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
     with readable_errors():
         if not FLAGS.samples:
             raise ValueError("--samples: missing; accepted: a folder or zip of images")
-        extractor = open_extractor(FLAGS.model, pick_device(FLAGS.device), FLAGS.weights, FLAGS.encoder_run)
+        device = pick_device(FLAGS.device)
+        extractor = open_extractor(FLAGS.model, device, FLAGS.weights, FLAGS.encoder_run)
         samples, reference = image_sets(config, extractor.channels)
-        how = Extraction(FLAGS.eval_batch_size, os.cpu_count() or 1, Path(FLAGS.cache_dir))
+        how = Extraction(FLAGS.eval_batch_size, os.cpu_count() or 1, Path(FLAGS.cache_dir), device)
         report = evaluate(samples, reference, extractor, how, FLAGS.patches)
         report["protocol"] = FLAGS.protocol
         report["config_sha256"] = config_digest(asdict(config)) if config else None

@@ -31,8 +31,7 @@ def evaluate(
         if len(images) < 2:
             raise ValueError(f"{name}: {images.path} holds {len(images)} image; accepted: at least 2")
     sizes = [tuple(images[0].shape[:2]) for images in (samples, reference)]
-    real = cached_features(reference, extractor, how, title="reference images")
-    made = features(samples, extractor, how, title="samples")
+    real, made = _both(samples, reference, extractor, how)
     kid, kid_error = kernel_distance(real, made)
     report = {
         "metric": extractor.metric,
@@ -49,10 +48,19 @@ def evaluate(
         "warnings": _warnings(len(samples), len(reference), real.shape[1], sizes, extractor, patches),
     }
     if patches:
-        real = cached_features(reference, extractor, how, patches=patches, title="patches of reference images")
-        made = features(samples, extractor, how, patches=patches, title="patches of samples")
+        real, made = _both(samples, reference, extractor, how, patches)
         report |= {"patch_fid": frechet_distance(gaussian_of(real), gaussian_of(made)), "patches_per_image": patches}
     return report
+
+
+def _both(
+    samples: ImageSet, reference: ImageSet, extractor: Extractor, how: Extraction, patches: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of the reference and of the samples."""
+    what = "patches of " if patches else ""
+    real = cached_features(reference, extractor, how, patches=patches, title=f"{what}reference images")
+    made = features(samples, extractor, how, patches=patches, title=f"{what}samples")
+    return real.to(how.device), made.to(how.device)
 
 
 def _precision_recall(real: torch.Tensor, made: torch.Tensor) -> dict[str, Any]:

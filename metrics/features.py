@@ -27,14 +27,16 @@ _PATCH_SEED = 0
 
 @dataclass(frozen=True)
 class Extraction:
-    """How features are computed; changes no value.
+    """How features and their distances are computed; changes no value.
 
     batch_size: images in the network at once. threads: decoding. cache_dir: where features of references are kept.
+    device: of the distances.
     """
 
     batch_size: int = 64
     threads: int = 8
     cache_dir: Path = Path("~/.cache/infty-diff")
+    device: torch.device | str = "cpu"
 
 
 def features(

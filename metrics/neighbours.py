@@ -46,19 +46,20 @@ def nearest(
     features of `extractor` are compared, and the order among these is exact.
 
     Args:
-        samples: what to look for; brought to the size of the image it is compared with.
+        samples: what to look for; all images are brought to the size of the first training image.
         training: views of one training set, the images and perhaps their mirror images; the nearest view counts.
         distance: of images (B, C, H, W) in [−1, 1].
         count: neighbours per sample.
-        shortlist: candidates per sample, at least `count`.
+        shortlist: candidates per sample and view, at least `count`.
     """
     views = [cached_features(images, extractor, how, title="training images") for images in training]
     places = [(view, index) for view, found in enumerate(views) for index in range(len(found))]
     known = torch.cat(views)
+    norms, candidates_of_each = known.square().sum(dim=1), min(shortlist * len(views), len(known))
     result = []
     for i, feature in enumerate(tqdm(features(samples, extractor, how, title="samples"), "samples", disable=None)):
-        squared = (known - feature).square().sum(dim=1)
-        candidates = [places[j] for j in squared.topk(min(shortlist, len(known)), largest=False).indices.tolist()]
+        squared = norms - 2 * known @ feature  # up to a constant
+        candidates = [places[j] for j in squared.topk(candidates_of_each, largest=False).indices.tolist()]
         best: dict[int, Neighbour] = {}
         for neighbour in _ranked(samples[i], candidates, training, distance):
             best.setdefault(neighbour.index, neighbour)
@@ -69,12 +70,10 @@ def nearest(
 def _ranked(
     sample: np.ndarray, candidates: list[tuple[int, int]], training: Sequence[ImageSet], distance: PairDistance
 ) -> list[Neighbour]:
-    found = []
+    found, size = [], training[0][0].shape[:2]
     for start in range(0, len(candidates), _BATCH):
         batch = candidates[start : start + _BATCH]
-        images = [training[view][index] for view, index in batch]
-        size = images[0].shape[:2]
-        images = torch.stack([_values(image, size) for image in images])
+        images = torch.stack([_values(training[view][index], size) for view, index in batch])
         distances = distance(_values(sample, size).expand_as(images), images)
         found += [Neighbour(*place, float(d)) for place, d in zip(batch, distances)]
     return sorted(found, key=lambda neighbour: neighbour.distance)

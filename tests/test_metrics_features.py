@@ -1,0 +1,288 @@
+"""Resizes, extractors, image sets and the cache of features, against clean-fid and open_clip."""
+
+import importlib
+import sys
+import types
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import micro
+from diffusion.mollifier import IDENTITY, Mollifier
+from generation.infty_diff import WEIGHTS, InftyDiff
+from metrics.evaluation import evaluate, table
+from metrics.extractors import Extractor, RandomFeatures, open_extractor
+from metrics.features import Extraction, cached_features, features
+from metrics.images import DatasetImages, ImageFolder, Mirrored, MollifiedSamples
+from metrics.resize import clean_resize, clip_resize
+from models.factory import build_denoiser, build_encoder
+from pictures import folder, noise, zipped
+from training.checkpoint import save_weights
+
+CPU = torch.device("cpu")
+NETWORKS = {"encoder": build_encoder, "denoiser": build_denoiser}
+SIZES = [(224, 224), (299, 299), (16, 12), (301, 223), (128, 257)]
+
+
+def images_of(path, **options) -> ImageFolder:
+    return ImageFolder(str(path), 3, "--samples", **options)
+
+
+@pytest.fixture
+def how(tmp_path) -> Extraction:
+    return Extraction(batch_size=4, threads=3, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_clean_resize_is_clean_fid_s(size):
+    resize = pytest.importorskip("cleanfid.resize")
+    image = noise(size, 1)
+    np.testing.assert_array_equal(clean_resize(image, (299, 299)), resize.build_resizer("clean")(image))
+    wide = resize.make_resizer("PIL", False, "bicubic", (40, 30))(image)
+    np.testing.assert_array_equal(clean_resize(image, (30, 40)), wide)
+    np.testing.assert_array_equal(clean_resize(image, size), image)
+
+
+def clean_fid_clip(monkeypatch, model=None) -> types.ModuleType:
+    """clean-fid's CLIP features with `model` in place of the package that would download OpenAI's."""
+    pytest.importorskip("cleanfid")
+    clip = types.ModuleType("clip")
+    clip.load = lambda name, device: (model, None)
+    monkeypatch.setitem(sys.modules, "clip", clip)
+    monkeypatch.delitem(sys.modules, "cleanfid.clip_features", raising=False)
+    return importlib.import_module("cleanfid.clip_features")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_clip_resize_is_clean_fid_s(monkeypatch, size):
+    image = noise(size, 2)
+    np.testing.assert_array_equal(clip_resize(image), clean_fid_clip(monkeypatch).img_preprocess_clip(image))
+
+
+def test_clip_features_are_open_clip_s_and_clean_fid_s(monkeypatch, tmp_path, how):
+    """The whole path with random weights, stored as OpenAI stores its: half precision, text tower included."""
+    open_clip = pytest.importorskip("open_clip")
+    torch.manual_seed(0)
+    model, _, preprocess = open_clip.create_model_and_transforms("ViT-B-32-quickgelu", pretrained=None)
+    model.half().float().eval()
+    state = {name: value.half() for name, value in model.state_dict().items() if not name.startswith("transformer")}
+    torch.save(state, tmp_path / "ViT-B-32.pt")
+    extractor = open_extractor("clip_vit_b_32", CPU, weights=str(tmp_path / "ViT-B-32.pt"))
+    samples = images_of(folder(tmp_path / "a", 3, (250, 230)))
+    found = features(samples, extractor, how)
+    assert found.shape == (3, 512)
+    with torch.no_grad():
+        expected = model.encode_image(torch.stack([preprocess(Image.fromarray(samples[i])) for i in range(3)]))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+    theirs = clean_fid_clip(monkeypatch, model)
+    from cleanfid import fid
+
+    network = theirs.CLIP_fx("ViT-B/32", device="cpu")
+    expected = fid.get_folder_features(str(tmp_path / "a"), network, num_workers=0, device=CPU, verbose=False,
+                                       custom_fn_resize=theirs.img_preprocess_clip)  # fmt: skip
+    names = [samples.item_name(i) for i in range(3)]
+    assert names == sorted(names)
+    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
+
+    state.pop("visual.proj")
+    torch.save(state, tmp_path / "part.pt")
+    with pytest.raises(ValueError, match=r"lacks or differs in visual\.proj; accepted: CLIP"):
+        open_extractor("clip_vit_b_32", CPU, weights=str(tmp_path / "part.pt"))
+
+
+class ToyInception(nn.Module):
+    """Shaped like the published script: `layers` takes a prepared batch and returns 2048 features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.AvgPool2d(13, 11), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(2500, 2048))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def test_inception_features_are_clean_fid_s(tmp_path, how):
+    theirs = pytest.importorskip("cleanfid.inception_torchscript")
+    from cleanfid import fid
+
+    torch.manual_seed(0)
+    path = tmp_path / "inception-2015-12-05.pt"
+    torch.jit.script(ToyInception()).save(str(path))
+    samples = images_of(folder(tmp_path / "a", 3, (40, 330)))
+    extractor = open_extractor("inception_v3", CPU, weights=str(path))
+    expected = fid.get_folder_features(str(tmp_path / "a"), theirs.InceptionV3W(str(tmp_path), download=False),
+                                       num_workers=0, device=CPU, mode="clean", verbose=False)  # fmt: skip
+    torch.testing.assert_close(features(samples, extractor, how), torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
+
+
+def small_extractor() -> Extractor:
+    """Eight features from a 299x299 input, quick enough for whole evaluations."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.AvgPool2d(50), nn.Flatten(), nn.Linear(75, 8)).eval()
+    return Extractor("toy", "FID", "clean", (299, 299), 3, "toy", lambda x: clean_resize(x, (299, 299)),
+                     lambda x: net(x / 255))  # fmt: skip
+
+
+def test_whole_evaluation_is_clean_fid_s(tmp_path, how):
+    fid = pytest.importorskip("cleanfid.fid")
+    first, second = folder(tmp_path / "a", 30), folder(tmp_path / "b", 25, first_seed=100)
+    extractor = small_extractor()
+    report = evaluate(images_of(first), images_of(second), extractor, how)
+    expected = fid.compute_fid(str(first), str(second), mode="clean", num_workers=0, device=CPU, verbose=False,
+                               custom_feat_extractor=extractor.network)  # fmt: skip
+    assert report["fid"] == pytest.approx(expected, rel=1e-4)
+    assert (report["num_samples"], report["num_reference"], report["feature_dimension"]) == (30, 25, 8)
+    assert report["precision_recall_images"] == 25
+    assert "FID" in table(report) and not report["warnings"]
+
+
+def test_folder_and_zip_have_the_same_features(tmp_path, how):
+    stored = folder(tmp_path / "a", 6)
+    extractor = open_extractor("random_features", CPU)
+    from_folder = features(images_of(stored), extractor, how)
+    from_zip = features(images_of(zipped(stored, tmp_path / "a.zip")), extractor, how)
+    torch.testing.assert_close(from_folder, from_zip, rtol=0, atol=0)
+    one_by_one = features(images_of(stored), extractor, Extraction(batch_size=1, threads=1))
+    torch.testing.assert_close(from_folder, one_by_one)
+
+
+def test_the_cache_is_used_while_images_and_extractor_stay(tmp_path, how, monkeypatch):
+    stored = folder(tmp_path / "a", 4)
+    extractor = open_extractor("random_features", CPU)
+    first = cached_features(images_of(stored), extractor, how)
+
+    def fail(*_, **__):
+        raise AssertionError("features were computed again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("metrics.features.features", fail)
+        torch.testing.assert_close(cached_features(images_of(stored), extractor, how), first, rtol=0, atol=0)
+        with pytest.raises(AssertionError):
+            cached_features(images_of(stored), extractor, how, patches=1)
+        with pytest.raises(AssertionError):
+            cached_features(Mirrored(images_of(stored)), extractor, how)
+        with pytest.raises(AssertionError):
+            cached_features(images_of(stored), small_extractor(), how)
+        Image.fromarray(noise((20, 24), 77)).save(stored / "part0" / "0000.png")
+        with pytest.raises(AssertionError):
+            cached_features(images_of(stored), extractor, how)
+    changed = cached_features(images_of(stored), extractor, how)
+    assert not torch.equal(changed[0], first[0]) and torch.equal(changed[1:], first[1:])
+
+
+def test_patches_are_unscaled_cuts(tmp_path, how):
+    stored = images_of(folder(tmp_path / "a", 2, (9, 11)))
+    seen = []
+    extractor = Extractor("cut", "FID", "none", (4, 5), 3, "", lambda x: x.astype(np.float32),
+                          lambda x: seen.append(x) or x.flatten(1))  # fmt: skip
+    assert features(stored, extractor, how, patches=3).shape == (6, 60)
+    for i, patch in enumerate(torch.cat(seen).permute(0, 2, 3, 1).numpy()):
+        image = stored[i // 3]
+        cuts = [image[top : top + 4, left : left + 5] for top in range(6) for left in range(7)]
+        assert any(np.array_equal(patch, cut) for cut in cuts)
+    large = Extractor("large", "FID", "none", (10, 4), 3, "", lambda x: x, lambda x: x)
+    with pytest.raises(ValueError, match="is 9x11; accepted: images of at least 10x4"):
+        features(stored, large, how, patches=1)
+
+
+def test_random_features_are_the_same_everywhere():
+    sums = [float(buffer.double().sum()) for buffer in RandomFeatures().buffers()]
+    assert sums == pytest.approx([3.6074, -11.758, -3.6306], abs=1e-3)
+
+
+def test_encoder_features_are_the_run_s_latents(tmp_path, how):
+    model = InftyDiff.from_runs(write_run(tmp_path), device="cpu")
+    samples = images_of(folder(tmp_path / "a", 3, (16, 12)))
+    extractor = open_extractor("encoder", CPU, encoder_run=str(tmp_path / "run"))
+    pixels = torch.stack([torch.from_numpy(samples[i]).permute(2, 0, 1) for i in range(3)])
+    torch.testing.assert_close(features(samples, extractor, how), model.encode(pixels / 127.5 - 1))
+
+
+def write_run(root):
+    """Weights of an untrained micro run."""
+    torch.manual_seed(0)
+    config = micro.image(root)
+    parts = {name: build(config.model, 3, config.size) for name, build in NETWORKS.items()}
+    tensors = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+    save_weights(root / "run" / WEIGHTS, tensors, {"config": asdict(config)})
+    return root / "run"
+
+
+def test_sets_of_images(tmp_path):
+    stored = folder(tmp_path / "a", 4)
+    (stored / "notes.txt").write_text("no image")
+    Image.fromarray(noise((5, 5), 1)).save(stored / "contact_sheet.png")
+    images = images_of(stored)
+    assert len(images) == 4 and images[0].shape == (20, 24, 3) and images.item_name(1) == "part0/0002.png"
+    assert len(images_of(stored, limit=2)) == 2
+    with pytest.raises(ValueError, match=r"--num_samples=5: .* holds 4 images"):
+        images_of(stored, limit=5)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="--samples: no images in"):
+        images_of(tmp_path / "empty")
+    turned = Mirrored(images)
+    np.testing.assert_array_equal(turned[1], images[1][:, ::-1])
+    half = Mirrored(images, seed=0)
+    mirrored = [np.array_equal(half[i], turned[i]) for i in range(4)]
+    assert 0 < sum(mirrored) < 4 and [np.array_equal(half[i], images[i]) for i in range(4)] == [not m for m in mirrored]
+    assert len({images.fingerprint(), turned.fingerprint(), half.fingerprint()}) == 3
+
+
+def test_of_a_folder_of_samples_only_the_samples_count(tmp_path):
+    for name in ("000000.png", "000001.png", "contact_sheet.png", "overview.png"):
+        Image.fromarray(noise((6, 7), 1)).save(tmp_path / name)
+    assert len(images_of(tmp_path)) == 3
+    (tmp_path / "manifest.json").write_text("{}")
+    assert len(images_of(tmp_path)) == 2
+
+
+def test_stored_kinds_of_pictures(tmp_path):
+    grey, clear = noise((6, 7), 1, channels=1), np.zeros((6, 7, 4), np.uint8)
+    Image.fromarray(grey[..., 0]).save(tmp_path / "0.png")
+    Image.fromarray(clear).save(tmp_path / "1.png")
+    images = images_of(tmp_path)
+    np.testing.assert_array_equal(images[0], grey.repeat(3, axis=2))
+    np.testing.assert_array_equal(images[1], np.full((6, 7, 3), 255))
+    data = micro.image(tmp_path, {"data.channels": 1})
+    functions = DatasetImages(data, "train", 3)
+    assert functions[0].shape == (16, 12, 3) and len(functions) == 24
+    assert functions.path == "data.name=functions split train"
+
+
+def test_mollified_samples_are_prepared_as_the_authors_do(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    x = np.array([[-1.2, -1.0, -0.001, 0.0, 0.0039, 0.9999, 1.0, 2.0]], np.float32)[None].repeat(3, axis=0)
+    np.save(raw / "000003.npy", x)
+    plain = MollifiedSamples(str(tmp_path), IDENTITY, 0.05, 3, None)
+    stored = x.astype(np.float16).astype(np.float32)
+    expected = np.floor(((stored + 1) / 2 * 255).clip(0, 255)).astype(np.uint8)
+    np.testing.assert_array_equal(plain[0], expected.transpose(1, 2, 0))
+    assert plain[0][0, 3].tolist() == [127] * 3  # 127.5, cut
+
+    image = noise((32, 24), 1)
+    mollifier = Mollifier(1.0, (32, 24))
+    clean = torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1
+    np.save(raw / "000003.npy", mollifier(clean).numpy())
+    filtered = MollifiedSamples(str(tmp_path), mollifier, 0.01, 3, None)
+    assert np.abs(filtered[0].astype(int) - image).mean() < 2
+    assert filtered.fingerprint() != plain.fingerprint()
+    with pytest.raises(ValueError, match="--save_raw"):
+        MollifiedSamples(str(raw), mollifier, 0.05, 3, None)
+
+
+def test_wrong_arguments_of_extractors():
+    for arguments, part in (
+        (("vgg",), "--model=vgg; accepted: clip_vit_b_32"),
+        (("random_features", CPU, "w.pt"), "random_features takes none"),
+        (("encoder", CPU), "--encoder_run: accepted"),
+        (("inception_v3", CPU, None, "run"), "--encoder_run: accepted"),
+        (("inception_v3", CPU, "none.pt"), "--weights=none.pt: no such file"),
+    ):
+        with pytest.raises(ValueError, match=part):
+            open_extractor(*(arguments if len(arguments) > 1 else (*arguments, CPU)))
