@@ -7,6 +7,7 @@ every step has exactly B images whatever the size of the set, and none is ever d
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
@@ -131,12 +132,17 @@ class _Batches(Dataset):
         return torch.where(mirror, batch.flip(-1), batch) if mirrored.any() else batch
 
 
+def _leave_interrupts_to_the_main_process(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal; workers must live on until training has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _read(dataset: ImageDataset, chosen, num_workers: int, pin_memory: bool) -> Iterator[torch.Tensor]:
     workers = 0 if dataset.pixels is not None else num_workers
     # A generator of its own: the loader would else draw from the global one.
     loader = DataLoader(_Batches(dataset), batch_size=None, sampler=chosen, num_workers=workers,
                         pin_memory=pin_memory and torch.cuda.is_available(), generator=torch.Generator(),
-                        prefetch_factor=4 if workers else None)
+                        prefetch_factor=4 if workers else None, worker_init_fn=_leave_interrupts_to_the_main_process)
     for batch in loader:
         if isinstance(batch, ValueError):
             raise batch

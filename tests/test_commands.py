@@ -1,7 +1,9 @@
 """The commands as users type them: all three stages on a folder of images, killed and run again, and wrong input."""
 
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -111,6 +113,22 @@ def test_killed_at_random_moments_the_run_gives_the_same_losses(root):
     done = run(command[1:])
     assert done.returncode == 0, done.stderr
     assert losses(folder) == losses(root / "whole")
+
+
+def test_interrupt_of_a_whole_terminal_saves_first(root):
+    """Ctrl-C reaches the decoding processes too; the run must still save what it has."""
+    endless = {"run.experiment": "interrupted", "data.in_memory": "never", "data.num_workers": 2}
+    endless |= {name: 100_000 for name in ("train.steps", "train.checkpoint_steps", "train.plot_samples_steps")}
+    command = [sys.executable, *stage_one(root, endless)]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    metrics = root / "interrupted" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in errors, errors
+    assert len(list((root / "interrupted" / "checkpoints").glob("step_*.pt"))) == 1
 
 
 def test_wrong_input_is_one_line(root, tmp_path):

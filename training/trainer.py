@@ -98,10 +98,9 @@ class Trainer:
         bar = tqdm(total=train.steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True)
         clock, clock_step = time.perf_counter(), self.step
         try:
-            for batch in self.stage.batches(self.step):
-                if self.step >= train.steps or self._signal is not None:
-                    break
-                self.train_step(batch)
+            batches = self.stage.batches(self.step)
+            while self.step < train.steps and self._signal is None:
+                self.train_step(next(batches))
                 bar.update()
                 if self.step % train.plot_graph_steps == 0:
                     self._check_finite()  # waits for the device, so the clock is read after the work is done
