@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from metrics.extractors import Extractor
-from metrics.features import Extraction, cached_features, features
+from metrics.features import Extraction, cached_features, features, patch
 from metrics.frechet import frechet_distance, gaussian_of, kernel_distance
 from metrics.images import ImageSet
 from metrics.manifold import precision_recall
@@ -30,6 +30,8 @@ def evaluate(
     for name, images in (("--samples", samples), ("reference", reference)):
         if len(images) < 2:
             raise ValueError(f"{name}: {images.path} holds {len(images)} image; accepted: at least 2")
+        if patches:
+            patch(images, extractor, patches, 0)  # refuses small images now, not after an hour
     sizes = [tuple(images[0].shape[:2]) for images in (samples, reference)]
     real, made = _both(samples, reference, extractor, how)
     kid, kid_error = kernel_distance(real, made)

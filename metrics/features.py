@@ -52,7 +52,7 @@ def features(
     Raises:
         ValueError: for a damaged image, or one smaller than a patch.
     """
-    load = partial(_whole, images, extractor) if not patches else partial(_patch, images, extractor, patches)
+    load = partial(_whole, images, extractor) if not patches else partial(patch, images, extractor, patches)
     count = len(images) * max(1, patches)
     parts = []
     with tqdm(total=count, desc=title, unit="patch" if patches else "image", disable=None, leave=False) as bar:
@@ -86,7 +86,8 @@ def _whole(images: ImageSet, extractor: Extractor, i: int) -> torch.Tensor:
     return _tensor(extractor.prepare(images[i]))
 
 
-def _patch(images: ImageSet, extractor: Extractor, patches: int, i: int) -> torch.Tensor:
+def patch(images: ImageSet, extractor: Extractor, patches: int, i: int) -> torch.Tensor:
+    """Patch i of a set of `patches` an image, (C, h, w); ValueError where the image is smaller."""
     index, number = divmod(i, patches)
     image, (height, width) = images[index], extractor.input_size
     room = image.shape[0] - height, image.shape[1] - width

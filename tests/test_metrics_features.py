@@ -17,6 +17,7 @@ from generation.infty_diff import WEIGHTS, InftyDiff
 from metrics.evaluation import evaluate, table
 from metrics.extractors import Extractor, RandomFeatures, open_extractor
 from metrics.features import Extraction, cached_features, features
+from metrics.frechet import frechet_distance, gaussian_of
 from metrics.images import DatasetImages, ImageFolder, Mirrored, MollifiedSamples
 from metrics.resize import clean_resize, clip_resize
 from models.factory import build_denoiser, build_encoder
@@ -187,7 +188,17 @@ def test_patches_are_unscaled_cuts(tmp_path, how):
         assert any(np.array_equal(patch, cut) for cut in cuts)
     large = Extractor("large", "FID", "none", (10, 4), 3, "", lambda x: x, lambda x: x)
     with pytest.raises(ValueError, match="is 9x11; accepted: images of at least 10x4"):
-        features(stored, large, how, patches=1)
+        evaluate(stored, stored, large, how, patches=1)
+
+
+def test_patch_fid_is_the_distance_of_the_cuts(tmp_path, how):
+    first, second = (images_of(folder(tmp_path / name, 6, (70, 66), seed)) for name, seed in (("a", 0), ("b", 9)))
+    extractor = open_extractor("random_features", CPU)
+    report = evaluate(first, second, extractor, how, patches=2)
+    made, real = (gaussian_of(features(images, extractor, how, patches=2)) for images in (first, second))
+    assert report["patch_fid"] == pytest.approx(frechet_distance(real, made))
+    assert evaluate(first, first, extractor, how, patches=2)["patch_fid"] == pytest.approx(0, abs=1e-8)
+    assert "same of patches, 2 an image" in table(report)
 
 
 def test_random_features_are_the_same_everywhere():
