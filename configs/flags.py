@@ -40,6 +40,7 @@ class Command:
         self.doc, self.stages, self.optional = doc, configs, optional
         self.configs: dict[str, ImageConfig | LatentConfig] = {}
         self.overridden: dict[str, list[str]] = {name: [] for name in configs}
+        self._given: dict[str, tuple[str, list[tuple[str, str]]]] = {}
         for name, stage in configs.items():
             flags.DEFINE_string(name, None, f"{stage.__name__} file, e.g. {_EXAMPLES[stage]}")
         flags.DEFINE_bool("dry_run", False, "print the resolved configuration and stop")
@@ -58,6 +59,12 @@ class Command:
                 main(self.configs, self.overridden)
 
         app.run(body, flags_parser=self._parse)
+
+    def arguments(self, name: str, as_name: str, changes: dict[str, Any]) -> list[str]:
+        """A configuration as it was given, with changes, for the command line of a command that calls it `as_name`."""
+        file, overrides = self._given[name]
+        fields = [*overrides, *changes.items()]
+        return [f"--{as_name}={file}", *(f"--{as_name}.{path}={value}" for path, value in fields)]
 
     def _parse(self, argv: list[str]) -> list[str]:
         if any(arg in ("--help", "-h", "-help") for arg in argv):
@@ -81,6 +88,7 @@ class Command:
                 config = load_config(config_files[name], name)
                 mine = [(path, value) for owner, path, value in overrides if owner == name]
                 self.overridden[name] = [path for path, _ in mine]
+                self._given[name] = (config_files[name], mine)
                 faults += apply_overrides(config, mine, name)
                 self.configs[name] = freeze(config, stage, name)
             except ConfigError as error:

@@ -138,15 +138,15 @@ def contact_sheet(out_dir: Path, size: Size) -> None:
     save_grid(out_dir / "contact_sheet.png", torch.stack(tiles), per_row)
 
 
-def parse_size(text: str) -> Size:
+def parse_size(text: str, flag: str = "sample_img_size") -> Size:
     """ "256" -> (256, 256); "192x320" -> (192, 320), height first.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for anything else, naming `flag`.
     """
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if not match or int(match[1]) < 1 or int(match[2] or 1) < 1:
-        raise ValueError(f"--sample_img_size={text}: accepted: a side, 256, or height x width, 192x320")
+        raise ValueError(f"--{flag}={text}: accepted: a side, 256, or height x width, 192x320")
     return int(match[1]), int(match[2] or match[1])
 
 

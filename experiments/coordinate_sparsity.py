@@ -1,0 +1,100 @@
+"""Table 3: quality, speed and memory against the part of the coordinates that training sees.
+
+    python experiments/coordinate_sparsity.py --config configs/ffhq_128_config.py --config.data.root_dir=ffhq.zip \\
+        --latent_config configs/ffhq_latent_config.py --out_dir=table3
+
+Trains both stages at every ratio, draws samples, scores them and prints the table; the same command continues an
+interrupted sweep. In --out_dir: the runs, RATIO and RATIO_sampler; the samples of each; coordinate_sparsity.json, .txt
+and .png. Speeds are medians over the log of stage one. Memory is the device's in training (stage one), or on a CPU the
+largest resident set of the process.
+"""
+
+import json
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import flags
+
+from configs.flags import Command, readable_errors
+from configs.schema import ImageConfig, LatentConfig
+from experiments.stages import define_scoring_flags, metric_name, run, sample, score
+from metrics.plots import bar_plots, require_matplotlib
+from metrics.run_log import log_lines, median_speed, training_memory
+from metrics.sparsity import RatioResult, parse_ratios, rows, table
+from training.files import write_atomic, write_json
+
+FLAGS = flags.FLAGS
+define_scoring_flags(num_samples=10_000)
+flags.DEFINE_string("ratios", "1,1/2,1/4,1/8", "parts of the coordinates seen in training; speeds refer to the first")
+flags.DEFINE_string("sampling_steps", "100", "step subset of the images")
+flags.DEFINE_bool("skip_fid", False, "measure speed and memory alone: train stage one, and nothing else")
+flags.DEFINE_string("out_dir", "coordinate_sparsity", "folder of the sweep")
+_STATED = ("mc_integral.ratio", "mc_integral.q_sample")
+
+
+def main(command: Command, configs: dict[str, Any]) -> None:
+    config: ImageConfig = configs["config"]
+    out_dir = Path(FLAGS.out_dir)
+    with readable_errors():
+        require_matplotlib()
+        ratios = parse_ratios(FLAGS.ratios)
+        if "latent_config" not in configs and not FLAGS.skip_fid:
+            raise ValueError("--latent_config: missing; accepted: a configuration file, or --skip_fid")
+        for path in set(_STATED) & set(command.overridden["config"]):
+            raise ValueError(f"--config.{path}: accepted: nothing; --ratios says it")
+        results = [measure(command, config, ratio, out_dir) for ratio in ratios]
+        text = report(results, out_dir / "coordinate_sparsity")
+    print(f"\n{text}\nwritten: {out_dir / 'coordinate_sparsity'}.txt, .json and .png")
+
+
+def measure(command: Command, config: ImageConfig, ratio: Fraction, out_dir: Path) -> RatioResult:
+    """Train, sample and score at one ratio, as far as that is not done."""
+    name = f"ratio_{str(ratio).replace('/', '-')}"
+    image = {"run.root_dir": out_dir, "run.experiment": name, "mc_integral.ratio": float(ratio)}
+    resident = run("train_inf_ae_diffusion.py", *command.arguments("config", "config", image))
+    log = log_lines(out_dir / name)
+    memory = training_memory(log, config.train.plot_samples_steps) or largest(out_dir / name, resident)
+    fid = None if FLAGS.skip_fid else score_samples(command, name, image, out_dir)
+    points = int(config.size[0] * config.size[1] * float(ratio))
+    return RatioResult(ratio, points, median_speed(log), memory, fid)
+
+
+def largest(run_folder: Path, resident: float) -> float:
+    """The largest resident set of a run in GB: a command that only finds it finished takes less."""
+    path = run_folder / "resident_memory.json"
+    known = json.loads(path.read_text())["gb"] if path.exists() else 0.0
+    write_json(path, {"gb": max(known, resident)})
+    return max(known, resident)
+
+
+def score_samples(command: Command, name: str, image: dict[str, Any], out_dir: Path) -> float:
+    """Train the latent model of a ratio, draw samples and score them."""
+    latent = {"run.root_dir": out_dir, "run.experiment": f"{name}_sampler"}
+    prior = command.arguments("latent_config", "config", latent)
+    model = [*prior, *command.arguments("config", "decoder_config", image)]
+    run("train_latent_diffusion.py", *model)
+    samples = out_dir / f"{name}_samples"
+    sample(samples, model, f"--num_samples={FLAGS.num_samples}", f"--sampling_steps={FLAGS.sampling_steps}")
+    return score(samples, out_dir / f"{name}_fid.json", command.arguments("config", "config", {}))
+
+
+def report(results: list[RatioResult], stem: Path) -> str:
+    """Write the table as text, JSON and plot; return it."""
+    metric, found = metric_name(), rows(results)
+    settings = {key: FLAGS[key].value for key in ("num_samples", "sampling_steps", "latent_sampling_steps")}
+    write_json(stem.with_suffix(".json"), {"metric": metric, "settings": settings, "rows": found})
+    text = table(results, metric)
+    write_atomic(stem.with_suffix(".txt"), lambda path: path.write_text(text + "\n"))
+    panels = {} if FLAGS.skip_fid else {metric: [row["fid"] for row in found]}
+    panels |= {"Speed-up": [row["speedup"] for row in found], "Memory (GB)": [row["memory_gb"] for row in found]}
+    bar_plots(stem.with_suffix(".png"), [row["ratio"] for row in found], panels, "part of the coordinates")
+    return text
+
+
+if __name__ == "__main__":
+    command = Command(__doc__, {"config": ImageConfig, "latent_config": LatentConfig}, optional=("latent_config",))
+    command.run(lambda configs, _: main(command, configs))

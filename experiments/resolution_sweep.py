@@ -1,0 +1,122 @@
+"""Any resolution: the same functions at many sizes (Figure 2), and FID against steps and sizes (Figure 7).
+
+    python experiments/resolution_sweep.py --config configs/ffhq_latent_config.py \\
+        --config.run.experiment="ffhq_mollified_256_sampler" --decoder_config configs/ffhq_256_config.py \\
+        --decoder_config.run.experiment="ffhq_mollified_256" --sizes=64,128,256,512,1024 --seeds=0-3
+
+draws every seed at every size and puts the pictures together: above at their true relative scale, below at one height.
+With --figure=7 (and --decoder_config.data.root_dir=ffhq.zip, the reference) it draws --num_samples images for each of
+--sizes and --steps, scores them and plots the result. Both continue where they were. In --out_dir: the samples, and
+resolutions.png or steps_and_resolutions.png, with JSON beside it.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import flags
+from PIL import Image
+
+from configs.flags import Command, readable_errors
+from configs.schema import ImageConfig, LatentConfig
+from configs.stored import config_from
+from diffusion.coordinates import Size
+from experiments.stages import define_scoring_flags, metric_name, sample, score
+from generation.folder import parse_seeds, parse_size
+from generation.infty_diff import WEIGHTS
+from generation.scale_picture import scale_picture
+from metrics.plots import line_plot, require_matplotlib
+from training.checkpoint import load_weights
+from training.files import write_atomic, write_json
+from training.run_dir import run_path
+
+FLAGS = flags.FLAGS
+define_scoring_flags(num_samples=10_000)
+flags.DEFINE_enum("figure", "2", ("2", "7"), "which figure of the paper")
+flags.DEFINE_string("sizes", None, "sizes, 64,128 or 48x80,96x160; default: the training size times 1/4 (1/2) to 4 (2)")
+flags.DEFINE_string("seeds", "0-3", "the functions shown in figure 2")
+flags.DEFINE_string("sampling_steps", "100", "step subset of the images in figure 2")
+flags.DEFINE_string("steps", "20,40,60,80,100", "numbers of sampling steps in figure 7")
+flags.DEFINE_float("inv_snr", 0.05, "inverse signal-to-noise ratio of the Wiener filter that undoes the mollifier")
+flags.DEFINE_bool("reference_at_size", False, "score against the data at the size of the samples, not of training")
+flags.DEFINE_string("out_dir", None, "folder of the sweep; default: resolutions in the latent run")
+_FACTORS = {"2": (0.25, 0.5, 1, 2, 4), "7": (0.5, 1, 2)}
+
+
+def main(command: Command, configs: dict[str, Any]) -> None:
+    with readable_errors():
+        train_size = size_of_run(run_path(configs["decoder_config"]))
+        sizes = parse_sizes(FLAGS.sizes, train_size, _FACTORS[FLAGS.figure])
+        out_dir = Path(FLAGS.out_dir) if FLAGS.out_dir else run_path(configs["config"]) / "resolutions"
+        model = [*command.arguments("config", "config", {}), *command.arguments("decoder_config", "decoder_config", {})]
+        if FLAGS.figure == "2":
+            figure, found = resolutions(model, sizes, train_size, out_dir)
+        else:
+            figure, found = steps_and_resolutions(command, model, sizes, out_dir)
+        settings = {"sizes": [by(size) for size in sizes], "train_size": by(train_size), "inv_snr": FLAGS.inv_snr}
+        write_json(figure.with_suffix(".json"), {**settings, **found})
+    print(f"written: {figure} and {figure.with_suffix('.json').name}")
+
+
+def resolutions(model: list[str], sizes: list[Size], train_size: Size, out_dir: Path) -> tuple[Path, dict[str, Any]]:
+    """Figure 2: draw every seed at every size, and put them together."""
+    seeds, folders = parse_seeds(FLAGS.seeds), {}
+    for size in sizes:
+        folders[size] = out_dir / f"{by(size)}_ddim{FLAGS.sampling_steps.replace(',', '-')}"
+        sample(folders[size], model, f"--seeds={FLAGS.seeds}", f"--sample_img_size={by(size)}",
+               f"--sampling_steps={FLAGS.sampling_steps}", f"--inv_snr={FLAGS.inv_snr}")  # fmt: skip
+    rows = [[Image.open(folders[size] / f"{seed:06d}.png").convert("RGB") for size in sizes] for seed in seeds]
+    figure = out_dir / "resolutions.png"
+    write_atomic(figure, lambda path: scale_picture(rows, train_size).save(path, format="png"))
+    return figure, {"seeds": seeds, "sampling_steps": FLAGS.sampling_steps}
+
+
+def steps_and_resolutions(
+    command: Command, model: list[str], sizes: list[Size], out_dir: Path
+) -> tuple[Path, dict[str, Any]]:
+    """Figure 7: draw and score samples for every number of steps and every size, and plot the scores."""
+    require_matplotlib()
+    scores: dict[str, dict[int, float]] = {by(size): {} for size in sizes}
+    for steps in parse_steps(FLAGS.steps):
+        for size in sizes:
+            folder = out_dir / f"{by(size)}_ddim{steps}_scored"
+            sample(folder, model, f"--num_samples={FLAGS.num_samples}", f"--sample_img_size={by(size)}",
+                   f"--sampling_steps={steps}", f"--inv_snr={FLAGS.inv_snr}")  # fmt: skip
+            at_size = {"data.img_size": size[0], "data.img_width": size[1]} if FLAGS.reference_at_size else {}
+            reference = command.arguments("decoder_config", "config", at_size)
+            scores[by(size)][steps] = score(folder, out_dir / f"{folder.name}_fid.json", reference)
+    figure = out_dir / "steps_and_resolutions.png"
+    line_plot(figure, scores, "Sampling steps", metric_name(), "Size")
+    return figure, {"metric": metric_name(), "num_samples": FLAGS.num_samples, "fid": scores}
+
+
+def size_of_run(image_run: Path) -> Size:
+    """The training lattice of a stage-one run."""
+    _, header = load_weights(image_run / WEIGHTS)
+    return config_from(header["config"], ImageConfig, str(image_run)).size
+
+
+def parse_sizes(text: str | None, train_size: Size, factors: tuple[float, ...]) -> list[Size]:
+    """The sizes of --sizes, or the training size times each factor."""
+    if text:
+        return list(dict.fromkeys(parse_size(part, "sizes") for part in text.split(",")))
+    return [(round(train_size[0] * factor), round(train_size[1] * factor)) for factor in factors]
+
+
+def parse_steps(text: str) -> list[int]:
+    """ "20,40" -> ascending numbers of steps."""
+    if not all(part.strip().isdigit() and int(part) for part in text.split(",")):
+        raise ValueError(f"--steps={text}: accepted: numbers of steps, e.g. 20,40,60,80,100")
+    return sorted({int(part) for part in text.split(",")})
+
+
+def by(size: Size) -> str:
+    """(192, 320) -> "192x320"."""
+    return f"{size[0]}x{size[1]}"
+
+
+if __name__ == "__main__":
+    command = Command(__doc__, {"config": LatentConfig, "decoder_config": ImageConfig})
+    command.run(lambda configs, _: main(command, configs))

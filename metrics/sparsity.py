@@ -1,0 +1,59 @@
+"""Table 3 of the paper: what training on fewer coordinates costs and saves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RatioResult:
+    """What was measured at one ratio.
+
+    ratio: part of the coordinates. points: their number. images_per_second: in training. memory_gb: in training.
+    fid: Fréchet distance of the samples, None if not computed.
+    """
+
+    ratio: Fraction
+    points: int
+    images_per_second: float
+    memory_gb: float
+    fid: float | None
+
+
+def parse_ratios(text: str) -> list[Fraction]:
+    """ "1,1/2,0.25" -> fractions.
+
+    Raises:
+        ValueError: for anything but distinct fractions above 0 and up to 1.
+    """
+    try:
+        ratios = [Fraction(part.strip()) for part in text.split(",")]
+    except (ValueError, ZeroDivisionError):
+        ratios = []
+    if not ratios or not all(0 < ratio <= 1 for ratio in ratios) or len(set(ratios)) < len(ratios):
+        raise ValueError(f"--ratios={text}: accepted: distinct fractions above 0 and up to 1, e.g. 1,1/2,1/4,1/8")
+    return ratios
+
+
+def rows(results: Sequence[RatioResult]) -> list[dict[str, Any]]:
+    """The results as plain values, with the speed-up over the first."""
+    first = results[0].images_per_second
+    return [
+        {**asdict(result), "ratio": str(result.ratio), "speedup": result.images_per_second / first}
+        for result in results
+    ]
+
+
+def table(results: Sequence[RatioResult], metric: str) -> str:
+    """The table for people, as the paper prints it, with the memory its text speaks of."""
+    header = ("Ratio", "Points", metric, "Images/s", "Speed-up", "Memory")
+    lines = [header]
+    for row in rows(results):
+        fid = "-" if row["fid"] is None else f"{row['fid']:.2f}"
+        lines.append((row["ratio"], str(row["points"]), fid, f"{row['images_per_second']:.1f}",
+                      f"{row['speedup']:.2f}x", f"{row['memory_gb']:.2f} GB"))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
