@@ -21,7 +21,8 @@ def define_scoring_flags(num_samples: int) -> None:
     flags.DEFINE_integer("num_samples", num_samples, "samples scored", lower_bound=2)
     flags.DEFINE_string("latent_sampling_steps", None, "step subset of the latent model; default: all steps")
     flags.DEFINE_integer("sample_batch_size", 16, "images drawn together on a GPU", lower_bound=1)
-    flags.DEFINE_enum("fid_model", "clip_vit_b_32", EXTRACTORS, "feature extractor of the Fréchet distance")
+    models = [name for name in EXTRACTORS if name != "encoder"]  # whose features differ between the models compared
+    flags.DEFINE_enum("fid_model", "clip_vit_b_32", models, "feature extractor of the Fréchet distance")
     flags.DEFINE_string("fid_weights", None, "file of the extractor's weights; default: the usual cache, or a download")
 
 
