@@ -6,7 +6,6 @@ Runs the three commands of the README with configs/tiny_config.py and leaves eve
 two CPU cores; run again, it continues where it was.
 """
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from PIL import Image, ImageDraw
 from configs.schema import ImageConfig
 from data.datasets import open_dataset
 from data.pixels import to_float, to_uint8
+from experiments.stages import run
 from generation.infty_diff import InftyDiff, SamplingOptions
 from training.files import write_atomic
 
@@ -27,28 +27,29 @@ SIZES = ("32", "64", "48x80")
 COLUMNS = 8
 TILE = 96  # height of a shown picture in pixels
 MARGIN = 8
+# A model of two minutes has no use for the last, noisiest step nor for much sharpening.
+OPTIONS = SamplingOptions("ddim50", inv_snr=0.2)
 LABEL = 18
 
 
 def main() -> None:
-    places = ["--config.run.root_dir=demo"]
-    decoder = ["--decoder_config=configs/tiny_config.py", "--decoder_config.run.root_dir=demo"]
-    run("train_inf_ae_diffusion.py", "--config=configs/tiny_config.py", *places)
-    run("train_latent_diffusion.py", "--config=configs/tiny_latent_config.py", *places, *decoder)
+    latent = [f"--config={ROOT}/configs/tiny_latent_config.py", f"--config.run.root_dir={OUT}"]
+    decoder = [f"--decoder_config={ROOT}/configs/tiny_config.py", f"--decoder_config.run.root_dir={OUT}"]
+    run("train_inf_ae_diffusion.py", f"--config={ROOT}/configs/tiny_config.py", f"--config.run.root_dir={OUT}")
+    run("train_latent_diffusion.py", *latent, *decoder)
     for size in SIZES:
-        run("experiments/generate_samples.py", "--config=configs/tiny_latent_config.py", *places, *decoder,
-            f"--sample_img_size={size}", "--sampling_steps=50", "--inv_snr=0.1", f"--seeds=0-{COLUMNS - 1}",
-            f"--out_dir=demo/samples_{size}")  # fmt: skip
+        run(
+            "experiments/generate_samples.py",
+            *latent,
+            *decoder,
+            f"--sample_img_size={size}",
+            f"--seeds=0-{COLUMNS - 1}",
+            f"--sampling_steps={OPTIONS.steps}",
+            f"--inv_snr={OPTIONS.inv_snr}",
+            f"--out_dir={OUT}/samples_{size}",
+        )
     write_atomic(OUT / "overview.png", lambda path: overview().save(path, format="png"))
     print(f"\nLook at {OUT / 'overview.png'}: data, reconstructions, and the same samples at {', '.join(SIZES)}.")
-
-
-def run(*command: str) -> None:
-    """Run one of the project's commands from the repository root; stop with its status if it fails."""
-    print("\n$ python", " ".join(command), flush=True)
-    status = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
-    if status:
-        sys.exit(status)
 
 
 def overview() -> Image.Image:
@@ -56,7 +57,7 @@ def overview() -> Image.Image:
     model = InftyDiff.from_runs(OUT / "tiny", device="cpu")
     images = held_out(model.config)
     noise = model.initial_noise(range(COLUMNS), model.config.size)
-    reconstructions = model.decode(model.encode(images), noise, SamplingOptions("50", inv_snr=0.1))
+    reconstructions = model.decode(model.encode(images), noise, OPTIONS)
     rows = {"held-out functions, 32x32": pictures(images), "encoded and decoded, 32x32": pictures(reconstructions)}
     for size in SIZES:
         files = [OUT / f"samples_{size}" / f"{seed:06d}.png" for seed in range(COLUMNS)]
