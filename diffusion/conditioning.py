@@ -15,7 +15,7 @@ import torch
 from diffusion.coordinates import Size
 from diffusion.cosine import dct, idct, on_rows
 from diffusion.mollifier import Mollifier
-from diffusion.process import Denoised, Denoiser
+from diffusion.process import Denoised, Denoiser, DiffusionProcess
 
 Image = torch.Tensor
 _SURE = 0.99  # part of its Gaussian weight that a mollified pixel has from known pixels to count as known
@@ -23,7 +23,7 @@ _SURE = 0.99  # part of its Gaussian weight that a mollified pixel has from know
 
 @dataclass(frozen=True)
 class Guided(Denoised):
-    """Estimates, and the gradient of what they miss of the known pixels with respect to the state, shaped like x_t."""
+    """Estimates, and the direction in which they move away from the known pixels, shaped like x_t."""
 
     gradient: torch.Tensor
 
@@ -32,34 +32,40 @@ class Guided(Denoised):
 class Known:
     """The known part of images: pixels `image` (B or 1, C, H, W), read only where `mask`, bool (H, W), is true.
 
-    mollifier: T. deblur: undoes it, up to a filter, on (B, C, H, W).
+    process: that of the sampler. deblur: undoes its mollifier, up to a filter, on (B, C, H, W).
     Raises ValueError if the mask has another size, or no or only known pixels.
     """
 
     image: Image
     mask: torch.Tensor
-    mollifier: Mollifier
+    process: DiffusionProcess
     deblur: Callable[[Image], Image]
 
     def __post_init__(self) -> None:
         check_mask(self.mask, tuple(self.image.shape[-2:]))
 
-    def guided(self, denoise: Denoiser) -> Denoiser:
+    def guided(self, denoise: Denoiser, *, plain: bool = False) -> Denoiser:
         """Reconstruction guidance (section 5.3, after Ho et al. 2022b): a denoiser that returns `Guided`, with
 
-            gradient = ∇_{x_t} ‖m ⊙ (μ̃_0(x_t, t) - T x̄)‖²,
+            gradient = √ᾱ_t T Tᵗ ∇_{x_t} ‖m ⊙ (μ̃_0(x_t, t) - T x̄)‖².
 
-        the sum over pixels and channels, in which x̄ is completed inside the hole by the deblurred estimate itself and
-        T x̄ counts as a constant. Gradients are switched on inside, whatever the caller does.
+        The norm is summed over pixels and channels; x̄ is completed inside the hole by the deblurred estimate, and T x̄
+        counts as constant. T Tᵗ ∇ is the gradient in the Cameron-Martin space of T ξ: states vary in the range of T,
+        and ∇ has an edge where the mask has one. √ᾱ_t is the weight of Ho et al.; ∇ contains 1/√ᾱ_t, 20000 at the first
+        step, which multiplies the errors of a network. Gradients are switched on inside, whatever the caller does.
+        plain: ∇ alone, as the paper prints it; a network then takes a very small λ.
         """
 
         def denoise_and_compare(x_t: torch.Tensor, t: torch.Tensor) -> Guided:
+            mollifier = self.process.mollifier
             with torch.enable_grad():
                 x_t = x_t.detach().requires_grad_()
                 denoised = denoise(x_t, t)
-                target = self.mollifier(self.completed(self.deblur(denoised.x_0.detach())))
+                target = mollifier(self.completed(self.deblur(denoised.x_0.detach())))
                 missed = self.mask * (denoised.x_0 - target)
                 (gradient,) = torch.autograd.grad(missed.square().sum(), x_t)
+            if not plain:
+                gradient = self.process.schedule.at("sqrt_alpha_bar", t, x_t) * mollifier(mollifier(gradient))
             return Guided(denoised.x_0.detach(), denoised.eps.detach(), denoised.log_variance.detach(), gradient)
 
         return denoise_and_compare
@@ -73,12 +79,12 @@ class Known:
 
         Smooth like a state: a product with the mask itself would have an edge, which no state has.
         """
-        weights = self.mask.float()
-        if self.mollifier.identity:
+        weights, mollifier = self.mask.float(), self.process.mollifier
+        if mollifier.identity:
             return weights
         for _ in range(2):  # shrink to where T x̄ is known, and again by as much as T will widen it
-            weights = (self.mollifier(weights) >= _SURE).float()
-        return self.mollifier(weights).clamp(0, 1)
+            weights = (mollifier(weights) >= _SURE).float()
+        return mollifier(weights).clamp(0, 1)
 
 
 def descend(scale: float) -> Callable[[torch.Tensor, int, Guided], torch.Tensor]:

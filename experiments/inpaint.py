@@ -1,0 +1,103 @@
+"""Fill a hole in images, several times each (Figure 9).
+
+    python experiments/inpaint.py --config configs/ffhq_256_config.py --config.run.experiment="ffhq_mollified_256" \\
+        --input=face.png --box=96,96,64,64 --seeds=0-3
+
+The hole is --box, in pixels of the working size, or the white part of --mask, an image of the size of the input.
+Reconstruction guidance of strength --guidance holds the rest. By default what is in the hole is never looked at: the
+encoder gets exactly the visible pixels, which it can, and sampling starts from fresh noise there. With --see_hole, as
+in the paper, latents and the state at step --start_step are encodings of the whole image, so that an earlier start step
+gives a hole more like the original. Known pixels are put back at the end, unless --nopaste.
+
+Writes sheet.png (a row per image: the image, the image with its hole, the results), every result as PNG, result.json.
+"""
+
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from absl import flags
+
+from configs.flags import Command, readable_errors
+from configs.schema import ImageConfig
+from experiments.edit_flags import (
+    Results,
+    define_edit_flags,
+    finite_mean,
+    open_images,
+    open_model,
+    requested_size,
+    sampling_options,
+    steps_bar,
+)
+from generation.editing import InpaintOptions, inpaint
+from generation.folder import parse_seeds
+from generation.inputs import Inputs, parse_box, parse_step, read_mask
+
+FLAGS = flags.FLAGS
+define_edit_flags(4, "the results; default: the training size")
+flags.DEFINE_string("mask", None, "image of the size of the input, white where pixels are unknown")
+flags.DEFINE_string("box", None, "top,left,height,width of the unknown pixels, in pixels of the working size")
+flags.DEFINE_string("seeds", "0-2", "one result per seed: 0-3 or 3,7,10-12")
+flags.DEFINE_float("guidance", None, "λ, 0 for none; default: 0.4, or 0.003 with --plain_guidance")
+flags.DEFINE_bool("plain_guidance", False, "guide by the gradient as the paper prints it")
+flags.DEFINE_string("start_step", None, "t_s, a step 0 … T-1 or a part 0.0 … 1.0 of them; default: the last")
+flags.DEFINE_bool("see_hole", False, "encode the whole image, what is in the hole included, as in the paper")
+flags.DEFINE_bool("follow", False, "hold known pixels also to the path of DDIM inversion")
+flags.DEFINE_bool("paste", True, "put the known pixels back into the results")
+
+
+def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
+    config: ImageConfig = configs["config"]
+    with readable_errors():
+        sampling, seeds = sampling_options(), parse_seeds(FLAGS.seeds)
+        if (FLAGS.mask is None) == (FLAGS.box is None):
+            raise ValueError("--mask, --box: accepted: exactly one of them")
+        if FLAGS.see_hole and len(seeds) > 1 and not FLAGS.eta and FLAGS.sampler != "ddpm":
+            raise ValueError(f"--seeds={FLAGS.seeds}: all equal with --see_hole; accepted: one seed, or --eta above 0")
+        model = open_model(config)
+        size = requested_size() or model.config.size
+        start = parse_step(FLAGS.start_step, model.process.schedule.num_steps)
+        options = InpaintOptions(
+            sampling, FLAGS.guidance, FLAGS.plain_guidance, start, FLAGS.see_hole, FLAGS.follow
+        )
+        inputs = open_images(model, config, overridden["config"], size)
+        masks = [hole(inputs, i) for i in range(len(inputs.images))]
+        settings = {"size": list(size), "mask": FLAGS.mask, "box": FLAGS.box, "paste": FLAGS.paste, **asdict(options)}
+        results = Results("inpaint", config, sampling, settings)
+        rows = []
+        with steps_bar(sampling, model, len(masks), "inpainting") as bar:
+            for i, (image, mask) in enumerate(zip(inputs.images, masks)):
+                filled = inpaint(model, image, mask, seeds, options, lambda *_: bar.update()).cpu().clamp(-1, 1)
+                shown = torch.where(mask, image, filled) if FLAGS.paste else filled
+                for seed, picture in zip(seeds, shown):
+                    results.save(f"{inputs.stem(i)}_seed{seed}", picture)
+                results.show(torch.stack([image, torch.where(mask, image, 1.0), *shown]))
+                rows += [{"image": inputs.names[i], "seed": seed, **fidelity(picture, image, mask)}
+                         for seed, picture in zip(seeds, filled)]  # fmt: skip
+        means = {key: finite_mean(rows, key) for key in ("psnr_known", "psnr_hole")}
+        results.finish(2 + len(seeds), mean=means, results=rows)
+    print(f"before pasting, PSNR of known pixels {means['psnr_known']} dB, in the hole {means['psnr_hole']} dB; "
+          f"results: {results.folder}")  # fmt: skip
+
+
+def hole(inputs: Inputs, i: int) -> torch.Tensor:
+    """The known pixels of image i, by --box or --mask."""
+    size = tuple(inputs.images.shape[-2:])
+    return parse_box(FLAGS.box, size) if FLAGS.box else read_mask(FLAGS.mask, inputs.own_sizes[i], size)
+
+
+def fidelity(result: torch.Tensor, image: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
+    """PSNR in decibel, before known pixels are put back, over the known pixels and over the hole."""
+    error = (result - image).square().mean(dim=0)
+    return {name: round(10 * math.log10(4 / max(float(error[part].mean()), 1e-12)), 4)
+            for name, part in (("psnr_known", mask), ("psnr_hole", ~mask))}  # fmt: skip
+
+
+if __name__ == "__main__":
+    Command(__doc__, {"config": ImageConfig}).run(main)
