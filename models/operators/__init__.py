@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import lru_cache
 
 from models.operators.base import Backend
 from models.operators.torch_dense import TorchDenseBackend
@@ -36,6 +37,12 @@ def _fastest() -> Backend:
             backend = constructor()
         except ImportError:
             continue
-        logging.getLogger(__name__).info("model.backend=auto: using %s", name)
+        _announce(name)
         return backend
     raise RuntimeError("no back end of the sparse convolution could be constructed")
+
+
+@lru_cache
+def _announce(name: str) -> None:
+    """Log the choice once, however many networks make it."""
+    logging.getLogger(__name__).info("model.backend=auto: using %s", name)
