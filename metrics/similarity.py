@@ -13,7 +13,7 @@ from torch.nn import functional
 from metrics.weights import cached_or_downloaded, hub_folder, read_state_dict
 
 LPIPS_NETS = {"alex": ("AlexNet_Weights", 31), "vgg": ("VGG16_Weights", 16), "squeeze": ("SqueezeNet1_1_Weights", 17)}
-_WINDOW, _WINDOW_SIGMA = 11, 1.5  # pixels; Wang et al. 2004, section III.B
+SSIM_WINDOW, _WINDOW_SIGMA = 11, 1.5  # pixels; Wang et al. 2004, section III.B
 _K1, _K2 = 0.01, 0.03
 
 PairDistance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -50,8 +50,8 @@ def ssim(a: torch.Tensor, b: torch.Tensor, data_range: float = 2.0) -> torch.Ten
         ValueError: when the shapes differ, or the images are not floating point or smaller than the window.
     """
     _check_pair(a, b)
-    if min(a.shape[-2:]) < _WINDOW:
-        raise ValueError(f"images: {tuple(a.shape)}; accepted: height and width of at least {_WINDOW} for SSIM")
+    if min(a.shape[-2:]) < SSIM_WINDOW:
+        raise ValueError(f"images: {tuple(a.shape)}; accepted: height and width of at least {SSIM_WINDOW} for SSIM")
     a, b = a.double(), b.double()
     mean_a, mean_b = _window_mean(a), _window_mean(b)
     var_a = _window_mean(a * a) - mean_a * mean_a
@@ -129,7 +129,7 @@ def _backbone(module: nn.Module, library, net: str, weights: str | Path | None) 
 
 def _window_mean(x: torch.Tensor) -> torch.Tensor:
     """Gaussian-weighted mean of (B, C, H, W) at each place of the window."""
-    offsets = torch.arange(_WINDOW, dtype=x.dtype, device=x.device) - _WINDOW // 2
+    offsets = torch.arange(SSIM_WINDOW, dtype=x.dtype, device=x.device) - SSIM_WINDOW // 2
     weights = torch.exp(-0.5 * (offsets / _WINDOW_SIGMA).square())
     weights = weights / weights.sum()
     flat = x.flatten(0, 1)[:, None]
