@@ -15,6 +15,7 @@ from diffusion.coordinates import Size
 from generation.folder import parse_size, save_png
 from generation.infty_diff import SAMPLERS, WEIGHTS, InftyDiff, SamplingOptions
 from generation.inputs import Inputs, open_inputs
+from metrics.similarity import SSIM_WINDOW, PairDistance, psnr, ssim
 from training.files import file_digest, write_json
 from training.run_dir import run_path, save_grid
 
@@ -34,10 +35,9 @@ def define_edit_flags(num_images: int, size_help: str) -> None:
     flags.DEFINE_string("out_dir", None, "folder of the results; default: a folder of the run, named after the command")
 
 
-def sampling_options(**changes: Any) -> SamplingOptions:
-    """The options of the flags, with changes."""
-    given = {"steps": FLAGS.sampling_steps, "sampler": FLAGS.sampler, "eta": FLAGS.eta, "inv_snr": FLAGS.inv_snr}
-    return SamplingOptions(**{**given, **changes})
+def sampling_options() -> SamplingOptions:
+    """The options of the flags."""
+    return SamplingOptions(FLAGS.sampling_steps, FLAGS.sampler, FLAGS.eta, FLAGS.inv_snr)
 
 
 def requested_size() -> Size | None:
@@ -77,10 +77,13 @@ class Results:
         """Append images (N, C, H, W) to the sheet."""
         self._tiles.extend(images.float().cpu())
 
-    def finish(self, per_row: int, **report: Any) -> None:
-        """Write the sheet and the report."""
+    def finish(self, per_row: int, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """Write the sheet, and the report with a row of measures per result; return the means of the measures."""
+        measures = {key: [row[key] for row in rows] for key, value in rows[0].items() if isinstance(value, float)}
+        means = {key: round(sum(values) / len(values), 4) for key, values in measures.items()}
         save_grid(self.folder / "sheet.png", torch.stack(self._tiles), per_row)
-        write_json(self.folder / "result.json", {**self._report, **report})
+        write_json(self.folder / "result.json", {**self._report, "mean": means, "results": rows})
+        return means
 
 
 def steps_bar(sampling: SamplingOptions, model: InftyDiff, rounds: int, title: str) -> tqdm:
@@ -89,12 +92,11 @@ def steps_bar(sampling: SamplingOptions, model: InftyDiff, rounds: int, title: s
     return tqdm(total=total, desc=title, unit="step", disable=None)
 
 
-def rounded(values: torch.Tensor) -> list[float]:
-    """Measures for people, to four decimals."""
-    return [round(float(value), 4) for value in values]
-
-
-def finite_mean(rows: list[dict[str, Any]], key: str) -> float | None:
-    """The mean of a measure over the images that have it."""
-    values = [row[key] for row in rows if row.get(key) is not None]
-    return round(sum(values) / len(values), 4) if values else None
+def similarity(a: torch.Tensor, b: torch.Tensor, lpips: PairDistance | None = None) -> dict[str, float]:
+    """PSNR, SSIM where the images are large enough for it, and LPIPS if wanted, of one pair (1, C, H, W)."""
+    measures = {"psnr": psnr(a, b)}
+    if min(a.shape[-2:]) >= SSIM_WINDOW:
+        measures["ssim"] = ssim(a, b)
+    if lpips is not None:
+        measures["lpips"] = lpips(a, b)
+    return {name: round(float(value), 4) for name, value in measures.items()}

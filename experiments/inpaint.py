@@ -28,7 +28,6 @@ from configs.schema import ImageConfig
 from experiments.edit_flags import (
     Results,
     define_edit_flags,
-    finite_mean,
     open_images,
     open_model,
     requested_size,
@@ -80,10 +79,8 @@ def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
                 results.show(torch.stack([image, torch.where(mask, image, 1.0), *shown]))
                 rows += [{"image": inputs.names[i], "seed": seed, **fidelity(picture, image, mask)}
                          for seed, picture in zip(seeds, filled)]  # fmt: skip
-        means = {key: finite_mean(rows, key) for key in ("psnr_known", "psnr_hole")}
-        results.finish(2 + len(seeds), mean=means, results=rows)
-    print(f"before pasting, PSNR of known pixels {means['psnr_known']} dB, in the hole {means['psnr_hole']} dB; "
-          f"results: {results.folder}")  # fmt: skip
+        means = results.finish(2 + len(seeds), rows)
+    print(f"before known pixels are put back, in dB: {means}; results: {results.folder}")
 
 
 def hole(inputs: Inputs, i: int) -> torch.Tensor:
