@@ -78,7 +78,9 @@ def open_inputs(path: str | None, data: DataConfig, size: Size, count: int, spli
 
 
 def _open_source(path: str) -> ImageSource:
-    where = existing_path(path, "--input")
+    where = Path(path).expanduser()
+    if not path or not where.exists():
+        raise ValueError(f"--input={path}: nothing there; accepted: an image, a folder or a zip of images")
     return _File(where) if where.is_file() and is_image_name(where.name) else open_source(where, "--input")
 
 

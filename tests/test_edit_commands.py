@@ -1,0 +1,121 @@
+"""The commands that edit given images, as users type them: their files, and wrong input in one line."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import micro
+from models.factory import build_denoiser, build_encoder, build_latent_model
+from test_commands import fails, run
+from test_editing import photo
+from training.checkpoint import save_weights
+
+CONFIG = "configs/tiny_config.py"
+FAST = ["--sampling_steps=3"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Both stages of an untrained model, and two pictures."""
+    root = tmp_path_factory.mktemp("edit")
+    image, latent = micro.image(root), micro.latent(root)
+    torch.manual_seed(0)
+    networks = {"encoder": build_encoder(image.model, 3, image.size),
+                "denoiser": build_denoiser(image.model, 3, image.size)}  # fmt: skip
+    tensors = {f"{name}.{key}": v for name, network in networks.items() for key, v in network.state_dict().items()}
+    save_weights(root / "micro" / "weights.safetensors", tensors, {"step": 0, "config": asdict(image)})
+    prior = build_latent_model(latent.model, image.model.z_dim).state_dict()
+    tensors = {**{f"latent_model.{key}": v for key, v in prior.items()}, "mean": torch.zeros(6), "std": torch.ones(6)}
+    save_weights(root / "micro_sampler" / "weights.safetensors", tensors, {"step": 0, "config": asdict(latent)})
+    (root / "pictures").mkdir()
+    for i in range(2):
+        photo(root / "pictures" / f"{i}.png", (40, 30), i)
+    return root
+
+
+def command(script: str, root: Path, *extra: str) -> list[str]:
+    place = {"run.root_dir": root, "run.experiment": "micro", "run.device": "cpu"}
+    return [f"experiments/{script}.py", "--config", CONFIG, *micro.arguments("config", place), *FAST, *extra]
+
+
+def succeeds(script: str, root: Path, out: Path, *extra: str) -> dict:
+    """Run a command; return what its result.json holds."""
+    done = run(command(script, root, f"--out_dir={out}", *extra))
+    assert done.returncode == 0, done.stderr
+    assert "nan" not in done.stdout and str(out) in done.stdout
+    return json.loads((out / "result.json").read_text())
+
+
+def shapes(out: Path) -> dict[str, tuple[int, ...]]:
+    return {path.name: np.array(Image.open(path)).shape for path in out.glob("[0-9]*.png")}
+
+
+def test_inpaint(root, tmp_path):
+    mask = np.zeros((40, 30), np.uint8)
+    mask[10:30, 10:20] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    out = tmp_path / "out"
+    result = succeeds("inpaint", root, out, f"--input={root / 'pictures'}", f"--mask={tmp_path / 'mask.png'}",
+                      "--seeds=4,9", "--start_step=0.5", "--follow", "--sample_img_size=20x15")  # fmt: skip
+    names = {f"00{i}_{i}_seed{seed}.png" for i in range(2) for seed in (4, 9)}
+    assert shapes(out) == dict.fromkeys(names, (20, 15, 3))
+    assert result["start_step"] == 500 and result["guidance"] == 0.4 and result["see_hole"] is False
+    assert [(row["image"], row["seed"]) for row in result["results"]] == [("0.png", 4), ("0.png", 9), ("1.png", 4),
+                                                                         ("1.png", 9)]  # fmt: skip
+    assert result["mean"].keys() == {"psnr_known", "psnr_hole"}
+    with Image.open(root / "pictures" / "0.png") as image:  # known pixels are put back exactly
+        given = np.array(image.resize((15, 20), Image.Resampling.LANCZOS))
+    made = np.array(Image.open(out / "000_0_seed4.png"))
+    known = np.ones((20, 15), bool)
+    known[5:15, 5:10] = False
+    assert np.array_equal(made[known], given[known]) and not np.array_equal(made[~known], given[~known])
+    assert Image.open(out / "sheet.png").size == (4 * 17 + 2, 2 * 22 + 2)
+
+
+def test_super_resolution(root, tmp_path):
+    result = succeeds("super_resolution", root, tmp_path, "--num_images=1", "--factor=2", "--ddim_encoding")
+    assert list(shapes(tmp_path).values()) == [(32, 24, 3)]
+    assert result["start_step"] == 999 and result["size"] == [32, 24] and result["input_size"] == [16, 12]
+    assert result["mean"].keys() == {"psnr", "ssim"}
+    assert Image.open(tmp_path / "sheet.png").size == (3 * 26 + 2, 32 + 4)
+
+
+def test_recons(root, tmp_path):
+    result = succeeds("generate_recons", root, tmp_path, f"--input={root / 'pictures' / '1.png'}")
+    assert set(shapes(tmp_path)) == {"000_1_random.png", "000_1_code.png"}
+    assert {"random_psnr", "code_ssim"} <= result["mean"].keys()
+    assert result["sampling"]["steps"] == "3"
+
+
+def test_interpolation_of_images(root, tmp_path):
+    result = succeeds("interpolate", root, tmp_path, f"--input={root / 'pictures'}", "--steps=4", "--animation=gif")
+    assert len(shapes(tmp_path)) == 4 and result["ends"] == ["0.png", "1.png"]
+    with Image.open(tmp_path / "animation.gif") as animation:
+        assert animation.n_frames == 6 and animation.size == (12, 16)
+
+
+def test_interpolation_of_samples(root, tmp_path):
+    prior = micro.arguments("latent_config", {"run.root_dir": root, "run.experiment": "micro_sampler"})
+    result = succeeds("interpolate", root, tmp_path, "--latent_config=configs/tiny_latent_config.py", *prior,
+                      "--seeds=3,7", "--steps=2", "--sampler=dpmpp", "--latents=slerp", "--animation=apng")  # fmt: skip
+    assert result["sampling"]["steps"] == "logsnr3" and len(shapes(tmp_path)) == 2
+    assert (tmp_path / "animation.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("script", "extra", "part"),
+    [
+        ("inpaint", ["--input=none.png", "--box=1,1,2,2"], "--input=none.png: nothing there"),
+        ("inpaint", ["--box=1,1,3,3", "--see_hole"], "all equal with --see_hole"),
+        ("super_resolution", ["--start_step=3"], "accepted: with --ddim_encoding"),
+        ("generate_recons", ["--sampler=dpmpp"], "stochastic codes belong to DDIM"),
+        ("interpolate", ["--seeds=1,2"], "--seeds, --latent_config: accepted: both, or neither"),
+    ],
+)
+def test_wrong_input_is_one_line(root, script, extra, part):
+    fails(command(script, root, *extra), part)
