@@ -22,7 +22,7 @@ from training.run_dir import run_path, save_grid
 FLAGS = flags.FLAGS
 
 
-def define_edit_flags(num_images: int, size_help: str) -> None:
+def define_flags(num_images: int, size_help: str) -> None:
     """Flags of every such command; the size is of what `size_help` says."""
     flags.DEFINE_string("input", None, "image, folder or zip of images of any size; default: --split of the data set")
     flags.DEFINE_enum("split", "val", ("train", "val"), "split of the data set, without --input")

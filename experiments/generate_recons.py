@@ -20,20 +20,11 @@ from absl import flags
 
 from configs.flags import Command, readable_errors
 from configs.schema import ImageConfig
-from experiments.edit_flags import (
-    Results,
-    define_edit_flags,
-    open_images,
-    open_model,
-    requested_size,
-    sampling_options,
-    similarity,
-    steps_bar,
-)
+from experiments import edit_flags as edit
 from metrics.similarity import LPIPS_NETS, load_lpips
 
 FLAGS = flags.FLAGS
-define_edit_flags(8, "images and reconstructions; default: the training size")
+edit.define_flags(8, "images and reconstructions; default: the training size")
 flags.DEFINE_integer("seed", 0, "seed of the noise of the first image; later ones follow", lower_bound=0)
 flags.DEFINE_bool("stochastic_codes", True, "decode from stochastic codes too")
 flags.DEFINE_enum("lpips", None, tuple(LPIPS_NETS), "measure LPIPS with this backbone; default: not")
@@ -48,13 +39,13 @@ def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
                 f"--sampler={FLAGS.sampler}, --eta={FLAGS.eta:g}: stochastic codes belong to DDIM without noise; "
                 "accepted: ddim and 0, or --nostochastic_codes"
             )
-        sampling = sampling_options()
+        sampling = edit.sampling_options()
         distance = load_lpips(FLAGS.lpips, FLAGS.lpips_weights) if FLAGS.lpips else None
-        model = open_model(config)
-        inputs = open_images(model, config, overridden["config"], requested_size() or model.config.size)
-        results = Results("recons", config, sampling, {"size": list(inputs.images.shape[-2:]), "seed": FLAGS.seed})
+        model = edit.open_model(config)
+        inputs = edit.open_images(model, config, overridden["config"], edit.requested_size() or model.config.size)
+        results = edit.Results("recons", config, sampling, {"size": list(inputs.images.shape[-2:]), "seed": FLAGS.seed})
         ways, rows = 1 + 2 * FLAGS.stochastic_codes, []
-        with steps_bar(sampling, model, ways * len(inputs.images), "reconstructing") as bar:
+        with edit.steps_bar(sampling, model, ways * len(inputs.images), "reconstructing") as bar:
             for i, image in enumerate(inputs.images):
                 tick = lambda *_: bar.update()  # noqa: E731
                 latents, seeds, size = model.encode(image[None]), [FLAGS.seed + i], tuple(image.shape[-2:])
@@ -69,7 +60,7 @@ def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
                     decoded = decoded.cpu().clamp(-1, 1)
                     results.show(decoded)
                     results.save(f"{inputs.stem(i)}_{name}", decoded[0])
-                    row |= {f"{name}_{key}": v for key, v in similarity(decoded, image[None], distance).items()}
+                    row |= {f"{name}_{key}": v for key, v in edit.similarity(decoded, image[None], distance).items()}
                 rows.append(row)
         means = results.finish(1 + len(noises), rows)
     print(f"{means}; results: {results.folder}")

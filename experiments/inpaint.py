@@ -25,21 +25,13 @@ from absl import flags
 
 from configs.flags import Command, readable_errors
 from configs.schema import ImageConfig
-from experiments.edit_flags import (
-    Results,
-    define_edit_flags,
-    open_images,
-    open_model,
-    requested_size,
-    sampling_options,
-    steps_bar,
-)
+from experiments import edit_flags as edit
 from generation.editing import InpaintOptions, inpaint
 from generation.folder import parse_seeds
 from generation.inputs import Inputs, parse_box, parse_step, read_mask
 
 FLAGS = flags.FLAGS
-define_edit_flags(4, "the results; default: the training size")
+edit.define_flags(4, "the results; default: the training size")
 flags.DEFINE_string("mask", None, "image of the size of the input, white where pixels are unknown")
 flags.DEFINE_string("box", None, "top,left,height,width of the unknown pixels, in pixels of the working size")
 flags.DEFINE_string("seeds", "0-2", "one result per seed: 0-3 or 3,7,10-12")
@@ -54,23 +46,23 @@ flags.DEFINE_bool("paste", True, "put the known pixels back into the results")
 def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
     config: ImageConfig = configs["config"]
     with readable_errors():
-        sampling, seeds = sampling_options(), parse_seeds(FLAGS.seeds)
+        sampling, seeds = edit.sampling_options(), parse_seeds(FLAGS.seeds)
         if (FLAGS.mask is None) == (FLAGS.box is None):
             raise ValueError("--mask, --box: accepted: exactly one of them")
         if FLAGS.see_hole and len(seeds) > 1 and not FLAGS.eta and FLAGS.sampler != "ddpm":
             raise ValueError(f"--seeds={FLAGS.seeds}: all equal with --see_hole; accepted: one seed, or --eta above 0")
-        model = open_model(config)
-        size = requested_size() or model.config.size
+        model = edit.open_model(config)
+        size = edit.requested_size() or model.config.size
         start = parse_step(FLAGS.start_step, model.process.schedule.num_steps)
         options = InpaintOptions(
             sampling, FLAGS.guidance, FLAGS.plain_guidance, start, FLAGS.see_hole, FLAGS.follow
         )
-        inputs = open_images(model, config, overridden["config"], size)
+        inputs = edit.open_images(model, config, overridden["config"], size)
         masks = [hole(inputs, i) for i in range(len(inputs.images))]
         settings = {"size": list(size), "mask": FLAGS.mask, "box": FLAGS.box, "paste": FLAGS.paste, **asdict(options)}
-        results = Results("inpaint", config, sampling, settings)
+        results = edit.Results("inpaint", config, sampling, settings)
         rows = []
-        with steps_bar(sampling, model, len(masks), "inpainting") as bar:
+        with edit.steps_bar(sampling, model, len(masks), "inpainting") as bar:
             for i, (image, mask) in enumerate(zip(inputs.images, masks)):
                 filled = inpaint(model, image, mask, seeds, options, lambda *_: bar.update()).cpu().clamp(-1, 1)
                 shown = torch.where(mask, image, filled) if FLAGS.paste else filled

@@ -28,15 +28,7 @@ from configs.flags import Command, readable_errors
 from configs.schema import ImageConfig, LatentConfig
 from data.pixels import to_uint8
 from diffusion.coordinates import Size
-from experiments.edit_flags import (
-    Results,
-    define_edit_flags,
-    open_images,
-    open_model,
-    requested_size,
-    sampling_options,
-    steps_bar,
-)
+from experiments import edit_flags as edit
 from generation.editing import lerp, slerp
 from generation.folder import parse_seeds
 from generation.infty_diff import InftyDiff, SamplingOptions
@@ -45,7 +37,7 @@ from training.files import write_atomic
 from training.run_dir import run_path
 
 FLAGS = flags.FLAGS
-define_edit_flags(2, "the pictures; default: the training size")
+edit.define_flags(2, "the pictures; default: the training size")
 flags.DEFINE_string("seeds", None, "two seeds of samples to join, 3,7, instead of images; needs --latent_config")
 flags.DEFINE_integer("steps", 9, "pictures of the way, both ends included", lower_bound=2)
 flags.DEFINE_enum("noise", "code", ("code", "random"), "of images: joined stochastic codes, or one random noise")
@@ -58,26 +50,26 @@ flags.DEFINE_integer("frame_ms", 120, "duration of a picture in it", lower_bound
 def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
     config: ImageConfig = configs["config"]
     with readable_errors():
-        sampling = sampling_options()
+        sampling = edit.sampling_options()
         if sampling.sampler == "ddpm" or sampling.eta:
             raise ValueError(f"--sampler={sampling.sampler}, --eta={sampling.eta:g}: draws noise at every step, which "
                              "breaks the way; accepted: ddim or dpmpp, and 0")  # fmt: skip
         if (FLAGS.seeds is None) != ("latent_config" not in configs):
             raise ValueError("--seeds, --latent_config: accepted: both, or neither")
-        model = open_model(config, run_path(configs["latent_config"]) if FLAGS.seeds else None)
-        size = requested_size() or model.config.size
+        model = edit.open_model(config, run_path(configs["latent_config"]) if FLAGS.seeds else None)
+        size = edit.requested_size() or model.config.size
         if FLAGS.seeds:
             latents, noises, names = sampled_ends(model, size)
         else:
-            inputs = open_images(model, config, overridden["config"], size)
+            inputs = edit.open_images(model, config, overridden["config"], size)
             latents, noises, names = encoded_ends(model, inputs, sampling)
         weights = torch.linspace(0, 1, FLAGS.steps)
         way = {"lerp": lerp, "slerp": slerp}[FLAGS.latents](*latents, weights)
         noise = slerp(*noises, weights)
         settings = {"ends": names, "size": list(size), "noise": FLAGS.noise, "latents": FLAGS.latents,
                     "seed": FLAGS.seed}  # fmt: skip
-        results, pictures = Results("interpolation", config, sampling, settings), []
-        with steps_bar(sampling, model, FLAGS.steps, "interpolating") as bar:
+        results, pictures = edit.Results("interpolation", config, sampling, settings), []
+        with edit.steps_bar(sampling, model, FLAGS.steps, "interpolating") as bar:
             for i in range(FLAGS.steps):
                 decoded = model.decode(way[i : i + 1], noise[i : i + 1], sampling, callback=lambda *_: bar.update())
                 pictures.append(decoded[0].cpu().clamp(-1, 1))

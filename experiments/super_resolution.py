@@ -24,22 +24,13 @@ from torch.nn.functional import interpolate
 from configs.flags import Command, readable_errors
 from configs.schema import ImageConfig
 from diffusion.coordinates import Size
-from experiments.edit_flags import (
-    Results,
-    define_edit_flags,
-    open_images,
-    open_model,
-    requested_size,
-    sampling_options,
-    similarity,
-    steps_bar,
-)
+from experiments import edit_flags as edit
 from generation.editing import enlarged, super_resolve
 from generation.folder import parse_size
 from generation.inputs import parse_step
 
 FLAGS = flags.FLAGS
-define_edit_flags(4, "the results; default: --factor times --input_size")
+edit.define_flags(4, "the results; default: --factor times --input_size")
 flags.DEFINE_string("input_size", None, "size that images are reduced to before; default: the training size")
 flags.DEFINE_float("factor", 4.0, "how many times --input_size the results are", lower_bound=1.0)
 flags.DEFINE_integer("seed", 0, "seed of the noise of the first image; later ones follow", lower_bound=0)
@@ -50,27 +41,27 @@ flags.DEFINE_string("start_step", None, "with it: step 0 â€¦ T-1, or part 0.0 â€
 def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
     config: ImageConfig = configs["config"]
     with readable_errors():
-        sampling = sampling_options()
+        sampling = edit.sampling_options()
         if FLAGS.start_step and not FLAGS.ddim_encoding:
             raise ValueError(f"--start_step={FLAGS.start_step}: accepted: with --ddim_encoding")
-        model = open_model(config)
+        model = edit.open_model(config)
         low = parse_size(FLAGS.input_size, "input_size") if FLAGS.input_size else model.config.size
-        size = requested_size() or tuple(round(n * FLAGS.factor) for n in low)
+        size = edit.requested_size() or tuple(round(n * FLAGS.factor) for n in low)
         if size[0] < low[0] or size[1] < low[1]:
             raise ValueError(f"--sample_img_size={FLAGS.sample_img_size}: accepted: at least {low[0]}x{low[1]}")
         last = model.process.schedule.num_steps - 1
         start = parse_step(FLAGS.start_step or str(last), last + 1) if FLAGS.ddim_encoding else None
-        inputs = open_images(model, config, overridden["config"], low)
+        inputs = edit.open_images(model, config, overridden["config"], low)
         settings = {"input_size": list(low), "size": list(size), "seed": FLAGS.seed, "start_step": start}
-        results, rows = Results("super_resolution", config, sampling, settings), []
-        with steps_bar(sampling, model, len(inputs.images), "super-resolution") as bar:
+        results, rows = edit.Results("super_resolution", config, sampling, settings), []
+        with edit.steps_bar(sampling, model, len(inputs.images), "super-resolution") as bar:
             for i, image in enumerate(inputs.images):
                 seeds = [FLAGS.seed + i]
                 fine = super_resolve(model, image[None], size, seeds, sampling, start, lambda *_: bar.update())
                 fine = fine.cpu().clamp(-1, 1)
                 results.save(inputs.stem(i), fine[0])
                 results.show(torch.cat([nearest(image[None], size), enlarged(image[None], size), fine]))
-                rows.append({"image": inputs.names[i], **similarity(reduced(fine, low), image[None])})
+                rows.append({"image": inputs.names[i], **edit.similarity(reduced(fine, low), image[None])})
         means = results.finish(3, rows)
     print(f"reduced again, against the input: {means}; results: {results.folder}")
 
