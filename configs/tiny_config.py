@@ -8,11 +8,11 @@ def get_config():
     config.run.experiment = "tiny"
     config.data.name = "functions"
     config.data.img_size = 32
-    config.train.steps = 1400
+    config.train.steps = 1000
     config.train.batch_size = 16
     config.train.plot_graph_steps = 50
-    config.train.plot_samples_steps = 700
-    config.train.checkpoint_steps = 350
+    config.train.plot_samples_steps = 500
+    config.train.checkpoint_steps = 250
     config.train.plot_sampling_steps = "25"
     config.train.ema_update_every = 1
     config.train.ema_decay = 0.99
