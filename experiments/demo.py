@@ -2,8 +2,8 @@
 
     python experiments/demo.py
 
-Runs the three commands of the README with configs/tiny_config.py and leaves everything in demo/. Three to five minutes on
-two CPU cores; run again, it continues where it was.
+Runs the three commands of the README with configs/tiny_config.py and leaves everything in demo/. Takes minutes on two
+CPU cores; run again, it continues where it was.
 """
 
 import os
