@@ -7,11 +7,13 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from models.operators.base import Backend
+from models.operators.native import NativeBackend
 from models.operators.torch_dense import TorchDenseBackend
 
 # Fastest first: "auto" takes the first that can be constructed here. A constructor raises ImportError, saying how to
 # install what it lacks.
 BACKENDS: dict[str, Callable[[], Backend]] = {
+    "native": NativeBackend,
     "torch_dense": TorchDenseBackend,
 }
 

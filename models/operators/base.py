@@ -71,6 +71,11 @@ def window_counts(points: Points, extent: Size, device: torch.device) -> torch.T
     return counts.flatten(1).gather(1, points.index)  # (B, M)
 
 
+def inverse_density(points: Points, extent: Size, kernel_size: int, device: torch.device) -> torch.Tensor:
+    """k² / |P ∩ W| of the module's equation: float32 (B, M, 1), or (1, H·W, 1) for a full lattice."""
+    return kernel_size**2 / window_counts(points, extent, device).unsqueeze(2).float()
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What the blocks of one forward pass share: points, kernel extent, and k²/count as float32 (B or 1, M, 1)."""
@@ -79,6 +84,45 @@ class Plan:
     batch: int
     extent: Size
     inverse_density: torch.Tensor
+
+
+def check_points(points: Points, batch: int, device: torch.device) -> None:
+    """Raise ValueError unless there are points, laid out for the batch and the device; their ids are not read."""
+    index = points.index
+    if index is None:
+        return
+    if index.dtype != torch.int64 or index.ndim != 2 or index.shape[0] != batch or index.shape[1] == 0:
+        raise ValueError(
+            f"points.index is {index.dtype} of shape {tuple(index.shape)}; "
+            f"it must be torch.int64 of shape ({batch}, M) with M > 0"
+        )
+    if index.device != device:
+        raise ValueError(f"points.index is on {index.device}; the features are on {device}")
+
+
+def check_features(
+    x: torch.Tensor, weight: torch.Tensor, plan: Plan, groups: int, residual: torch.Tensor | None
+) -> None:
+    """Raise ValueError unless features, kernel and residual fit the plan and each other."""
+    expected = (plan.batch, plan.points.count)
+    if x.ndim != 3 or tuple(x.shape[:2]) != expected:
+        raise ValueError(f"x has shape {tuple(x.shape)}; the plan is for ({expected[0]}, {expected[1]}, C)")
+    if weight.ndim != 4 or weight.shape[1] * groups != x.shape[2] or weight.shape[0] % groups:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; with {groups} groups and {x.shape[2]} channels it must be "
+            f"(C_out, {x.shape[2] // groups}, k, k), C_out a multiple of {groups}"
+        )
+    if residual is not None and tuple(residual.shape) != (*expected, weight.shape[0]):
+        raise ValueError(f"residual has shape {tuple(residual.shape)}; it must be {(*expected, weight.shape[0])}")
+    for name, tensor in (("x", x), ("weight", weight), ("residual", residual)):
+        if tensor is None:
+            continue
+        if tensor.device != plan.inverse_density.device:
+            raise ValueError(f"{name} is on {tensor.device}; the plan is on {plan.inverse_density.device}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}; it must be floating point")
+    if (x.dtype == torch.float64) != (weight.dtype == torch.float64):
+        raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; float64 mixes with no other precision")
 
 
 class Backend(Protocol):

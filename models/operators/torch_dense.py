@@ -6,19 +6,26 @@ Letters: B batch, C channels, M points, H × W lattice.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 
 from diffusion.coordinates import Points, Size
-from models.operators.base import Plan, resample_kernel, window_counts
+from models.operators.base import Plan, check_features, check_points, inverse_density, resample_kernel
 
 
 @dataclass(frozen=True, eq=False)
 class DensePlan(Plan):
-    """`Plan` with the rows (B·M,) of the points in the lattices of the batch laid end to end; None if all of them."""
+    """`Plan` that knows where the points are in the lattices of the batch laid end to end."""
 
-    rows: torch.Tensor | None
+    @cached_property
+    def lattice_rows(self) -> torch.Tensor | None:
+        """Rows (B·M,) of the points; None if they are all of them."""
+        if self.points.index is None:
+            return None
+        first = torch.arange(self.batch, device=self.points.index.device) * (self.points.size[0] * self.points.size[1])
+        return (self.points.index + first[:, None]).flatten()
 
 
 class TorchDenseBackend:
@@ -27,25 +34,22 @@ class TorchDenseBackend:
     name = "torch_dense"
 
     def plan(self, points: Points, batch: int, extent: Size, kernel_size: int, device: torch.device) -> DensePlan:
-        inverse_density = kernel_size**2 / window_counts(points, extent, device).unsqueeze(2).float()  # (B or 1, M, 1)
-        rows = None
-        if points.index is not None:
-            first = torch.arange(batch, device=device) * (points.size[0] * points.size[1])
-            rows = (points.index + first[:, None]).flatten()  # (BM,)
-        return DensePlan(points, batch, extent, inverse_density, rows)
+        check_points(points, batch, device)
+        return DensePlan(points, batch, extent, inverse_density(points, extent, kernel_size, device))
 
     def conv(
         self, x: torch.Tensor, weight: torch.Tensor, plan: DensePlan, groups: int, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
-        (height, width), channels = plan.points.size, x.shape[2]
-        if plan.rows is not None:
+        check_features(x, weight, plan, groups, residual)
+        (height, width), channels, rows = plan.points.size, x.shape[2], plan.lattice_rows
+        if rows is not None:
             lattice = x.new_zeros(plan.batch * height * width, channels)
-            x = lattice.index_copy(0, plan.rows, x.reshape(-1, channels))  # (BHW, C)
+            x = lattice.index_copy(0, rows, x.reshape(-1, channels))  # (BHW, C)
         image = x.reshape(plan.batch, height, width, channels).permute(0, 3, 1, 2)  # (B, C, H, W), channels last
         padding = (plan.extent[0] // 2, plan.extent[1] // 2)
         out = F.conv2d(image, resample_kernel(weight, plan.extent), padding=padding, groups=groups)
         out = out.permute(0, 2, 3, 1).reshape(plan.batch, height * width, -1)  # (B, HW, C_out)
-        if plan.rows is not None:
-            out = out.flatten(0, 1).index_select(0, plan.rows).unflatten(0, (plan.batch, -1))  # (B, M, C_out)
+        if rows is not None:
+            out = out.flatten(0, 1).index_select(0, rows).unflatten(0, (plan.batch, -1))  # (B, M, C_out)
         out = out * plan.inverse_density.to(out.dtype)
         return out if residual is None else residual + out

@@ -1,0 +1,71 @@
+"""The native back end: sums over the present pixels of each window, never over the pixels that are absent.
+
+A neighbour list is made once per forward pass and shared by all blocks and both passes. `cpu` and `triton_conv` compute
+with it; `pairs` does in plain PyTorch where neither can. Dense arithmetic takes over where points are so dense that
+gathering costs more than it saves, and kernels that are not depthwise, which are matrix products, are always dense.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from diffusion.coordinates import Points, Size
+from models.operators.base import check_features, check_points, inverse_density, resample_kernel
+from models.operators.native import compiled, cpu, pairs
+from models.operators.torch_dense import DensePlan, TorchDenseBackend
+
+# Above these parts of a lattice, dense arithmetic is faster than gathering: measured by benchmarks/operators.py.
+_PAIRS_UP_TO = 1 / 4
+
+
+@dataclass(frozen=True, eq=False)
+class NativePlan(DensePlan):
+    """`DensePlan` with the neighbour lists of the engines that computed with it."""
+
+    lists: dict[ModuleType, Any] = field(default_factory=dict)
+
+    def neighbours(self, engine: ModuleType) -> Any:
+        """The list of an engine, made when first asked for."""
+        if engine not in self.lists:
+            device = self.inverse_density.device
+            self.lists[engine] = engine.neighbours(self.points, self.batch, self.extent, device)
+        return self.lists[engine]
+
+
+class NativeBackend:
+    """See the module; implements `models.operators.base.Backend`."""
+
+    name = "native"
+
+    def __init__(self) -> None:
+        self._dense = TorchDenseBackend()
+
+    def plan(self, points: Points, batch: int, extent: Size, kernel_size: int, device: torch.device) -> NativePlan:
+        check_points(points, batch, device)
+        return NativePlan(points, batch, extent, inverse_density(points, extent, kernel_size, device))
+
+    def conv(
+        self, x: torch.Tensor, weight: torch.Tensor, plan: NativePlan, groups: int, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        check_features(x, weight, plan, groups, residual)
+        engine = _engine(x, weight, plan, groups)
+        if engine is None:
+            return self._dense.conv(x, weight, plan, groups, residual)
+        taps = resample_kernel(weight, plan.extent).flatten(1).t()  # (C, 1, k', k') -> (K, C)
+        return engine.depthwise(x, taps, plan.inverse_density, plan.neighbours(engine), residual)
+
+
+def _engine(x: torch.Tensor, weight: torch.Tensor, plan: NativePlan, groups: int) -> ModuleType | None:
+    """What computes this convolution fastest; None for dense arithmetic."""
+    if not groups == x.shape[2] == weight.shape[0]:
+        return None
+    if plan.points.is_full and not (weight.requires_grad and torch.is_grad_enabled()):
+        return None  # only the gradient of the kernel is slow in dense arithmetic
+    density = plan.points.count / (plan.points.size[0] * plan.points.size[1])
+    if x.device.type == "cpu" and x.dtype != torch.float64 and compiled.library() is not None:
+        return cpu
+    return pairs if density <= _PAIRS_UP_TO else None
