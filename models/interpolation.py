@@ -8,6 +8,7 @@ rows, U_h × U_w grid, K entries per output.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +33,33 @@ class WeightedGather:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, N, C). Returns (B, Q, C) in the dtype of x, summed in float32 at least."""
         source = x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32))  # (BN, C)
-        out = F.embedding_bag(self.rows, source, per_sample_weights=self.weights.to(source.dtype), mode="sum")
+        out = _Gather.apply(source, self.rows, self.weights.to(source.dtype))
         return out.unflatten(0, (self.batch, -1)).to(x.dtype)  # (BQ, C) -> (B, Q, C)
+
+
+class _Gather(torch.autograd.Function):
+    """Σ_k weights(q, k) · x(rows(q, k)). Its gradient gathers too: no sum depends on the order of threads."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows, weights)
+        ctx.source_rows = len(x)
+        return F.embedding_bag(rows, x, per_sample_weights=weights, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        rows, weights = ctx.saved_tensors
+        readers, order = rows.flatten().sort(stable=True)
+        ends = torch.searchsorted(readers, torch.arange(ctx.source_rows + 1, device=rows.device))
+        dx = F.embedding_bag(
+            order.div(rows.shape[1], rounding_mode="floor"),
+            gradient.contiguous(),
+            ends,
+            per_sample_weights=weights.flatten()[order],
+            mode="sum",
+            include_last_offset=True,
+        )
+        return dx, None, None
 
 
 def _batched(batch: int, source_rows: int, index: torch.Tensor, weights: torch.Tensor) -> WeightedGather:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from diffusion.coordinates import CONVENTIONS, CoordinateConvention, Points, Size
@@ -164,7 +165,9 @@ class SparseUNet(SparseDescent):
         plan, nodes = self.plan(x, points), self.nodes(x, points)
         e = self.time_mlp(sinusoidal_features(t, self.time_dim).to(self.linear_in.weight.dtype))  # (B, time_dim)
         skips, grid = self.descend(x, plan, nodes, e, z)
-        h = self.from_grid(nodes.leave(self.grid(grid, e, z, nodes.pyramid)))  # (B, M, F)
+        h = F.linear(self.grid(grid, e, z, nodes.pyramid), self.from_grid.weight)  # (B, U, U, G) -> (B, U, U, F)
+        # The bias comes after reading: weights at a border may sum to less than one.
+        h = nodes.leave(h) + self.from_grid.bias.to(h.dtype)  # (B, M, F)
         for block in self.up_blocks:
             h = block(h, plan, skip=skips.pop(), e=e, z=z)  # (B, M, F)
         return self.linear_out(h)
