@@ -22,11 +22,13 @@ def draw(kind, batch, size, count, seed=0):
 @pytest.mark.parametrize(
     ("size", "count"), [((16, 16), 64), ((9, 20), 45), ((7, 5), 34), ((1, 13), 4), ((8, 8), 1), ((128, 128), 4096)]
 )
-def test_points_are_distinct_ascending_and_as_many_as_asked(kind, size, count):
+def test_points_are_distinct_in_the_order_of_tiles_and_as_many_as_asked(kind, size, count):
     points = draw(kind, 3, size, count)
     validate_points(points)
     assert points.index.shape == (3, count) and points.size == size
-    assert (points.index.diff(dim=1) > 0).all()
+    for ids in points.index.tolist():
+        places = [(*(axis // 8 for axis in divmod(i, size[1])), i) for i in ids]  # tile row, tile column, id
+        assert places == sorted(places)
     if 1 < count < math.prod(size) - 1:
         assert not torch.equal(points.index[0], points.index[1])
 
@@ -34,6 +36,7 @@ def test_points_are_distinct_ascending_and_as_many_as_asked(kind, size, count):
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_points_are_the_whole_lattice(kind):
     assert torch.equal(draw(kind, 2, (6, 7), 42).index, torch.arange(42).repeat(2, 1))
+    assert torch.equal(draw(kind, 2, (9, 17), 153).index.sort(dim=1).values, torch.arange(153).repeat(2, 1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
