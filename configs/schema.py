@@ -78,6 +78,12 @@ class TrainConfig:
     ema_update_every: int = option(10, "steps between updates of the averaged weights", low=1)
     ema_decay: float = option(0.995, "decay of the averaged weights", low=0.0, high=1.0)
     gradient_clip: float = option(1.0, "largest gradient norm per network; 0 = no clipping", low=0.0)
+    compile: str = option(
+        "auto",
+        "torch.compile of the dense part of each network, by mode; reduce-overhead = CUDA graphs; auto = on a GPU",
+        choices=("auto", "off", "default", "reduce-overhead", "max-autotune"),
+    )
+    recompute: bool = option(False, "keep no activations inside residual blocks: less memory, a third more arithmetic")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ FREE_FIELDS = (
     "data.root_dir", "data.in_memory", "data.memory_gb", "data.num_workers", "data.fid_samples",
     "train.steps", "train.plot_", "train.sample_size", "train.checkpoint_steps", "train.keep_checkpoints",
     "train.load_checkpoint", "train.calculate_test_loss_steps", "train.test_loss_repeats",
-    "model.backend", "model.attention",
+    "train.compile", "train.recompute", "model.backend", "model.attention",
 )  # fmt: skip
 
 

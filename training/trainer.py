@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.noise import derive_seed
+from training.acceleration import accelerate
 from training.checkpoint import load_newest_checkpoint, save_checkpoint, save_weights
 from training.ema import Ema
 from training.precision import Precision
@@ -79,6 +80,7 @@ class Trainer:
         )
         self.scaler = precision.scaler()
         self.ema = Ema(stage.modules, config.train.ema_decay)
+        accelerate(stage.modules, config.train, self.device)
         self.generator = torch.Generator(self.device)
         self.step = 0
         self.sums: dict[str, torch.Tensor] = {}  # of the scalars since the last log line, kept on the device
