@@ -15,6 +15,7 @@ OPTIONAL = (
     "open_clip",
     "torchsparse",
     "spconv",
+    "warpconvnet",
     "flash_attn",
     "lmdb",
     "matplotlib",
@@ -24,7 +25,8 @@ OPTIONAL = (
 # Package -> the project's packages and the third-party ones it may import (anywhere in a file).
 ALLOWED = {
     "diffusion": {"diffusion", "torch", "numpy"},
-    "models": {"models", "diffusion", "configs", "torch", "flash_attn", "numpy"},
+    "models": {"models", "diffusion", "configs", "torch", "flash_attn", "numpy", "torchsparse", "spconv",
+               "warpconvnet"},
     "data": {"data", "torch", "numpy", "PIL", "tqdm", "lmdb"},
     "configs": {"configs", "ml_collections", "absl"},
     "generation": {"generation", "configs", "data", "diffusion", "models", "training", "torch", "numpy", "PIL", "tqdm"},

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from diffusion.coordinates import Points, gather_points, image_to_points
 from models import operators
-from models.operators import BACKENDS, get_backend
+from models.operators import AUTOMATIC, BACKENDS, get_backend
 from models.operators.base import kernel_extent, lattice_extent, resample_kernel, window_counts
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def convolve_in_loops(x, weight, points, extent, kernel_size, groups):
     return out
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", AUTOMATIC)
 @pytest.mark.parametrize("depthwise", [True, False])
 @pytest.mark.parametrize(
     ("size", "train_size", "kernel_size", "count"),
@@ -119,5 +119,5 @@ def test_back_ends_by_name(monkeypatch, caplog):
     operators._announce.cache_clear()
     with caplog.at_level(logging.INFO):
         for _ in range(3):
-            assert get_backend("auto").name in BACKENDS
+            assert get_backend("auto").name in AUTOMATIC
     assert caplog.text.count("model.backend=auto: using") == 1

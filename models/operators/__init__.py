@@ -8,20 +8,28 @@ from functools import lru_cache
 
 from models.operators.base import Backend
 from models.operators.native import NativeBackend
+from models.operators.spconv import SpconvBackend
 from models.operators.torch_dense import TorchDenseBackend
+from models.operators.torchsparse import TorchSparseBackend
+from models.operators.warpconvnet import WarpConvNetBackend
 
-# Fastest first: "auto" takes the first that can be constructed here. A constructor raises ImportError, saying how to
-# install what it lacks.
+# A constructor raises ImportError, saying how to install what it lacks, and ValueError where it cannot compute.
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "native": NativeBackend,
     "torch_dense": TorchDenseBackend,
+    "torchsparse": TorchSparseBackend.load,
+    "spconv": SpconvBackend.load,
+    "warpconvnet": WarpConvNetBackend.load,
 }
+# Fastest first: "auto" takes the first that can be constructed here. The others, which compute on some devices or some
+# convolutions only, are taken when asked for by name.
+AUTOMATIC = ("native", "torch_dense")
 
 
 def get_backend(name: str) -> Backend:
-    """The back end called `name`, or the fastest that is installed when `name` is "auto" (which one is logged).
+    """The back end called `name`, or the fastest of `AUTOMATIC` when `name` is "auto" (which one is logged).
 
-    Raises ValueError when there is no such back end, or when it is not installed.
+    Raises ValueError when there is no such back end, when it is not installed, or when it cannot compute here.
     """
     if name == "auto":
         return _fastest()
@@ -34,9 +42,9 @@ def get_backend(name: str) -> Backend:
 
 
 def _fastest() -> Backend:
-    for name, constructor in BACKENDS.items():
+    for name in AUTOMATIC:
         try:
-            backend = constructor()
+            backend = BACKENDS[name]()
         except ImportError:
             continue
         _announce(name)
