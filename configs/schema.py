@@ -112,7 +112,7 @@ class ModelConfig:
         "sparse kernel: weights; conv, activation, conv (Table 2); or a network of the offset",
         choices=("linear", "nonlinear", "continuous"),
     )
-    backend: str = option("auto", "sparse operator back end; auto = the fastest installed")
+    backend: str = option("auto", "sparse operator back end; auto = the fastest of native, torch_dense")
     uno_res: int = option(128, "side of the grid of the inner U-Net", low=1)
     uno_base_channels: int = option(128, "channels of the finest U-Net level", low=1)
     uno_mults: tuple = option((1, 2, 4, 8, 8), "channel multiplier of each U-Net level")

@@ -99,7 +99,7 @@ def test_installed_libraries_agree_with_torch_dense(name, case):
         backend = get_backend(name)
     except ValueError as error:
         pytest.skip(str(error))
-    device = torch.device(backend.device_type)
+    device = torch.empty(0, device=backend.device_type).device  # with its number
     tolerance = 1e-2 if device.type == "cuda" else 1e-5  # TF32
     for groups, c_out in ((1, 4), (6, 6)) if backend.depthwise else ((1, 4),):
         assert_equal(*both(backend, device, case, groups, c_out, gradients=backend.gradients), tolerance)

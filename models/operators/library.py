@@ -146,9 +146,9 @@ def check_conventions(backend: LibraryBackend) -> None:
         weight = torch.randn(_CHANNELS, _CHANNELS // groups, *_EXTENT, generator=generator)
         x, dout = (torch.randn(2, index.shape[1], _CHANNELS, generator=generator) for _ in range(2))
         inputs = (index, x, weight, dout, groups)
-        expected = _example(TorchDenseBackend(), torch.device("cpu"), True, *inputs)
+        expected = _example(TorchDenseBackend(), "cpu", True, *inputs)
         try:
-            found = _example(backend, torch.device(backend.device_type), backend.gradients, *inputs)
+            found = _example(backend, backend.device_type, backend.gradients, *inputs)
         except Exception as error:  # whatever a library raises, the user's line must name it
             raise ValueError(
                 f"model.backend is {backend.name!r}, which failed on a small example: {type(error).__name__}: {error}"
@@ -164,7 +164,7 @@ def check_conventions(backend: LibraryBackend) -> None:
 
 def _example(
     backend: LibraryBackend | TorchDenseBackend,
-    device: torch.device,
+    device_type: str,
     gradients: bool,
     index: torch.Tensor,
     x: torch.Tensor,
@@ -173,9 +173,10 @@ def _example(
     groups: int,
 ) -> tuple[torch.Tensor, ...]:
     """Result and, with `gradients`, gradients of x and weight, on the CPU."""
-    with torch.inference_mode(False), torch.set_grad_enabled(gradients), torch.autocast(device.type, enabled=False):
-        x, weight = (tensor.to(device, copy=True).requires_grad_(gradients) for tensor in (x, weight))
-        plan = backend.plan(Points(_SIZE, index.to(device)), len(index), _EXTENT, 3, device)
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients), torch.autocast(device_type, enabled=False):
+        index, dout = index.to(device_type), dout.to(device_type)
+        x, weight = (tensor.to(device_type, copy=True).requires_grad_(gradients) for tensor in (x, weight))
+        plan = backend.plan(Points(_SIZE, index), len(index), _EXTENT, 3, index.device)
         out = backend.conv(x, weight, plan, groups)
-        found = (out, *torch.autograd.grad(out, (x, weight), dout.to(device))) if gradients else (out,)
+        found = (out, *torch.autograd.grad(out, (x, weight), dout)) if gradients else (out,)
     return tuple(tensor.detach().cpu() for tensor in found)
