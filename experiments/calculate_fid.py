@@ -22,22 +22,22 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 from absl import flags
 
-from configs.flags import Command, readable_errors
+from configs.flags import Command
 from configs.schema import ImageConfig
 from data.datasets import SPLITS
+from experiments.sample_flags import compare, define_flags
 from generation.factory import build_image_process
 from metrics.evaluation import evaluate, table
 from metrics.extractors import EXTRACTORS, open_extractor
 from metrics.features import Extraction
 from metrics.images import DatasetImages, ImageFolder, ImageSet, Mirrored, MollifiedSamples, config_digest
 from training.files import write_json
-from training.precision import pick_device
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("samples", None, "folder or zip of samples")
-flags.DEFINE_string("reference", None, "folder or zip of reference images, instead of --config")
+define_flags("reference")
 flags.DEFINE_enum("model", "clip_vit_b_32", EXTRACTORS, "feature extractor")
 flags.DEFINE_string("weights", None, "file of the extractor's weights; default: the usual cache, else a download")
 flags.DEFINE_string("encoder_run", None, "folder of the stage-one run whose encoder --model=encoder takes")
@@ -47,37 +47,31 @@ flags.DEFINE_enum("protocol", "clean", ("clean", "reference"), "how images are p
 flags.DEFINE_enum("split", None, SPLITS, "part of the data set of --config; default: train (see also --protocol)")
 flags.DEFINE_float("inv_snr", 0.05, "inverse signal-to-noise ratio of the Wiener filter of --protocol=reference")
 flags.DEFINE_integer("eval_batch_size", 64, "images in the network at once", lower_bound=1)
-flags.DEFINE_enum("device", "auto", ("auto", "cpu", "cuda"), "device to run on")
-flags.DEFINE_string("cache_dir", str(Extraction.cache_dir), "where features of reference images are kept")
 flags.DEFINE_string("json", None, "file of the report; default: fid_MODEL[_reference].json beside the samples")
 _FLIP_SEED = 0
 
 
 def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
-    config: ImageConfig | None = configs.get("config")
-    if int(os.environ.get("RANK", 0)):
-        return
-    with readable_errors():
-        if not FLAGS.samples:
-            raise ValueError("--samples: missing; accepted: a folder or zip of images")
-        device = pick_device(FLAGS.device)
-        extractor = open_extractor(FLAGS.model, device, FLAGS.weights, FLAGS.encoder_run)
-        samples, reference = image_sets(config, extractor.channels)
-        how = Extraction(FLAGS.eval_batch_size, os.cpu_count() or 1, Path(FLAGS.cache_dir), device)
-        report = evaluate(samples, reference, extractor, how, FLAGS.patches)
-        report["protocol"] = FLAGS.protocol
-        report["config_sha256"] = config_digest(asdict(config)) if config else None
-        manifest = Path(FLAGS.samples) / "manifest.json"
-        report["samples"]["manifest"] = json.loads(manifest.read_text()) if manifest.is_file() else None
-        path = Path(FLAGS.json) if FLAGS.json else default_report(Path(FLAGS.samples))
-        write_json(path, report)
-    print(f"{table(report)}\nwritten: {path}")
+    compare(configs, score)
+
+
+def score(config: ImageConfig | None, folder: Path, device: torch.device) -> str:
+    """Write the report of the samples in a folder or zip; return its table."""
+    extractor = open_extractor(FLAGS.model, device, FLAGS.weights, FLAGS.encoder_run)
+    samples, reference = image_sets(config, extractor.channels)
+    how = Extraction(FLAGS.eval_batch_size, os.cpu_count() or 1, Path(FLAGS.cache_dir), device)
+    report = evaluate(samples, reference, extractor, how, FLAGS.patches)
+    report["protocol"] = FLAGS.protocol
+    report["config_sha256"] = config_digest(asdict(config)) if config else None
+    manifest = folder / "manifest.json"
+    report["samples"]["manifest"] = json.loads(manifest.read_text()) if manifest.is_file() else None
+    path = Path(FLAGS.json) if FLAGS.json else default_report(folder)
+    write_json(path, report)
+    return f"{table(report)}\nwritten: {path}"
 
 
 def image_sets(config: ImageConfig | None, channels: int) -> tuple[ImageSet, ImageSet]:
     """The samples and the reference images that the command line names."""
-    if (config is None) == (FLAGS.reference is None):
-        raise ValueError("--reference, --config: accepted: exactly one of them")
     authors = FLAGS.protocol == "reference"
     if authors and config is None:
         raise ValueError("--protocol=reference: accepted: with --config, which says how samples were mollified")

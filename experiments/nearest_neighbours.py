@@ -18,19 +18,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from absl import flags
 
-from configs.flags import Command, readable_errors
+from configs.flags import Command
 from configs.schema import ImageConfig
+from experiments.sample_flags import compare, define_flags
 from metrics.extractors import Extractor, open_extractor, pixels_extractor
 from metrics.features import Extraction
 from metrics.images import DatasetImages, ImageFolder, ImageSet, Mirrored
 from metrics.neighbours import Neighbour, nearest, pixel_distance, random_features_distance, sheet
 from metrics.similarity import LPIPS_NETS, PairDistance, load_lpips
 from training.files import write_atomic, write_json
-from training.precision import pick_device
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("samples", None, "folder or zip of samples")
-flags.DEFINE_string("reference", None, "folder or zip of training images, instead of --config")
+define_flags("training")
 flags.DEFINE_enum("metric", "lpips", ("lpips", "random_features", "pixels"), "distance that orders the neighbours")
 flags.DEFINE_enum("net", "alex", tuple(LPIPS_NETS), "backbone of LPIPS")
 flags.DEFINE_string("weights", None, "torchvision's file of that backbone; default: torch's cache, else a download")
@@ -39,31 +38,25 @@ flags.DEFINE_integer("neighbours", 5, "neighbours shown of each", lower_bound=1)
 flags.DEFINE_integer("shortlist", 200, "training images compared by --metric, nearest by a cheap one", lower_bound=1)
 flags.DEFINE_string("encoder_run", None, "stage-one run whose encoder makes the shortlist; default: small pixels")
 flags.DEFINE_bool("mirrored", None, "search mirror images too; default: data.random_flip of --config, else yes")
-flags.DEFINE_enum("device", "auto", ("auto", "cpu", "cuda"), "device to run on")
-flags.DEFINE_string("cache_dir", str(Extraction.cache_dir), "where features of training images are kept")
 flags.DEFINE_string("out", None, "the picture, JSON beside it; default: SAMPLES_neighbours_METRIC.png")
 
 
 def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
-    config: ImageConfig | None = configs.get("config")
-    if int(os.environ.get("RANK", 0)):
-        return
-    with readable_errors():
-        if not FLAGS.samples:
-            raise ValueError("--samples: missing; accepted: a folder or zip of images")
-        if (config is None) == (FLAGS.reference is None):
-            raise ValueError("--reference, --config: accepted: exactly one of them")
-        device = pick_device(FLAGS.device)
-        distance, extractor = open_distance(device), open_shortlist(device)
-        samples = ImageFolder(FLAGS.samples, 3, "--samples", FLAGS.num_samples)
-        training = training_sets(config)
-        how = Extraction(threads=os.cpu_count() or 1, cache_dir=Path(FLAGS.cache_dir))
-        shortlist = max(FLAGS.shortlist, FLAGS.neighbours)
-        found = nearest(samples, training, distance, extractor, how, count=FLAGS.neighbours, shortlist=shortlist)
-        out = Path(FLAGS.out) if FLAGS.out else beside(Path(FLAGS.samples))
-        write_atomic(out, lambda path: sheet(samples, training, found).save(path, format="png"))
-        write_json(out.with_suffix(".json"), report(samples, training, found, extractor))
-    print(f"nearest of {len(training[0])} training images by {FLAGS.metric}: {out}")
+    compare(configs, show)
+
+
+def show(config: ImageConfig | None, folder: Path, device: torch.device) -> str:
+    """Write the picture and the report of the samples in a folder or zip; return where they are."""
+    distance, extractor = open_distance(device), open_shortlist(device)
+    samples = ImageFolder(FLAGS.samples, 3, "--samples", FLAGS.num_samples)
+    training = training_sets(config)
+    how = Extraction(threads=os.cpu_count() or 1, cache_dir=Path(FLAGS.cache_dir))
+    shortlist = max(FLAGS.shortlist, FLAGS.neighbours)
+    found = nearest(samples, training, distance, extractor, how, count=FLAGS.neighbours, shortlist=shortlist)
+    out = Path(FLAGS.out) if FLAGS.out else beside(folder)
+    write_atomic(out, lambda path: sheet(samples, training, found).save(path, format="png"))
+    write_json(out.with_suffix(".json"), report(samples, training, found, extractor))
+    return f"nearest of {len(training[0])} training images by {FLAGS.metric}: {out}"
 
 
 def open_distance(device: torch.device) -> PairDistance:
