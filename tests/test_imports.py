@@ -33,8 +33,8 @@ ALLOWED = {
     "training": {"training", "configs", "data", "diffusion", "generation", "models", "torch", "torchvision",
                  "safetensors", "tqdm", "wandb"},
 }  # fmt: skip
-TRAINER = {"configs.schema", "diffusion.noise", "training.checkpoint", "training.ema", "training.precision",
-           "training.run_dir"}  # fmt: skip
+TRAINER = {"configs.schema", "diffusion.noise", "training.acceleration", "training.checkpoint", "training.ema",
+           "training.precision", "training.run_dir"}  # fmt: skip
 
 
 def imports(file: Path) -> set[str]:
