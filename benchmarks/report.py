@@ -40,17 +40,24 @@ def peak_memory(device: torch.device) -> int:
 
 
 def circumstances(config: ImageConfig, precision: Precision) -> dict[str, Any]:
-    """What a result depends on beside the code's text."""
+    """What the result of a training step depends on beside the code's text."""
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "device": _device_name(precision.device),
-        "torch": str(torch.__version__),
-        "threads": torch.get_num_threads(),
+        **machine(precision.device),
         "precision": str(precision.dtype or torch.float32).removeprefix("torch."),
         "batch_size": config.train.batch_size,
         "size": list(config.size),
         "config": dataclasses.asdict(config),
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """When, where and with which version a result was measured."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "device": _device_name(device),
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -74,10 +81,7 @@ def _device_name(device: torch.device) -> str:
 def step_table(result: dict[str, Any]) -> str:
     """The result of train_step.py as aligned text."""
     height, width = result["size"]
-    lines = [
-        f"{result['device']}, {result['threads']} threads, torch {result['torch']}, {result['precision']}, "
-        f"{result['batch_size']} images of {height}x{width}, {result['date']}, commit {result['commit']}"
-    ]
+    lines = [_circumstances_line(result, f"{result['precision']}, {result['batch_size']} images of {height}x{width}")]
     for row in result["rows"]:
         lines += [
             "",
@@ -96,3 +100,30 @@ def step_table(result: dict[str, Any]) -> str:
             f"{'peak memory, MB':<32}{row['peak_memory_bytes'] / 1e6:>10.1f}",
         ]
     return "\n".join(lines)
+
+
+def operator_table(result: dict[str, Any]) -> str:
+    """The result of operators.py as aligned text."""
+    lines = [
+        _circumstances_line(result, f"{result['dtype']}, batch {result['batch']}, {result['channels']} channels"),
+        "",
+        f"{'op':<12}{'size':>5}{'ratio':>7}{'ms':>10}  {'baseline':<34}{'ms':>10}{'speedup':>9}{'max error':>11}",
+    ]
+    lines += [
+        f"{row['op']:<12}{row['size']:>5}{row['ratio']:>7g}{row['ms']:>10.2f}  {row['baseline']:<34}"
+        f"{row['baseline_ms']:>10.2f}{row['speedup']:>8.1f}x{row['max_error']:>11.1e}"
+        for row in result["rows"]
+    ]
+    lines += [
+        f"{row['op']} at ratio {row['ratio']:g}: {row['growth']:.2f} times the time from side {row['sizes'][0]} to "
+        f"{row['sizes'][1]}, which is four times the points"
+        for row in result["scaling"]
+    ]
+    return "\n".join(lines)
+
+
+def _circumstances_line(result: dict[str, Any], setting: str) -> str:
+    return (
+        f"{result['device']}, {result['threads']} threads, torch {result['torch']}, {setting}, {result['date']}, "
+        f"commit {result['commit']}"
+    )

@@ -1,0 +1,349 @@
+"""Time the operators of the sparse path against the best dense and exhaustive forms of the same.
+
+    python benchmarks/operators.py --device=cpu --sizes=64,128 --ratios=1,0.5,0.25,0.125 --json=PATH
+
+A row compares one operator with one baseline on random data, results having been checked first:
+
+    conv         depthwise convolution at the points, forward and backward, against `conv2d` on masked lattices in
+                 every layout (and with and without cuDNN): the fastest counts; points in the list's making apart
+    block        residual block, forward and backward, against the block on masked lattices: with the fused norms and
+                 channels-last products of this repository, and as the published code computes it
+    knn          the nearest points of a grid of half the side, against all distances and, on a CPU, a k-d tree
+    mollifier    smoothing of images, against cosine transform, product and inverse transform
+    coordinates  drawing the points, against NumPy's legacy generator on the host, image by image
+
+Both sides take turns in one process; times are medians. max_error is the largest difference from float64 (conv), from
+the baseline (others), over the largest value, of results and gradients. "scaling" tells how the time of an operator
+grows with four times the points at the same ratio.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks import baselines
+from benchmarks.interleaved import Timing, interleaved
+from benchmarks.report import machine, operator_table
+from diffusion.coordinates import CONVENTIONS, Points, scatter_points
+from diffusion.mollifier import Mollifier
+from diffusion.subsets import draw_points
+from models.neighbours import nearest_points
+from models.operators import BACKENDS, get_backend
+from models.sparse_block import SparseBlock
+from training.files import write_json
+
+K, NEIGHBOURS, CONDITION = 7, 3, 256
+_INPUT_SETS = 4  # taken in turn, so that no cache holds the data of the next call
+_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 1e-2}
+
+
+class Setting(NamedTuple):
+    """What all rows of a run have in common."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    channels: int
+    backend: str
+    repeats: int
+
+
+class Row(NamedTuple):
+    """One comparison before its times are known: calls by name, and the names of those that are baselines of each."""
+
+    op: str
+    ours: Callable[[int], object]
+    baselines: dict[str, dict[str, Callable[[int], object]]]
+    max_error: float
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over the largest value."""
+    expected = expected.double()
+    return ((found.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+def require_small(op: str, error: float, limit: float) -> float:
+    """The error. Raises ArithmeticError when it exceeds the limit."""
+    if not error <= limit:
+        raise ArithmeticError(f"{op}: the largest difference is {error:.1e}; times of wrong results mean nothing")
+    return error
+
+
+def drawn_points(setting: Setting, size: int, ratio: float) -> Points:
+    if ratio == 1:
+        return Points((size, size))
+    generator = torch.Generator(setting.device).manual_seed(0)
+    return draw_points("uniform", generator, setting.batch, (size, size), int(size**2 * ratio), setting.device)
+
+
+def gradients(out: torch.Tensor, inputs: list[torch.Tensor], gradient: torch.Tensor) -> list[torch.Tensor]:
+    return [out, *torch.autograd.grad(out, inputs, gradient)]
+
+
+def conv_row(setting: Setting, size: int, ratio: float) -> Row:
+    points, shape = drawn_points(setting, size, ratio), (setting.batch, int(size**2 * ratio), setting.channels)
+    factory = {"device": setting.device, "dtype": setting.dtype}
+    xs = [torch.randn(shape, **factory).requires_grad_() for _ in range(_INPUT_SETS)]
+    dys = [torch.randn(shape, **factory) for _ in range(_INPUT_SETS)]
+    weight = torch.randn(setting.channels, 1, K, K, device=setting.device).requires_grad_()
+    backend = get_backend(setting.backend)
+    plan = backend.plan(points, setting.batch, (K, K), K, setting.device)
+
+    def ours(i: int) -> list[torch.Tensor]:
+        j = i % _INPUT_SETS
+        return gradients(backend.conv(xs[j], weight, plan, setting.channels), [xs[j], weight], dys[j])
+
+    def dense(layout: torch.memory_format, cudnn: bool) -> Callable[[int], list[torch.Tensor]]:
+        def call(i: int) -> list[torch.Tensor]:
+            j = i % _INPUT_SETS
+            with baselines.convolutions(cudnn):
+                out = baselines.masked_convolution(xs[j], weight, plan, layout)
+                return gradients(out, [xs[j], weight], dys[j])
+
+        return call
+
+    x, exact_weight = xs[0].detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    exact = baselines.masked_convolution(x, exact_weight, plan, torch.contiguous_format)
+    expected = gradients(exact, [x, exact_weight], dys[0].double())
+    error = max(relative_error(*pair) for pair in zip(ours(0), expected))
+    variants = {name: dense(*way) for name, way in baselines.dense_variants(setting.device).items()}
+    return Row("conv", ours, {"dense masked": variants}, require_small("conv", error, _ERROR[setting.dtype]))
+
+
+def block_row(setting: Setting, size: int, ratio: float) -> Row:
+    points, device, batch, channels = drawn_points(setting, size, ratio), setting.device, setting.batch, setting.channels
+    backend = get_backend(setting.backend)
+    block = SparseBlock(channels, K, backend, time_dim=CONDITION, z_dim=CONDITION).to(device)
+    plan = backend.plan(points, batch, (K, K), K, device)
+    factory = {"device": device, "dtype": setting.dtype}
+    e, z = (torch.randn(batch, CONDITION, device=device) for _ in range(2))
+    xs, dys = ([torch.randn(batch, points.count, channels, **factory) for _ in range(_INPUT_SETS)] for _ in range(2))
+    xs = [x.requires_grad_() for x in xs]
+    parameters = [p for name, p in block.named_parameters() if name not in ("norm1.bias", "norm2.bias")]
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, dtype=setting.dtype, enabled=setting.dtype != torch.float32)
+
+    def ours(i: int) -> list[torch.Tensor]:
+        j = i % _INPUT_SETS
+        with autocast():
+            out = block(xs[j], plan, e=e, z=z)
+        return gradients(out, [xs[j], *parameters], dys[j].to(out.dtype))
+
+    def masked(layout: torch.memory_format | None, cudnn: bool) -> Callable[[int], list[torch.Tensor]]:
+        dense = baselines.MaskedBlock(block, plan)
+        images = [[scatter_points(t.detach(), points) for t in tensors] for tensors in (xs, dys)]
+        if layout is None:
+            images = [[t.flatten(2).transpose(1, 2).contiguous() for t in tensors] for tensors in images]
+        else:
+            images = [[t.contiguous(memory_format=layout) for t in tensors] for tensors in images]
+        inputs, grads = [x.requires_grad_() for x in images[0]], images[1]
+
+        def call(i: int) -> list[torch.Tensor]:
+            j = i % _INPUT_SETS
+            with baselines.convolutions(cudnn), autocast():
+                out = (dense.fused if layout is None else dense.as_published)(inputs[j], e, z)
+            return gradients(out, [inputs[j], *parameters], grads[j].to(out.dtype))
+
+        return call
+
+    variants = baselines.dense_variants(device)
+    contenders = {
+        "dense masked": {name: masked(None, way[1]) for name, way in variants.items() if "channels_last" in name},
+        "as published": {name: masked(*way) for name, way in variants.items()},
+    }
+    found, error = ours(0), 0.0
+    for calls in contenders.values():
+        out, dx, *of_parameters = next(iter(calls.values()))(0)
+        expected = [baselines.at_points(out, points), baselines.at_points(dx, points), *of_parameters]
+        error = max(error, *(relative_error(*pair) for pair in zip(found, expected)))
+    return Row("block", ours, contenders, require_small("block", error, 10 * _ERROR[setting.dtype]))
+
+
+def knn_row(setting: Setting, size: int, ratio: float) -> Row | None:
+    if ratio == 1:
+        return None  # static, and kept after the first time
+    points, side, device = drawn_points(setting, size, ratio), size // 2, setting.device
+    convention = CONVENTIONS["cell_centred"]
+
+    def ours(_: int) -> torch.Tensor:
+        return nearest_points(points, (side, side), NEIGHBOURS, convention, device)[1]
+
+    contenders = {
+        "all distances": {"torch, chunked": lambda _: baselines.nearest_by_brute_force(points, side, NEIGHBOURS, device)}
+    }
+    few = Points(points.size, points.index[:1])
+    expected = baselines.nearest_by_brute_force(few, side, NEIGHBOURS, device)
+    error = relative_error(ours(0)[:1], expected)
+    if device.type == "cpu":
+        contenders["k-d tree"] = {"scipy": lambda _: baselines.nearest_by_tree(points, side, NEIGHBOURS)}
+        error = max(error, relative_error(ours(0), baselines.nearest_by_tree(points, side, NEIGHBOURS)))
+    return Row("knn", ours, contenders, require_small("knn", error, _ERROR[torch.float32]))
+
+
+def mollifier_row(setting: Setting, size: int, ratio: float) -> Row | None:
+    if ratio != 1:
+        return None  # smooths whole lattices
+    mollifier = Mollifier(1.0, (size, size))
+    images = [torch.randn(setting.batch, 3, size, size, device=setting.device) for _ in range(_INPUT_SETS)]
+    cosine = baselines.smoothing_by_cosine_transforms(mollifier, (size, size), setting.device)
+    error = relative_error(mollifier(images[0]), cosine(images[0]))
+    return Row(
+        "mollifier",
+        lambda i: mollifier(images[i % _INPUT_SETS]),
+        {"cosine transforms": {"four products": lambda i: cosine(images[i % _INPUT_SETS])}},
+        require_small("mollifier", error, _ERROR[torch.float32]),
+    )
+
+
+def coordinates_row(setting: Setting, size: int, ratio: float) -> Row | None:
+    if ratio == 1:
+        return None
+    count, batch, device = int(size**2 * ratio), setting.batch, setting.device
+    generator = torch.Generator(device).manual_seed(0)
+
+    def ours(_: int) -> torch.Tensor:
+        return draw_points("uniform", generator, batch, (size, size), count, device).index
+
+    def host(_: int) -> torch.Tensor:
+        return baselines.coordinates_on_the_host(batch, size**2, count, device)
+
+    return Row("coordinates", ours, {"host": {"NumPy, legacy": host}}, 0.0)
+
+
+OPERATORS = {
+    "conv": conv_row,
+    "block": block_row,
+    "knn": knn_row,
+    "mollifier": mollifier_row,
+    "coordinates": coordinates_row,
+}
+
+
+def measure(setting: Setting, op: str, size: int, ratio: float) -> Iterator[dict[str, Any]]:
+    """One result for every baseline of an operator, the fastest variant of the baseline standing for it."""
+    row = OPERATORS[op](setting, size, ratio)
+    if row is None:
+        return
+    calls = {"ours": row.ours}
+    calls |= {f"{kind}: {name}": call for kind, ways in row.baselines.items() for name, call in ways.items()}
+    times = interleaved(calls, setting.device, setting.repeats)
+    for kind, ways in row.baselines.items():
+        best = min((f"{kind}: {name}" for name in ways), key=lambda name: times[name].ms)
+        yield _result(row, setting, size, ratio, best, times)
+
+
+def _result(
+    row: Row, setting: Setting, size: int, ratio: float, best: str, times: dict[str, Timing]
+) -> dict[str, Any]:
+    ours, theirs = times["ours"], times[best]
+    return {
+        "op": row.op,
+        "size": size,
+        "ratio": ratio,
+        "backend": get_backend(setting.backend).name if row.op in ("conv", "block") else "-",
+        "ms": ours.ms,
+        "quartiles": [ours.low, ours.high],
+        "baseline": best,
+        "baseline_ms": theirs.ms,
+        "baseline_quartiles": [theirs.low, theirs.high],
+        "speedup": theirs.ms / ours.ms,
+        "max_error": row.max_error,
+        "repeats": [ours.repeats, theirs.repeats],
+    }
+
+
+def scaling(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Growth of the time from one size to the double, at the same ratio: four times the points."""
+    times = {(row["op"], row["ratio"], row["size"]): row["ms"] for row in rows}
+    return [
+        {"op": op, "ratio": ratio, "sizes": [size, 2 * size], "growth": times[op, ratio, 2 * size] / ms}
+        for (op, ratio, size), ms in times.items()
+        if (op, ratio, 2 * size) in times
+    ]
+
+
+def main() -> None:
+    arguments = _parse()
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    batch = arguments.batch or (32 if device.type == "cuda" else 4)
+    setting = Setting(device, dtype, batch, arguments.channels, arguments.backend, arguments.repeats)
+    torch.manual_seed(0)
+    rows = [
+        result
+        for op in arguments.ops
+        for size in arguments.sizes
+        for ratio in arguments.ratios
+        for result in measure(setting, op, size, ratio)
+    ]
+    result = {
+        "benchmark": "operators",
+        **machine(device),
+        **{"dtype": arguments.dtype, "batch": batch, "channels": setting.channels, "kernel": K},
+        "rows": rows,
+        "scaling": scaling(rows),
+    }
+    print(operator_table(result))
+    if arguments.json:
+        write_json(arguments.json, result)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--ops", type=_names, default=list(OPERATORS), help=f"any of {','.join(OPERATORS)}")
+    parser.add_argument("--sizes", type=_sizes, default=[64, 128], help="sides of the lattice, e.g. 64,128")
+    parser.add_argument("--ratios", type=_ratios, default=[1, 0.5, 0.25, 0.125], help="parts of the lattice seen")
+    parser.add_argument("--batch", type=_positive, help="images; default: 32 on a GPU, 4 on a CPU")
+    parser.add_argument("--channels", type=_positive, default=64)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=None, help="of the features")
+    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="of conv and block")
+    parser.add_argument("--repeats", type=_positive, default=20)
+    parser.add_argument("--json", type=Path, help="file for the result; default: none")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: no CUDA device is visible to PyTorch; accepted: cpu")
+    if arguments.json and (arguments.json.is_dir() or not arguments.json.parent.is_dir()):
+        parser.error(f"argument --json: {arguments.json}: accepted: a file in a folder that exists")
+    arguments.dtype = arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32")
+    return arguments
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: accepted: integers from 1")
+    return value
+
+
+def _sizes(text: str) -> list[int]:
+    sizes = [int(part) for part in text.split(",")]
+    if min(sizes) < 2 * NEIGHBOURS:
+        raise argparse.ArgumentTypeError(f"{text}: accepted: sides from {2 * NEIGHBOURS}")
+    return sizes
+
+
+def _ratios(text: str) -> list[float]:
+    ratios = [float(part) for part in text.split(",")]
+    if not all(0 < ratio <= 1 and not math.isnan(ratio) for ratio in ratios):
+        raise argparse.ArgumentTypeError(f"{text}: accepted: numbers above 0 and up to 1")
+    return ratios
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := set(names) - set(OPERATORS):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: accepted: {', '.join(OPERATORS)}")
+    return names
+
+
+if __name__ == "__main__":
+    main()
