@@ -1,7 +1,13 @@
-"""Shared test settings: two threads at most, so that the suite times alike on laptops and servers."""
+"""Shared test settings: Triton's interpreter without a GPU, and two threads at most, on laptops and servers alike."""
+
+import os
 
 import pytest
 import torch
+
+# Read when `triton` is first imported, which `import torch` does not do; each worker of pytest-xdist comes through here.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")

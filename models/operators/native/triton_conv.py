@@ -24,15 +24,20 @@ from models.operators.native.triton_conv_kernels import gather_kernel, lattice_k
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# A program holds this many sums, in four warps: eight, or sixteen, per thread, that is one 16-byte load of a row.
-# Larger blocks make points wait for those with most neighbours; on a full lattice they re-read fewer rows.
-_LIST_SUMS, _LATTICE_SUMS = 1024, 2048
-_LATTICE_TILE_H = 4
-# Taps whose sums one program of the gradient of taps holds together, eight registers of a thread each.
+# Sums (points × channels) and warps of a program, which fix its registers. By the list a thread holds 8 sums, one
+# 16-byte load of a row in half precision; fewer points wait less for the one among them with most neighbours, and two
+# warps still fill an H100 at its 32 programs per multiprocessor. On a lattice a thread holds 32, so that taps and
+# control are paid once per four rows, and 8 × 8 tiles re-read few rows.
+_LIST_BLOCK = (512, 2)
+_LATTICE_BLOCK = (4096, 4)
+_TILE_H = 8
+# The gradient of taps holds the sums of so many taps together, 8 registers of a thread each. One warp, because rows
+# then pass between its threads without a barrier.
 _TAPS = 8
-# The gradient of taps is split over at least about this many chunks of points, a few waves of programs on any GPU,
-# and at least so many points.
-_CHUNKS, _MIN_CHUNK = 512, 64
+_TAPS_BLOCK = (256, 1)
+# It is split into at least half as many programs, a few waves of them on any GPU, by chunks of points: fixed by the
+# shapes, so that the order of summation is. Their partial sums take some 35 MB.
+_PROGRAMS, _MIN_CHUNK = 2**14, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,9 +112,9 @@ def depthwise(
 
 
 def _entry_format(points: int, taps: int) -> tuple[int, torch.dtype]:
-    """Bits of an entry that hold the tap, and the type that holds the rows above them."""
-    bits = (taps - 1).bit_length()
-    return bits, torch.int32 if points << bits <= 2**31 else torch.int64
+    """Bits of an entry that hold the tap, and the type that has room for the rows above them."""
+    bits = (int(taps) - 1).bit_length()
+    return bits, torch.int32 if points * 2**bits <= 2**31 else torch.int64
 
 
 def _scale_stride(scale: torch.Tensor, points: int) -> int:
@@ -117,7 +122,9 @@ def _scale_stride(scale: torch.Tensor, points: int) -> int:
 
 
 def _block_c(channels: int) -> int:
-    return min(triton.next_power_of_2(channels), 64)
+    """Channels of a program: a divisor, which spares the masks, if it still fills a load of 16 bytes."""
+    divisor = channels & -channels
+    return min(divisor if divisor >= 8 else triton.next_power_of_2(channels), 64)
 
 
 @torch.library.custom_op("infty_diff::neighbour_list", mutates_args=())
@@ -179,18 +186,19 @@ def _gather(
     flags = {"C": channels, "TRANSPOSED": transposed, "RESIDUAL": residual is not None, "BLOCK_C": block_c}
     with torch.cuda.device_of(x):
         if counts is None:
-            tile_h = _LATTICE_TILE_H
-            tile_w = min(_LATTICE_SUMS // block_c, 64) // tile_h
-            tiles = triton.cdiv(size[0], tile_h) * triton.cdiv(size[1], tile_w)
+            sums, warps = _LATTICE_BLOCK
+            tile_w = sums // block_c // _TILE_H
+            tiles = triton.cdiv(size[0], _TILE_H) * triton.cdiv(size[1], tile_w)
             lattice_kernel[(batch * tiles, triton.cdiv(channels, block_c))](
-                out, x, taps, scale, added, *size, *extent, stride, TILE_H=tile_h, TILE_W=tile_w, **flags
-            )
+                out, x, taps, scale, added, *size, *extent, stride,
+                TILE_H=_TILE_H, TILE_W=tile_w, num_warps=warps, **flags,
+            )  # fmt: skip
         else:
-            block_p = min(_LIST_SUMS // block_c, 64)
-            bits = _entry_format(points, len(taps))[0]
+            sums, warps = _LIST_BLOCK
+            block_p, bits = sums // block_c, _entry_format(points, len(taps))[0]
             gather_kernel[(batch * triton.cdiv(points, block_p), triton.cdiv(channels, block_c))](
                 out, x, taps, scale, added, entries, counts, points, entries.shape[1], len(taps) - 1, stride,
-                BITS=bits, BLOCK_P=block_p, **flags,
+                BITS=bits, BLOCK_P=block_p, num_warps=warps, **flags,
             )  # fmt: skip
     return out
 
@@ -216,16 +224,17 @@ def _taps_gradient(
     if x.numel() == 0:
         return x.new_zeros(taps, channels, dtype=torch.float32)
     x, grad, scale = x.contiguous(), grad.contiguous(), scale.contiguous()
-    block_c = _block_c(channels)
-    chunk = max(_MIN_CHUNK, triton.next_power_of_2(batch * points // _CHUNKS))
+    block_c, (sums, warps) = _block_c(channels), _TAPS_BLOCK
+    groups, blocks_c = triton.cdiv(taps, _TAPS), triton.cdiv(channels, block_c)
+    chunk = max(_MIN_CHUNK, triton.next_power_of_2(triton.cdiv(batch * points * groups * blocks_c, _PROGRAMS)))
     partials = x.new_empty(batch * triton.cdiv(points, chunk), taps, channels, dtype=torch.float32)
     stride = size[1] + extent[1] - 1
     full = present is None
     with torch.cuda.device_of(x):
-        taps_kernel[(len(partials), triton.cdiv(taps, _TAPS), triton.cdiv(channels, block_c))](
+        taps_kernel[(len(partials), groups, blocks_c)](
             partials, x, grad, scale, x if full else present, x if full else corners, points, chunk, *size, *extent,
             (size[0] + extent[0] - 1) * stride, stride, _scale_stride(scale, points),
-            C=channels, FULL=full, TAPS=_TAPS, BLOCK_P=min(_LIST_SUMS // block_c, 64), BLOCK_C=block_c,
+            C=channels, FULL=full, TAPS=_TAPS, BLOCK_P=sums // block_c, BLOCK_C=block_c, num_warps=warps,
         )  # fmt: skip
     return partials.sum(0)
 

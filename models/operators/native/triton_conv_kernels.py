@@ -161,9 +161,10 @@ def taps_kernel(
     grad += first * C
     scale += image * scale_stride
     total = tl.zeros((TAPS, BLOCK_P, BLOCK_C), tl.float32)
-    for begin in range(start, tl.minimum(start + chunk, points), BLOCK_P):
+    end = tl.minimum(start + chunk, points)
+    for begin in range(start, end, BLOCK_P):
         point = begin + tl.arange(0, BLOCK_P)
-        valid = point < points
+        valid = point < end
         if FULL:
             above = (point // width)[None, :] + (i - kernel_h // 2)[:, None]
             left = (point % width)[None, :] + (j - kernel_w // 2)[:, None]
