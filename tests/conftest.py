@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-# Read when `triton` is first imported, which `import torch` does not do; each worker of pytest-xdist comes through here.
+# Read when `triton` is first imported, which `import torch` does not do. Each worker of pytest-xdist comes by here.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -96,9 +96,7 @@ def gather_kernel(
             tap = last_tap - tap
         weight = tl.load(taps + tap[:, None] * C + channel[None, :], mask=exists[None, :], other=0.0)
         total += weight * _rows(x, entry >> BITS, here, channel, exists, scale, C, TRANSPOSED)
-    _write(
-        out + first * C, total, point, valid, channel, exists, scale, residual + first * C, C, TRANSPOSED, RESIDUAL
-    )
+    _write(out + first * C, total, point, valid, channel, exists, scale, residual + first * C, C, TRANSPOSED, RESIDUAL)
 
 
 @triton.jit
