@@ -30,7 +30,7 @@ CASES = [
     ((9, 13), (5, 3), None, 24, 2),
     ((6, 7), (3, 3), 1, 64, 3),
     ((8, 8), (3, 3), 64, 16, 1),
-    ((5, 6), (13, 11), 20, 16, 1),  # wider than the lattice
+    ((5, 6), (29, 29), 20, 16, 1),  # wider than the lattice
     ((4, 9), (13, 13), None, 16, 1),
     ((10, 9), (5, 5), None, 64, 1),
     ((5, 4), (5, 5), 7, 20, 2),  # channels that need masks
@@ -196,6 +196,15 @@ def test_gradient_of_the_gradient(case):
     torch.testing.assert_close(to_taps, torch.autograd.grad(out, taps, grad.detach())[0])
 
 
+def test_residual_of_another_type():
+    case = Case(*SMALL[0])
+    (x, taps, residual), scale, _ = case.inputs()
+    out = triton_conv.depthwise(x.half(), taps, scale, case.neighbours(), residual)
+    alone = triton_conv.depthwise(x.half().float(), taps, scale, case.neighbours())
+    assert torch.equal(out, (alone + residual).half())
+    assert torch.equal(torch.autograd.grad(out.sum(), residual)[0], torch.ones_like(residual))
+
+
 def test_autocast_leaves_types_alone():
     case = Case(*SMALL[1])
     (x, taps, _), scale, _ = case.inputs()
@@ -306,7 +315,7 @@ def test_sizes_beyond_32_bits():
         ({"taps": torch.zeros(9, 5)}, "taps is"),
         ({"taps": torch.zeros(9, 4, dtype=torch.bfloat16)}, "taps is torch.bfloat16"),
         ({"scale": torch.zeros(3, 6, 1)}, "scale is"),
-        ({"residual": torch.zeros(2, 6, 4, dtype=torch.bfloat16)}, "residual is torch.bfloat16"),
+        ({"residual": torch.zeros(2, 6, 4, dtype=torch.float64)}, "residual is torch.float64"),
     ],
 )
 def test_bad_inputs_are_named(change, message):

@@ -87,8 +87,8 @@ def depthwise(
     """out of the module's equation: (B, M, C) in the type of x, summed in float32.
 
     x: (B, M, C) float32, bfloat16 or float16. taps: float32 (K, C), offset (i − k'_h//2, j − k'_w//2) at i·k'_w + j.
-    scale: float32 (B, M, 1), or (1, M, 1) for all images. residual: like x. Differentiable in x, taps and residual;
-    the gradients are the same to the last bit on every run. Raises ValueError for other shapes or types.
+    scale: float32 (B, M, 1), or (1, M, 1) for all images. residual: as x, in any of these types. Differentiable in x,
+    taps and residual; gradients are the same to the last bit on every run. Raises ValueError for other shapes, types.
     """
     kernel_h, kernel_w = neighbours.extent
     rows = neighbours.size[0] * neighbours.size[1] if neighbours.counts is None else neighbours.counts.shape[1]
@@ -105,8 +105,11 @@ def depthwise(
         raise ValueError(
             f"scale is {scale.dtype} of shape {tuple(scale.shape)}; it must be float32 ({images} or 1, {rows}, 1)"
         )
-    if residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape):
-        raise ValueError(f"residual is {residual.dtype} of shape {tuple(residual.shape)}; it must be like x")
+    if residual is not None and (residual.dtype not in DTYPES or residual.shape != x.shape):
+        raise ValueError(
+            f"residual is {residual.dtype} of shape {tuple(residual.shape)}; "
+            f"it must be float32, bfloat16 or float16 {tuple(x.shape)}"
+        )
     n = neighbours
     return _gather(x, taps, scale, residual, n.entries, n.counts, n.present, n.corners, n.size, n.extent, False)
 
@@ -245,14 +248,15 @@ def _(x, grad, scale, present, corners, size, extent):
 
 
 def _save(ctx, inputs, output):
-    x, taps, scale, _, entries, counts, present, corners, ctx.size, ctx.extent, ctx.transposed = inputs
+    x, taps, scale, residual, entries, counts, present, corners, ctx.size, ctx.extent, ctx.transposed = inputs
     wants_taps = ctx.needs_input_grad[1]
+    ctx.residual_type = None if residual is None else residual.dtype
     ctx.save_for_backward(x if wants_taps else None, taps, scale, entries, counts, present, corners)
 
 
 def _backward(ctx, grad):
     x, taps, scale, entries, counts, present, corners = ctx.saved_tensors
-    grad_x = grad_taps = None
+    grad_x = grad_taps = grad_residual = None
     if ctx.needs_input_grad[0]:
         grad_x = _gather(
             grad, taps, scale, None, entries, counts, present, corners, ctx.size, ctx.extent, not ctx.transposed
@@ -260,7 +264,9 @@ def _backward(ctx, grad):
     if ctx.needs_input_grad[1]:
         read, weighted = (grad, x) if ctx.transposed else (x, grad)  # the scale always goes with the gathering side
         grad_taps = _taps_gradient(read, weighted, scale, present, corners, ctx.size, ctx.extent)
-    return grad_x, grad_taps, None, grad if ctx.needs_input_grad[3] else None, *[None] * 7
+    if ctx.needs_input_grad[3]:
+        grad_residual = grad.to(ctx.residual_type)
+    return grad_x, grad_taps, None, grad_residual, *[None] * 7
 
 
 _gather.register_autograd(_backward, setup_context=_save)
