@@ -95,7 +95,7 @@ def gather_kernel(
         if TRANSPOSED:
             tap = last_tap - tap
         weight = tl.load(taps + tap[:, None] * C + channel[None, :], mask=exists[None, :], other=0.0)
-        total += weight * _rows(x, entry >> BITS, here, channel, exists, scale, C, TRANSPOSED)
+        total = tl.fma(weight, _rows(x, entry >> BITS, here, channel, exists, scale, C, TRANSPOSED), total)
     _write(out + first * C, total, point, valid, channel, exists, scale, residual + first * C, C, TRANSPOSED, RESIDUAL)
 
 
@@ -128,7 +128,8 @@ def lattice_kernel(
             if TRANSPOSED:
                 tap = kernel_h * kernel_w - 1 - tap
             weight = tl.load(taps + tap * C + channel, mask=exists, other=0.0)
-            total += weight[None, :] * _rows(x, above * width + left, here, channel, exists, scale, C, TRANSPOSED)
+            rows = _rows(x, above * width + left, here, channel, exists, scale, C, TRANSPOSED)
+            total = tl.fma(weight[None, :], rows, total)
     valid = (row < height) & (col < width)
     _write(
         out + first * C, total, row * width + col, valid, channel, exists, scale, residual + first * C,
@@ -177,6 +178,6 @@ def taps_kernel(
         mask = here[:, :, None] & exists[None, None, :]
         offset = row.to(tl.int64)[:, :, None] * C + channel[None, None, :]
         values = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)  # (TAPS, BLOCK_P, BLOCK_C)
-        total += values * _rows(grad, point, valid, channel, exists, scale, C, True)[None, :, :]
+        total = tl.fma(values, _rows(grad, point, valid, channel, exists, scale, C, True)[None, :, :], total)
     offset = (tl.program_id(0).to(tl.int64) * kernel_h * kernel_w + tap)[:, None] * C + channel[None, :]
     tl.store(partials + offset, tl.sum(total, 1), mask=known[:, None] & exists[None, :])
