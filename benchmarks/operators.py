@@ -119,7 +119,8 @@ def conv_row(setting: Setting, size: int, ratio: float) -> Row:
 
 
 def block_row(setting: Setting, size: int, ratio: float) -> Row:
-    points, device, batch, channels = drawn_points(setting, size, ratio), setting.device, setting.batch, setting.channels
+    points = drawn_points(setting, size, ratio)
+    device, batch, channels = setting.device, setting.batch, setting.channels
     backend = get_backend(setting.backend)
     block = SparseBlock(channels, K, backend, time_dim=CONDITION, z_dim=CONDITION).to(device)
     plan = backend.plan(points, batch, (K, K), K, device)
@@ -177,9 +178,10 @@ def knn_row(setting: Setting, size: int, ratio: float) -> Row | None:
     def ours(_: int) -> torch.Tensor:
         return nearest_points(points, (side, side), NEIGHBOURS, convention, device)[1]
 
-    contenders = {
-        "all distances": {"torch, chunked": lambda _: baselines.nearest_by_brute_force(points, side, NEIGHBOURS, device)}
-    }
+    def exhaustive(_: int) -> torch.Tensor:
+        return baselines.nearest_by_brute_force(points, side, NEIGHBOURS, device)
+
+    contenders = {"all distances": {"torch, chunked": exhaustive}}
     few = Points(points.size, points.index[:1])
     expected = baselines.nearest_by_brute_force(few, side, NEIGHBOURS, device)
     error = relative_error(ours(0)[:1], expected)

@@ -32,7 +32,7 @@ _OPTIONS = (
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
     """The kernels, or None where no compiler is found or none of its options works (logged once)."""
-    sources = sorted(Path(__file__).parent.glob("*.c"))
+    sources = sorted(Path(__file__).parent.glob("*.[ch]"))
     compiler = os.environ.get("CC", "cc")
     path = _cache_folder() / f"kernels-{_fingerprint(compiler, sources)}.so"
     if not path.exists():
@@ -96,8 +96,9 @@ def _build(compiler: str, sources: list[Path], path: Path) -> str | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             built = Path(folder) / path.name
+            units = [source for source in sources if source.suffix == ".c"]
             for options in _OPTIONS:
-                command = [compiler, *options, "-std=gnu11", "-shared", "-fPIC", "-o", built, *sources]
+                command = [compiler, *options, "-std=gnu11", "-shared", "-fPIC", "-o", built, *units, "-lm"]
                 done = subprocess.run(command, capture_output=True, text=True, timeout=300)
                 if done.returncode == 0:
                     os.replace(built, path)

@@ -1,4 +1,4 @@
-"""The native depthwise convolution on a CPU: neighbour lists and sums in C (`kernels.c`).
+"""The native depthwise convolution on a CPU: neighbour lists and sums in C (`convolution.c`).
 
 Letters: B batch, C channels, M points, K taps, E entries.
 """

@@ -5,15 +5,11 @@
    first) of `rows` and `taps`. A list of one image (list_points < points) serves all images of the batch, whose rows
    follow each other. Sums run over the entries in order, so results do not depend on the number of threads. */
 
-#include <stdint.h>
 #include <string.h>
 
-/* Sixteen floats at any address: one register with AVX-512, two with AVX2, four with NEON or SSE. */
-typedef float vec __attribute__((vector_size(64), aligned(4)));
-enum { LANES = 16, VECS = 4 };
+#include "vectors.h"
 
-static inline vec load(const float *p) { return *(const vec *)p; }
-static inline void store(float *p, vec v) { *(vec *)p = v; }
+enum { VECS = 4 };
 
 /* Entries of point p, and the distance from their rows to those of its image. */
 #define ENTRIES(p)                                                                                                     \
