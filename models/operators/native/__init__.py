@@ -18,7 +18,15 @@ from models.operators.base import check_features, check_points, inverse_density,
 from models.operators.native import compiled, cpu, pairs
 from models.operators.torch_dense import DensePlan, TorchDenseBackend
 
-# Above these parts of a lattice, dense arithmetic is faster than gathering: measured by benchmarks/operators.py.
+try:
+    from models.operators.native import triton_conv
+except ImportError:  # no Triton
+    triton_conv = None
+
+# Up to these parts of a lattice gathering is faster than dense arithmetic. Whoever measures anew uses
+# benchmarks/operators.py. In C it always is; Triton's part follows from counted instructions (a list costs as much as
+# a lattice at about half) and awaits its measurement.
+_TRITON_UP_TO = 1 / 2
 _PAIRS_UP_TO = 1 / 4
 
 
@@ -56,6 +64,7 @@ class NativeBackend:
         if engine is None:
             return self._dense.conv(x, weight, plan, groups, residual)
         taps = resample_kernel(weight, plan.extent).flatten(1).t()  # (C, 1, k', k') -> (K, C)
+        taps = taps.to(torch.promote_types(taps.dtype, torch.float32))
         return engine.depthwise(x, taps, plan.inverse_density, plan.neighbours(engine), residual)
 
 
@@ -66,6 +75,9 @@ def _engine(x: torch.Tensor, weight: torch.Tensor, plan: NativePlan, groups: int
     if plan.points.is_full and not (weight.requires_grad and torch.is_grad_enabled()):
         return None  # only the gradient of the kernel is slow in dense arithmetic
     density = plan.points.count / (plan.points.size[0] * plan.points.size[1])
-    if x.device.type == "cpu" and x.dtype != torch.float64 and compiled.library() is not None:
-        return cpu
+    if x.dtype != torch.float64:
+        if x.device.type == "cpu" and compiled.library() is not None:
+            return cpu
+        if x.device.type == "cuda" and triton_conv is not None:
+            return triton_conv if density <= _TRITON_UP_TO else None
     return pairs if density <= _PAIRS_UP_TO else None
