@@ -122,6 +122,23 @@ def operator_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def sampling_table(result: dict[str, Any]) -> str:
+    """The result of sampling.py as aligned text."""
+    lines = [
+        _circumstances_line(result, f"{result['precision']}, one evaluation"),
+        "",
+        f"{'lattice':<12}{'batch':>6}  {'backend':<14}{'ms':>10}{'MB':>9}  {'baseline':<14}{'ms':>10}{'MB':>9}"
+        f"{'speedup':>9}{'max error':>11}",
+    ]
+    lines += [
+        f"{'{}x{}'.format(*row['size']):<12}{row['batch']:>6}  {row['backend']:<14}{row['ms']:>10.1f}"
+        f"{row['peak_memory_bytes'] / 1e6:>9.0f}  {row['baseline']:<14}{row['baseline_ms']:>10.1f}"
+        f"{row['baseline_peak_memory_bytes'] / 1e6:>9.0f}{row['speedup']:>8.1f}x{row['max_error']:>11.1e}"
+        for row in result["rows"]
+    ]
+    return "\n".join(lines)
+
+
 def _circumstances_line(result: dict[str, Any], setting: str) -> str:
     return (
         f"{result['device']}, {result['threads']} threads, torch {result['torch']}, {setting}, {result['date']}, "

@@ -1,0 +1,133 @@
+"""Time one evaluation of the denoiser on whole lattices, as samplers make them, at and above the training resolution.
+
+    python benchmarks/sampling.py --config configs/ffhq_256_config.py --sizes=256,512,1024 --json=PATH
+
+Above it every depthwise kernel is enlarged with the lattice. A row compares the network on model.backend with the same
+network on --baseline, which by default convolves with the enlarged kernel directly. Weights are random: times do not
+depend on them. Both sides take turns; times are medians; peak memory is what one evaluation needs beside the network
+and its input, measured before the times. max_error is the largest difference of the two outputs over the largest value.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from absl import flags
+
+from benchmarks.interleaved import interleaved
+from benchmarks.report import circumstances, peak_memory, reset_peak_memory, sampling_table
+from configs.flags import Command, readable_errors
+from configs.schema import ImageConfig
+from diffusion.coordinates import Points
+from generation.folder import parse_size
+from models.factory import build_denoiser
+from models.sparse_unet import SparseUNet
+from training.files import write_json
+from training.precision import Precision, pick_device
+
+FLAGS = flags.FLAGS
+flags.DEFINE_list("sizes", None, "lattices, e.g. 256,512,768x1024; default: that of training, twice and four times it")
+flags.DEFINE_string("baseline", "torch_dense", "back end to compare with")
+flags.DEFINE_integer("batch", 1, "images", lower_bound=1)
+flags.DEFINE_integer("repeats", 20, "timed evaluations of each", lower_bound=1)
+flags.DEFINE_string("json", None, "file for the result; default: none, the table on standard output alone")
+
+_LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+def networks(config: ImageConfig, backends: list[str], device: torch.device) -> list[SparseUNet]:
+    """The same random denoiser on each back end; they share their weights."""
+    torch.manual_seed(config.run.seed)
+    made: list[SparseUNet] = []
+    for backend in backends:
+        model = dataclasses.replace(config.model, backend=backend)
+        with torch.device("meta" if made else device):
+            network = build_denoiser(model, config.data.channels, config.size)
+        if made:
+            network.load_state_dict(made[0].state_dict(), assign=True)
+        made.append(network.eval().requires_grad_(False))
+    return made
+
+
+def evaluation(
+    network: SparseUNet, config: ImageConfig, size: tuple[int, int], batch: int, precision: Precision
+) -> Callable[[int], torch.Tensor]:
+    """An evaluation at random features of the lattice, times and latents."""
+    device, generator = precision.device, torch.Generator().manual_seed(0)
+    x = torch.randn(batch, size[0] * size[1], config.data.channels, generator=generator).to(device)
+    t = torch.full((batch,), 500.0, device=device)
+    z = torch.randn(batch, config.model.z_dim, generator=generator).to(device)
+
+    def call(_: int) -> torch.Tensor:
+        with torch.no_grad(), precision.autocast():
+            return network(x, Points(size), t, z)
+
+    return call
+
+
+def measure(
+    config: ImageConfig, precision: Precision, sizes: list[tuple[int, int]], baseline: str, batch: int, repeats: int
+) -> list[dict[str, Any]]:
+    """One row per lattice. Raises ArithmeticError when the two networks disagree."""
+    device = precision.device
+    pair = networks(config, [config.model.backend, baseline], device)
+    rows = []
+    for size in sizes:
+        calls = [evaluation(network, config, size, batch, precision) for network in pair]
+        outputs, peaks = [], []
+        for call in calls:
+            call(0)  # what is kept from one evaluation to the next is not counted
+            reset_peak_memory(device)
+            before = peak_memory(device)
+            outputs.append(call(0).float())
+            peaks.append(peak_memory(device) - before)
+        error = ((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max()).item()
+        if not error <= _LARGEST_ERROR[precision.dtype or torch.float32]:
+            raise ArithmeticError(f"the back ends differ by {error:.1e} at {size}; times of wrong results mean nothing")
+        times = interleaved({"ours": calls[0], "baseline": calls[1]}, device, repeats, warmup=1)
+        ours, theirs = times["ours"], times["baseline"]
+        rows.append(
+            {
+                "size": list(size),
+                "batch": batch,
+                "backend": pair[0].backend.name,
+                "ms": ours.ms,
+                "quartiles": [ours.low, ours.high],
+                "peak_memory_bytes": peaks[0],
+                "baseline": pair[1].backend.name,
+                "baseline_ms": theirs.ms,
+                "baseline_quartiles": [theirs.low, theirs.high],
+                "baseline_peak_memory_bytes": peaks[1],
+                "speedup": theirs.ms / ours.ms,
+                "max_error": error,
+                "repeats": [ours.repeats, theirs.repeats],
+            }
+        )
+    return rows
+
+
+def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
+    config: ImageConfig = configs["config"]
+    with readable_errors():
+        height, width = config.size
+        sizes = [(factor * height, factor * width) for factor in (1, 2, 4)]
+        if FLAGS.sizes:
+            sizes = [parse_size(text, "sizes") for text in FLAGS.sizes]
+        path = Path(FLAGS.json) if FLAGS.json else None
+        if path and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"--json={path}: accepted: a file in a folder that exists")
+        precision = Precision.create(pick_device(config.run.device), config.train.amp, config.train.amp_dtype)
+        result = {"benchmark": "sampling", **circumstances(config, precision)}
+        result["rows"] = measure(config, precision, sizes, FLAGS.baseline, FLAGS.batch, FLAGS.repeats)
+        if path:
+            write_json(path, result)
+    print(sampling_table(result))
+
+
+if __name__ == "__main__":
+    Command(__doc__, {"config": ImageConfig}).run(main)
