@@ -1,0 +1,198 @@
+"""The Triton kernels of `triton_pointwise`, whose letters they share, and the tiles they are launched with.
+
+Programs are counted by group and image: one takes the tiles group, group + G, … of its image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _normalise(x, cols, C: tl.constexpr, eps):
+    """(x − mean) / √(variance + eps) along axis 1, zero beyond column C, and the reciprocal of that root."""
+    centred = x - (tl.sum(x, 1) / C)[:, None]
+    centred = tl.where(cols < C, centred, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / C + eps)
+    return centred * rstd[:, None], rstd
+
+
+@triton.jit
+def _normalise_backward(xhat, rstd, gradient, C: tl.constexpr):
+    """Gradient of x from that of xhat."""
+    along = (tl.sum(gradient * xhat, 1) / C)[:, None]
+    return (gradient - (tl.sum(gradient, 1) / C)[:, None] - xhat * along) * rstd[:, None]
+
+
+@triton.jit
+def norm_forward(x_ptr, a_ptr, b_ptr, out_ptr, M, eps, C: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
+    image, rows = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, COLS)[None, :]
+    inside = (rows < M) & (cols < C)
+    offsets = (image.to(tl.int64) * M + rows) * C + cols
+    x = tl.load(x_ptr + offsets, inside, other=0.0).to(tl.float32)
+    a = tl.load(a_ptr + image * C + cols, cols < C, other=0.0)
+    b = tl.load(b_ptr + image * C + cols, cols < C, other=0.0)
+    xhat, _ = _normalise(x, cols, C, eps)
+    tl.store(out_ptr + offsets, (xhat * a + b).to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def norm_backward(
+    x_ptr, a_ptr, dout_ptr, dx_ptr, da_ptr, db_ptr, M, eps, C: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr
+):
+    group, image = tl.program_id(0), tl.program_id(1)
+    cols = tl.arange(0, COLS)[None, :]
+    a = tl.load(a_ptr + image * C + cols, cols < C, other=0.0)
+    da, db = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
+    for tile in range(group, tl.cdiv(M, ROWS), tl.num_programs(0)):
+        rows = tile * ROWS + tl.arange(0, ROWS)[:, None]
+        inside = (rows < M) & (cols < C)
+        offsets = (image.to(tl.int64) * M + rows) * C + cols
+        x = tl.load(x_ptr + offsets, inside, other=0.0).to(tl.float32)
+        dout = tl.load(dout_ptr + offsets, inside, other=0.0).to(tl.float32)
+        xhat, rstd = _normalise(x, cols, C, eps)
+        da += dout * xhat
+        db += dout
+        dx = _normalise_backward(xhat, rstd, dout * a, C)
+        tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), inside)
+    partial = (image * tl.num_programs(0) + group) * C + tl.arange(0, COLS)
+    tl.store(da_ptr + partial, tl.sum(da, 0), tl.arange(0, COLS) < C)
+    tl.store(db_ptr + partial, tl.sum(db, 0), tl.arange(0, COLS) < C)
+
+
+@triton.jit
+def _gaussian(u):
+    """Distribution function and density of the standard normal distribution at u.
+
+    The former by Abramowitz and Stegun 7.1.26, to 1e-7: the exponential it needs is that of the density.
+    """
+    e = tl.exp2(u * u * -0.7213475204444817)  # exp(−u²/2)
+    t = 1.0 / (1.0 + 0.23164190 * tl.abs(u))
+    series = ((((0.5307027145 * t - 0.7265760135) * t + 0.7107068705) * t - 0.142248368) * t + 0.127414796) * t
+    tail = series * e
+    return tl.where(u > 0, 1.0 - tail, tail), e * 0.3989422804014327
+
+
+@triton.jit
+def mlp_forward(
+    x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, out_ptr, M, eps, C: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr
+):
+    group, image = tl.program_id(0), tl.program_id(1)
+    cols, hidden = tl.arange(0, C)[None, :], tl.arange(0, 2 * C)[None, :]
+    w1 = tl.load(w1_ptr + (image * 2 * C + hidden.T) * C + cols).to(DTYPE)  # (2C, C)
+    w2 = tl.load(w2_ptr + cols.T * (2 * C) + hidden).to(DTYPE)  # (C, 2C)
+    b1, b2 = tl.load(b1_ptr + image * 2 * C + hidden), tl.load(b2_ptr + cols)
+    for tile in range(group, tl.cdiv(M, ROWS), tl.num_programs(0)):
+        rows = tile * ROWS + tl.arange(0, ROWS)[:, None]
+        offsets = (image.to(tl.int64) * M + rows) * C + cols
+        x = tl.load(x_ptr + offsets, rows < M, other=0.0).to(tl.float32)
+        xhat, _ = _normalise(x, cols, C, eps)
+        u = tl.dot(xhat.to(DTYPE), w1.T, input_precision="ieee") + b1  # (ROWS, 2C)
+        cdf, _ = _gaussian(u)
+        out = tl.dot((u * cdf).to(DTYPE), w2.T, input_precision="ieee") + (x + b2)
+        tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), rows < M)
+
+
+@triton.jit
+def mlp_backward(
+    x_ptr, w1_ptr, b1_ptr, w2_ptr, dout_ptr, dx_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, M, eps,
+    C: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr,
+    CHUNK: tl.constexpr, INPUT: tl.constexpr, WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of x (INPUT, which needs CHUNK = 2C), or of the weights of a chunk of hidden channels, or both."""
+    group, image = tl.program_id(0), tl.program_id(1)
+    cols, hidden = tl.arange(0, C)[None, :], tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)[None, :]
+    w1 = tl.load(w1_ptr + (image * 2 * C + hidden.T) * C + cols).to(DTYPE)  # (CHUNK, C)
+    w2 = tl.load(w2_ptr + cols.T * (2 * C) + hidden).to(DTYPE)  # (C, CHUNK)
+    b1 = tl.load(b1_ptr + image * 2 * C + hidden)
+    dw1, dw2 = tl.zeros((CHUNK, C), tl.float32), tl.zeros((C, CHUNK), tl.float32)
+    db1, db2 = tl.zeros((ROWS, CHUNK), tl.float32), tl.zeros((ROWS, C), tl.float32)
+    for tile in range(group, tl.cdiv(M, ROWS), tl.num_programs(0)):
+        rows = tile * ROWS + tl.arange(0, ROWS)[:, None]
+        offsets = (image.to(tl.int64) * M + rows) * C + cols
+        x = tl.load(x_ptr + offsets, rows < M, other=0.0).to(tl.float32)
+        dout = tl.load(dout_ptr + offsets, rows < M, other=0.0)
+        xhat, rstd = _normalise(x, cols, C, eps)
+        u = tl.dot(xhat.to(DTYPE), w1.T, input_precision="ieee") + b1  # (ROWS, CHUNK)
+        cdf, density = _gaussian(u)
+        du = tl.dot(dout.to(DTYPE), w2, input_precision="ieee") * (cdf + u * density)
+        if WEIGHTS:
+            dw1 = tl.dot(du.to(DTYPE).T, xhat.to(DTYPE), dw1, input_precision="ieee")
+            dw2 = tl.dot(dout.to(DTYPE).T, (u * cdf).to(DTYPE), dw2, input_precision="ieee")
+            db1 += du
+            db2 += dout.to(tl.float32)
+        if INPUT:
+            dxhat = tl.dot(du.to(DTYPE), w1, input_precision="ieee")
+            dx = dout.to(tl.float32) + _normalise_backward(xhat, rstd, dxhat, C)
+            tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), rows < M)
+    if WEIGHTS:
+        partial = image * tl.num_programs(0) + group
+        tl.store(dw1_ptr + (partial * 2 * C + hidden.T) * C + cols, dw1)
+        tl.store(dw2_ptr + (partial * C + cols.T) * (2 * C) + hidden, dw2)
+        tl.store(db1_ptr + partial * 2 * C + hidden, tl.sum(db1, 0)[None, :])
+        if tl.program_id(2) == 0:
+            tl.store(db2_ptr + partial * C + cols, tl.sum(db2, 0)[None, :])
+
+
+MAX_CHANNELS = 4096
+KINDS = {  # of tiles, by the types of the features and of the factors of matrix products
+    (torch.float32, torch.float32): "full",
+    (torch.float32, torch.bfloat16): "mixed",
+    (torch.float32, torch.float16): "mixed",
+    (torch.bfloat16, torch.bfloat16): "half",
+    (torch.float16, torch.float16): "half",
+}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and warps of the two kernels of an MLP, chosen so that no register spills on compute capability 9.0.
+
+    chunk: hidden channels whose weights' gradients one program accumulates in registers; if that is all 2C, the same
+    program takes the gradient of x. shared: bytes of shared memory that the kernels take at most.
+    """
+
+    forward: tuple[int, int]
+    backward: tuple[int, int]
+    chunk: int
+    shared: int
+
+
+TILES = {
+    (16, "half"): Tile((64, 4), (64, 4), 32, 16 << 10),
+    (16, "mixed"): Tile((64, 4), (64, 4), 32, 16 << 10),
+    (16, "full"): Tile((32, 4), (32, 4), 32, 16 << 10),
+    (32, "half"): Tile((64, 4), (16, 4), 64, 20 << 10),
+    (32, "mixed"): Tile((64, 4), (16, 4), 64, 20 << 10),
+    (32, "full"): Tile((16, 4), (16, 4), 64, 28 << 10),
+    (64, "half"): Tile((32, 4), (32, 8), 128, 80 << 10),
+    (64, "mixed"): Tile((32, 4), (16, 8), 128, 80 << 10),
+    (64, "full"): Tile((16, 8), (16, 8), 64, 80 << 10),
+    (128, "half"): Tile((32, 8), (16, 8), 64, 208 << 10),
+    (128, "mixed"): Tile((32, 8), (16, 8), 64, 208 << 10),
+}
+
+
+def norm_options(channels: int) -> dict[str, Any]:
+    cols = triton.next_power_of_2(channels)
+    return {"C": channels, "COLS": cols, "ROWS": max(2048 // cols, 1), "num_warps": 4}
+
+
+def mlp_options(channels: int, features: torch.dtype, factors: torch.dtype) -> tuple[dict, list[dict[str, Any]]]:
+    """Options of the forward launch and of the backward launches."""
+    tile = TILES[channels, KINDS[features, factors]]
+    common = {"C": channels, "DTYPE": getattr(tl, str(factors).removeprefix("torch."))}
+    forward = {**common, "ROWS": tile.forward[0], "num_warps": tile.forward[1]}
+    common |= {"ROWS": tile.backward[0], "num_warps": tile.backward[1]}
+    if tile.chunk == 2 * channels:
+        return forward, [{**common, "CHUNK": tile.chunk, "INPUT": True, "WEIGHTS": True}]
+    return forward, [
+        {**common, "CHUNK": 2 * channels, "INPUT": True, "WEIGHTS": False},
+        {**common, "CHUNK": tile.chunk, "INPUT": False, "WEIGHTS": True},
+    ]
