@@ -16,6 +16,7 @@ from torch import nn
 from models.coarse_nodes import SUBSETS, Pyramid
 from models.layers import Attention, Modulation
 from models.point_conv import PointConv, Stencil
+from models.pointwise import norm_modulate
 from models.spectral import SpectralConv
 
 CONV_TYPES = ("conv", "spectral")
@@ -141,7 +142,7 @@ class GridBlock(nn.Module):
     ) -> torch.Tensor:
         """x: (B, H, W, c_in); e: (B, time_dim); z: (B, z_dim). Returns (B, H, W, c_out)."""
         h = self.conv_in(F.gelu(self.norm_in(x)), *stencil)
-        h = self.modulation(self.norm_out(h), e, z)
+        h = norm_modulate(h, self.norm_out, *self.modulation(e, z))
         return self.shortcut(x) + self.conv_out(self.dropout(F.gelu(h)), *stencil)
 
 

@@ -61,7 +61,8 @@ def _angles(t: torch.Tensor, log_frequencies: torch.Tensor) -> torch.Tensor:
 class Modulation(nn.Module):
     """Conditioning of normalised features on time and latent: h·(1 + scale(e)) + shift(e), then ·(1 + g(z)).
 
-    (scale, shift) = Linear(GELU(e)); g = Linear, GELU, Linear. Either part is left out when its width is None.
+    (scale, shift) = Linear(GELU(e)); g = Linear, GELU, Linear. Either part is left out when its width is None. It is
+    applied by `models.pointwise`.
     """
 
     def __init__(self, channels: int, time_dim: int | None, z_dim: int | None):
@@ -71,15 +72,26 @@ class Modulation(nn.Module):
             nn.Sequential(nn.Linear(z_dim, channels), nn.GELU(), nn.Linear(channels, channels)) if z_dim else None
         )
 
-    def forward(self, h: torch.Tensor, e: torch.Tensor | None, z: torch.Tensor | None) -> torch.Tensor:
-        """h: (B, …, C); e: (B, time_dim); z: (B, z_dim). Returns the shape of h."""
-        inner = (1,) * (h.ndim - 2)
+    def forward(
+        self, e: torch.Tensor | None, z: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The whole as one scale and one shift, (B, C) each, in float32 at least; None where it has none.
+
+        e: (B, time_dim); z: (B, z_dim).
+        """
+        scale = shift = None
         if self.time is not None:
-            scale, shift = self.time(e).unflatten(1, (*inner, -1)).chunk(2, dim=-1)  # (B, 1…, C) each
-            h = h * (1 + scale) + shift
+            scale, shift = _at_least_float32(self.time(e)).chunk(2, dim=1)
+            scale = 1 + scale
         if self.z is not None:
-            h = h * (1 + self.z(z).unflatten(1, (*inner, -1)))  # (B, 1…, C)
-        return h
+            factor = 1 + _at_least_float32(self.z(z))
+            scale = factor if scale is None else scale * factor
+            shift = None if shift is None else shift * factor
+        return scale, shift
+
+
+def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 HEAD_WIDTH = 32

@@ -15,6 +15,7 @@ from diffusion.coordinates import Size
 from models.kernels import ContinuousKernel
 from models.layers import Modulation
 from models.operators.base import Backend, Plan
+from models.pointwise import norm_modulate, norm_modulate_mlp
 
 KERNELS = ("linear", "nonlinear", "continuous")
 
@@ -93,8 +94,9 @@ class SparseBlock(nn.Module):
         if self.norm1 is None:
             c = self._integral(x, plan)
             return x + c + self.mlp(c)
-        x = self._integral(self.modulation1(self.norm1(x), e, z), plan, residual=x)
-        return x + self.mlp(self.modulation2(self.norm2(x), e, z))
+        h = norm_modulate(x, self.norm1, *self.modulation1(e, z))
+        x = self._integral(h, plan, residual=x)
+        return norm_modulate_mlp(x, self.norm2, *self.modulation2(e, z), self.mlp)
 
     def _integral(self, h: torch.Tensor, plan: Plan, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Eq. (20), or with a nonlinear kernel a case of eq. (18), at the points."""

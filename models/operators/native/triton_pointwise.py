@@ -47,10 +47,9 @@ def supports_mlp(x: torch.Tensor, dtype: torch.dtype) -> bool:
     return tile is not None and supports(x) and (not x.is_cuda or tile.shared <= _shared_memory(x.device))
 
 
-@torch.compiler.assume_constant_result
 def _shared_memory(device: torch.device) -> int:
-    """Bytes a program may take."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    """Bytes a program may take; AMD's devices do not say, and have no more than these."""
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 << 10)
 
 
 @torch.library.custom_op("infty_diff::norm_affine", mutates_args=())

@@ -22,6 +22,9 @@ def _normalise(x, cols, C: tl.constexpr, eps):
     return centred * rstd[:, None], rstd
 
 
+_INTERPRETED = tl.constexpr(not isinstance(_normalise, triton.JITFunction))
+
+
 @triton.jit
 def _normalise_backward(xhat, rstd, gradient, C: tl.constexpr):
     """Gradient of x from that of xhat."""
@@ -80,6 +83,15 @@ def _gaussian(u):
 
 
 @triton.jit
+def _dot(left, right, DTYPE: tl.constexpr, accumulator=None):
+    """accumulator + left·right, the factors rounded to DTYPE, the sum float32."""
+    left, right = left.to(DTYPE), right.to(DTYPE)
+    if _INTERPRETED:  # whose products of bfloat16 numbers are wrong
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, accumulator, input_precision="ieee")
+
+
+@triton.jit
 def mlp_forward(
     x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, out_ptr, M, eps, C: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr
 ):
@@ -93,9 +105,9 @@ def mlp_forward(
         offsets = (image.to(tl.int64) * M + rows) * C + cols
         x = tl.load(x_ptr + offsets, rows < M, other=0.0).to(tl.float32)
         xhat, _ = _normalise(x, cols, C, eps)
-        u = tl.dot(xhat.to(DTYPE), w1.T, input_precision="ieee") + b1  # (ROWS, 2C)
+        u = _dot(xhat, w1.T, DTYPE) + b1  # (ROWS, 2C)
         cdf, _ = _gaussian(u)
-        out = tl.dot((u * cdf).to(DTYPE), w2.T, input_precision="ieee") + (x + b2)
+        out = _dot(u * cdf, w2.T, DTYPE) + (x + b2)
         tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), rows < M)
 
 
@@ -119,16 +131,16 @@ def mlp_backward(
         x = tl.load(x_ptr + offsets, rows < M, other=0.0).to(tl.float32)
         dout = tl.load(dout_ptr + offsets, rows < M, other=0.0)
         xhat, rstd = _normalise(x, cols, C, eps)
-        u = tl.dot(xhat.to(DTYPE), w1.T, input_precision="ieee") + b1  # (ROWS, CHUNK)
+        u = _dot(xhat, w1.T, DTYPE) + b1  # (ROWS, CHUNK)
         cdf, density = _gaussian(u)
-        du = tl.dot(dout.to(DTYPE), w2, input_precision="ieee") * (cdf + u * density)
+        du = _dot(dout, w2, DTYPE) * (cdf + u * density)
         if WEIGHTS:
-            dw1 = tl.dot(du.to(DTYPE).T, xhat.to(DTYPE), dw1, input_precision="ieee")
-            dw2 = tl.dot(dout.to(DTYPE).T, (u * cdf).to(DTYPE), dw2, input_precision="ieee")
+            dw1 = _dot(du.to(DTYPE).T, xhat, DTYPE, dw1)
+            dw2 = _dot(dout.to(DTYPE).T, u * cdf, DTYPE, dw2)
             db1 += du
             db2 += dout.to(tl.float32)
         if INPUT:
-            dxhat = tl.dot(du.to(DTYPE), w1, input_precision="ieee")
+            dxhat = _dot(du, w1, DTYPE)
             dx = dout.to(tl.float32) + _normalise_backward(xhat, rstd, dxhat, C)
             tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), rows < M)
     if WEIGHTS:
@@ -155,27 +167,29 @@ class Tile:
     """Rows and warps of the two kernels of an MLP, chosen so that no register spills on compute capability 9.0.
 
     chunk: hidden channels whose weights' gradients one program accumulates in registers; if that is all 2C, the same
-    program takes the gradient of x. shared: bytes of shared memory that the kernels take at most.
+    program takes the gradient of x. stages: of the loads from memory, 1 for none ahead of time. shared: bytes of
+    shared memory that the kernels take at most.
     """
 
     forward: tuple[int, int]
     backward: tuple[int, int]
     chunk: int
+    stages: int
     shared: int
 
 
 TILES = {
-    (16, "half"): Tile((64, 4), (64, 4), 32, 16 << 10),
-    (16, "mixed"): Tile((64, 4), (64, 4), 32, 16 << 10),
-    (16, "full"): Tile((32, 4), (32, 4), 32, 16 << 10),
-    (32, "half"): Tile((64, 4), (16, 4), 64, 20 << 10),
-    (32, "mixed"): Tile((64, 4), (16, 4), 64, 20 << 10),
-    (32, "full"): Tile((16, 4), (16, 4), 64, 28 << 10),
-    (64, "half"): Tile((32, 4), (32, 8), 128, 80 << 10),
-    (64, "mixed"): Tile((32, 4), (16, 8), 128, 80 << 10),
-    (64, "full"): Tile((16, 8), (16, 8), 64, 80 << 10),
-    (128, "half"): Tile((32, 8), (16, 8), 64, 208 << 10),
-    (128, "mixed"): Tile((32, 8), (16, 8), 64, 208 << 10),
+    (16, "half"): Tile((64, 4), (64, 4), 32, 3, 12 << 10),
+    (16, "mixed"): Tile((64, 4), (64, 4), 32, 3, 24 << 10),
+    (16, "full"): Tile((32, 4), (32, 4), 32, 1, 16 << 10),
+    (32, "half"): Tile((64, 4), (16, 4), 64, 3, 20 << 10),
+    (32, "mixed"): Tile((64, 4), (16, 4), 64, 3, 28 << 10),
+    (32, "full"): Tile((16, 4), (32, 8), 64, 1, 40 << 10),
+    (64, "half"): Tile((32, 4), (32, 8), 128, 3, 84 << 10),
+    (64, "mixed"): Tile((32, 4), (16, 8), 128, 3, 76 << 10),
+    (64, "full"): Tile((16, 8), (16, 8), 64, 1, 76 << 10),
+    (128, "half"): Tile((32, 8), (16, 8), 64, 1, 208 << 10),
+    (128, "mixed"): Tile((32, 8), (16, 8), 64, 1, 208 << 10),
 }
 
 
@@ -187,7 +201,7 @@ def norm_options(channels: int) -> dict[str, Any]:
 def mlp_options(channels: int, features: torch.dtype, factors: torch.dtype) -> tuple[dict, list[dict[str, Any]]]:
     """Options of the forward launch and of the backward launches."""
     tile = TILES[channels, KINDS[features, factors]]
-    common = {"C": channels, "DTYPE": getattr(tl, str(factors).removeprefix("torch."))}
+    common = {"C": channels, "DTYPE": getattr(tl, str(factors).removeprefix("torch.")), "num_stages": tile.stages}
     forward = {**common, "ROWS": tile.forward[0], "num_warps": tile.forward[1]}
     common |= {"ROWS": tile.backward[0], "num_warps": tile.backward[1]}
     if tile.chunk == 2 * channels:

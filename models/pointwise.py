@@ -1,0 +1,64 @@
+"""Normalisation, modulation and MLP of the residual blocks: fused on GPUs (`triton_pointwise`), PyTorch elsewhere.
+
+Letters: B batch, M points, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+try:
+    from models.operators.native import triton_pointwise as fused
+except ImportError:  # no Triton
+    fused = None
+
+
+def norm_modulate(
+    x: torch.Tensor, norm: nn.LayerNorm, scale: torch.Tensor | None, shift: torch.Tensor | None
+) -> torch.Tensor:
+    """norm(x)·scale + shift; where fused, in the type of autocast.
+
+    x: (B, …, C). scale, shift: (B, C), of `Modulation`. Returns the shape of x.
+    """
+    points = x.flatten(1, -2)  # (B, M, C)
+    if _on_gpu(x) and fused.supports(points):
+        h = fused.norm_modulate(points, norm.weight, norm.bias, scale, shift, norm.eps, _product_type(x))
+        return h.view(x.shape)
+    h = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return modulate(h, scale, shift)
+
+
+def modulate(h: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
+    """h·scale + shift for h (B, …, C) and vectors (B, C), rounded to the type of h; None for 1 and 0."""
+    scale, shift = (
+        None if vector is None else vector.to(h.dtype).view(len(h), *(1,) * (h.ndim - 2), -1) for vector in (scale, shift)
+    )
+    if scale is None:
+        return h if shift is None else h + shift
+    return h * scale if shift is None else torch.addcmul(shift, h, scale)
+
+
+def norm_modulate_mlp(
+    x: torch.Tensor, norm: nn.LayerNorm, scale: torch.Tensor | None, shift: torch.Tensor | None, mlp: nn.Sequential
+) -> torch.Tensor:
+    """x + mlp(norm(x)·scale + shift), mlp of a linear layer to 2C channels, GELU, and a linear layer back.
+
+    x: (B, M, C). scale, shift: (B, C), of `Modulation`. Returns (B, M, C).
+    """
+    dtype = _product_type(x)
+    if not (_on_gpu(x) and fused.supports_mlp(x, dtype)):
+        return x + mlp(norm_modulate(x, norm, scale, shift))
+    weights = (mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias)
+    return fused.norm_modulate_mlp(x, norm.weight, norm.bias, scale, shift, *weights, norm.eps, dtype)
+
+
+def _on_gpu(x: torch.Tensor) -> bool:
+    return fused is not None and x.is_cuda
+
+
+def _product_type(x: torch.Tensor) -> torch.dtype:
+    """The type in which x enters matrix products: that of autocast where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
