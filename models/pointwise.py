@@ -22,8 +22,7 @@ def norm_modulate(
 
     x: (B, …, C). scale, shift: (B, C), of `Modulation`. Returns the shape of x.
     """
-    points = x.flatten(1, -2)  # (B, M, C)
-    if _on_gpu(x) and fused.supports(points):
+    if _on_gpu(x) and fused.supports(points := x.flatten(1, -2)):  # (B, M, C)
         h = fused.norm_modulate(points, norm.weight, norm.bias, scale, shift, norm.eps, _product_type(x))
         return h.view(x.shape)
     h = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
@@ -33,7 +32,8 @@ def norm_modulate(
 def modulate(h: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
     """h·scale + shift for h (B, …, C) and vectors (B, C), rounded to the type of h; None for 1 and 0."""
     scale, shift = (
-        None if vector is None else vector.to(h.dtype).view(len(h), *(1,) * (h.ndim - 2), -1) for vector in (scale, shift)
+        None if vector is None else vector.to(h.dtype).view(len(h), *(1,) * (h.ndim - 2), -1)
+        for vector in (scale, shift)
     )
     if scale is None:
         return h if shift is None else h + shift

@@ -55,6 +55,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def check(function, tensors, tolerance: float, **options) -> None:
+    """Outputs and gradients of a function of the module agree with the formula in float64, and types are kept."""
     actual, dout = with_gradients(lambda *t: function(*t, **options), tensors)
     exact = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
     expected, _ = with_gradients(by_definition, exact, dout.double())
@@ -82,17 +83,14 @@ def test_norm_modulation_and_mlp(shape):
 
 @pytest.mark.parametrize(
     ("channels", "dtype", "factors"),
-    [(16, BF16, BF16), (32, F16, F16), (64, BF16, BF16), (64, F16, F16), (64, F32, BF16), (128, F16, F16)],
+    [(16, BF16, BF16), (32, F16, F16), (64, BF16, BF16), (64, F16, F16), (64, F32, BF16), (128, F32, F16)],
 )
 def test_half_precision(channels, dtype, factors):
     tensors = inputs((2, 37, channels), dtype)
-    check(triton_pointwise.norm_modulate, tensors[:5], 1e-2, dtype=factors)
-    check(triton_pointwise.norm_modulate_mlp, tensors, 1e-2, dtype=factors)
+    tolerance = {F16: 2e-3, BF16: 1e-2 if DEVICE.type == "cuda" else 2e-2}[factors]  # interpreted, bfloat16 is cut off
+    check(triton_pointwise.norm_modulate, tensors[:5], tolerance, dtype=factors)
+    check(triton_pointwise.norm_modulate_mlp, tensors, tolerance, dtype=factors)
     assert triton_pointwise.norm_modulate(*tensors[:5], dtype=factors).dtype == factors
-
-
-def test_float_features_half_products_of_128_channels():
-    check(triton_pointwise.norm_modulate_mlp, inputs((1, 20, 128)), 1e-3, dtype=F16)
 
 
 def test_features_far_from_zero():
@@ -135,17 +133,6 @@ def test_operators_pass_the_checks_of_pytorch():
     torch.library.opcheck(torch.ops.infty_diff.norm_mlp.default, (x, w1, b1, w2, b2, 1e-5, F32))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_whole(dynamic):
-    def both(*tensors):
-        h = triton_pointwise.norm_modulate(*tensors[:5])
-        return triton_pointwise.norm_modulate_mlp(h, *tensors[1:])
-
-    whole = torch.compile(both, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    eager, dout = with_gradients(both, inputs((2, 9, 16)))
-    assert all(torch.equal(a, b) for a, b in zip(with_gradients(whole, inputs((2, 9, 16)), dout)[0], eager))
-
-
 def test_what_is_taken():
     def features(channels, dtype=F32, rows=3):
         return torch.zeros(2, rows, channels, dtype=dtype, device=DEVICE)
@@ -173,7 +160,11 @@ def block(channels: int) -> tuple[nn.LayerNorm, Modulation, nn.Sequential, torch
     torch.manual_seed(0)
     mlp = nn.Sequential(nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))
     modules = [nn.LayerNorm(channels), Modulation(channels, 6, 5), mlp]
-    return *(module.to(DEVICE) for module in modules), torch.randn(2, 6, device=DEVICE), torch.randn(2, 5, device=DEVICE)
+    return (
+        *(module.to(DEVICE) for module in modules),
+        torch.randn(2, 6, device=DEVICE),
+        torch.randn(2, 5, device=DEVICE),
+    )
 
 
 @pytest.mark.parametrize("channels", [16, 24])
@@ -192,6 +183,22 @@ def test_dispatch_gives_the_same_either_way(channels, fused_everywhere, monkeypa
     monkeypatch.setattr(pointwise, "_on_gpu", lambda x: False)
     assert all(relative_error(a, b.double()) < 1e-5 for a, b in zip(fused, outputs()))
     assert len(fused_everywhere) == 2
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_dispatch_compiles_whole(dynamic, fused_everywhere):
+    norm, modulation, mlp, e, z = block(16)
+
+    def chain(x):
+        h = pointwise.norm_modulate(x, norm, *modulation(e, z))
+        return pointwise.norm_modulate_mlp(h, norm, *modulation(e, z), mlp)
+
+    whole = torch.compile(chain, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    x = torch.randn(2, 9, 16, device=DEVICE, requires_grad=True)
+    for autocast in (False, True):
+        with torch.autocast(DEVICE.type, BF16, enabled=autocast):
+            eager, dout = with_gradients(chain, [x])
+            assert all(torch.equal(a, b) for a, b in zip(with_gradients(whole, [x], dout)[0], eager))
 
 
 def test_grid_blocks_are_fused_too(fused_everywhere, monkeypatch):
@@ -226,7 +233,7 @@ def within_limit(self, *args, **kwargs):
 JITFunction.run = within_limit
 
 def both_ways(function, channels, features, *others):
-    x = torch.ones(2, 40, channels, dtype=features, requires_grad=True)
+    x = torch.ones(2, 48, channels, dtype=features, requires_grad=True)
     function(x, torch.ones(channels), torch.ones(channels), *others).sum().backward()
 
 for channels in (64, 1024):
