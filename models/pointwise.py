@@ -30,14 +30,12 @@ def norm_modulate(
 
 
 def modulate(h: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
-    """h·scale + shift for h (B, …, C) and vectors (B, C), rounded to the type of h; None for 1 and 0."""
-    scale, shift = (
-        None if vector is None else vector.to(h.dtype).view(len(h), *(1,) * (h.ndim - 2), -1)
-        for vector in (scale, shift)
-    )
+    """h·scale + shift for h (B, …, C) and vectors (B, C), rounded to the type of h, as `Modulation` gives them."""
     if scale is None:
-        return h if shift is None else h + shift
-    return h * scale if shift is None else torch.addcmul(shift, h, scale)
+        return h
+    inner = (1,) * (h.ndim - 2)
+    scale = scale.to(h.dtype).unflatten(1, (*inner, -1))  # (B, 1…, C)
+    return h * scale if shift is None else torch.addcmul(shift.to(h.dtype).unflatten(1, (*inner, -1)), h, scale)
 
 
 def norm_modulate_mlp(

@@ -1,4 +1,4 @@
-"""Fused normalisation, modulation and MLP against float64 formulas, under Triton's interpreter where there is no GPU."""
+"""Fused normalisation, modulation and MLP against float64 formulas, interpreted where there is no GPU."""
 
 import os
 
@@ -159,12 +159,8 @@ def fused_everywhere(monkeypatch):
 def block(channels: int) -> tuple[nn.LayerNorm, Modulation, nn.Sequential, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     mlp = nn.Sequential(nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))
-    modules = [nn.LayerNorm(channels), Modulation(channels, 6, 5), mlp]
-    return (
-        *(module.to(DEVICE) for module in modules),
-        torch.randn(2, 6, device=DEVICE),
-        torch.randn(2, 5, device=DEVICE),
-    )
+    modules = (module.to(DEVICE) for module in (nn.LayerNorm(channels), Modulation(channels, 6, 5), mlp))
+    return *modules, torch.randn(2, 6, device=DEVICE), torch.randn(2, 5, device=DEVICE)
 
 
 @pytest.mark.parametrize("channels", [16, 24])
