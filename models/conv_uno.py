@@ -142,7 +142,7 @@ class GridBlock(nn.Module):
     ) -> torch.Tensor:
         """x: (B, H, W, c_in); e: (B, time_dim); z: (B, z_dim). Returns (B, H, W, c_out)."""
         h = self.conv_in(F.gelu(self.norm_in(x)), *stencil)
-        h = norm_modulate(h, self.norm_out, *self.modulation(e, z))
+        h = norm_modulate(h, self.norm_out, *self.modulation.vectors(e, z))
         return self.shortcut(x) + self.conv_out(self.dropout(F.gelu(h)), *stencil)
 
 

@@ -61,8 +61,7 @@ def _angles(t: torch.Tensor, log_frequencies: torch.Tensor) -> torch.Tensor:
 class Modulation(nn.Module):
     """Conditioning of normalised features on time and latent: h·(1 + scale(e)) + shift(e), then ·(1 + g(z)).
 
-    (scale, shift) = Linear(GELU(e)); g = Linear, GELU, Linear. Either part is left out when its width is None. It is
-    applied by `models.pointwise`.
+    (scale, shift) = Linear(GELU(e)); g = Linear, GELU, Linear. Either part is left out when its width is None.
     """
 
     def __init__(self, channels: int, time_dim: int | None, z_dim: int | None):
@@ -72,13 +71,14 @@ class Modulation(nn.Module):
             nn.Sequential(nn.Linear(z_dim, channels), nn.GELU(), nn.Linear(channels, channels)) if z_dim else None
         )
 
-    def forward(
+    def forward(self, h: torch.Tensor, e: torch.Tensor | None, z: torch.Tensor | None) -> torch.Tensor:
+        """h: (B, …, C); e: (B, time_dim); z: (B, z_dim). Returns the shape of h."""
+        return modulate(h, *self.vectors(e, z))
+
+    def vectors(
         self, e: torch.Tensor | None, z: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The whole as one scale and one shift, (B, C) each, in float32 at least; None where it has none.
-
-        e: (B, time_dim); z: (B, z_dim).
-        """
+        """The whole as one scale and one shift, (B, C) each, in float32 at least; None where it has none."""
         scale = shift = None
         if self.time is not None:
             scale, shift = _at_least_float32(self.time(e)).chunk(2, dim=1)
@@ -88,6 +88,15 @@ class Modulation(nn.Module):
             scale = factor if scale is None else scale * factor
             shift = None if shift is None else shift * factor
         return scale, shift
+
+
+def modulate(h: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
+    """h·scale + shift for h (B, …, C) and vectors of `Modulation`, in the type of h."""
+    if scale is None:
+        return h
+    inner = (1,) * (h.ndim - 2)
+    scale = scale.to(h.dtype).unflatten(1, (*inner, -1))  # (B, 1…, C)
+    return h * scale if shift is None else torch.addcmul(shift.to(h.dtype).unflatten(1, (*inner, -1)), h, scale)
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:

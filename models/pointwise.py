@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.layers import modulate
+
 try:
     from models.operators.native import triton_pointwise as fused
 except ImportError:  # no Triton
@@ -22,20 +24,12 @@ def norm_modulate(
 
     x: (B, …, C). scale, shift: (B, C), of `Modulation`. Returns the shape of x.
     """
-    if _on_gpu(x) and fused.supports(points := x.flatten(1, -2)):  # (B, M, C)
+    # Under torch.compile, the compiler fuses the formula, and with it what comes before and after.
+    if not torch.compiler.is_compiling() and _on_gpu(x) and fused.supports(points := x.flatten(1, -2)):  # (B, M, C)
         h = fused.norm_modulate(points, norm.weight, norm.bias, scale, shift, norm.eps, _product_type(x))
         return h.view(x.shape)
     h = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     return modulate(h, scale, shift)
-
-
-def modulate(h: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
-    """h·scale + shift for h (B, …, C) and vectors (B, C), rounded to the type of h, as `Modulation` gives them."""
-    if scale is None:
-        return h
-    inner = (1,) * (h.ndim - 2)
-    scale = scale.to(h.dtype).unflatten(1, (*inner, -1))  # (B, 1…, C)
-    return h * scale if shift is None else torch.addcmul(shift.to(h.dtype).unflatten(1, (*inner, -1)), h, scale)
 
 
 def norm_modulate_mlp(

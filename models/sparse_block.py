@@ -94,9 +94,9 @@ class SparseBlock(nn.Module):
         if self.norm1 is None:
             c = self._integral(x, plan)
             return x + c + self.mlp(c)
-        h = norm_modulate(x, self.norm1, *self.modulation1(e, z))
+        h = norm_modulate(x, self.norm1, *self.modulation1.vectors(e, z))
         x = self._integral(h, plan, residual=x)
-        return norm_modulate_mlp(x, self.norm2, *self.modulation2(e, z), self.mlp)
+        return norm_modulate_mlp(x, self.norm2, *self.modulation2.vectors(e, z), self.mlp)
 
     def _integral(self, h: torch.Tensor, plan: Plan, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Eq. (20), or with a nonlinear kernel a case of eq. (18), at the points."""

@@ -11,7 +11,6 @@ from models.conv_uno import GridBlock, GridSpec
 from models.layers import Attention, Modulation, latent_sinusoidal_features, sinusoidal_features
 from models.operators import get_backend
 from models.operators.base import lattice_extent
-from models.pointwise import modulate
 from models.sparse_block import SparseBlock
 
 CPU = torch.device("cpu")
@@ -35,14 +34,15 @@ def test_time_features_are_sinusoids():
 def test_modulation_scales_and_shifts_each_item(shape):
     torch.manual_seed(0)
     modulation, h, e, z = Modulation(4, 6, 3), torch.randn(shape), torch.randn(2, 6), torch.randn(2, 3)
-    out = modulate(h, *modulation(e, z))
+    out = modulation(h, e, z)
     for b in range(2):
         scale, shift = (modulation.time[1](F.gelu(e[b]))).chunk(2)
         expected = (h[b] * (1 + scale) + shift) * (1 + modulation.z(z[b]))
         torch.testing.assert_close(out[b], expected)
-    only_time, only_z = (modulate(h, *Modulation(4, *widths)(e, z)) for widths in ((6, None), (None, 3)))
-    assert only_time.shape == only_z.shape == h.shape
-    assert modulate(h, *Modulation(4, None, None)(None, None)) is h
+    by_time, by_z = Modulation(4, 6, None), Modulation(4, None, 3)
+    by_time.time, by_z.z = modulation.time, modulation.z
+    torch.testing.assert_close(by_z(by_time(h, e, None), None, z), out)
+    assert torch.equal(Modulation(4, None, None)(h, None, None), h)
 
 
 @pytest.mark.parametrize(("channels", "heads"), [(8, 4), (160, 5)])

@@ -193,15 +193,19 @@ TILES = {
 }
 
 
+_FUSED_MULTIPLY_ADD = {"enable_fp_fusion": True}  # whose default differs between versions of Triton
+
+
 def norm_options(channels: int) -> dict[str, Any]:
     cols = triton.next_power_of_2(channels)
-    return {"C": channels, "COLS": cols, "ROWS": max(2048 // cols, 1), "num_warps": 4}
+    return {"C": channels, "COLS": cols, "ROWS": max(2048 // cols, 1), "num_warps": 4, **_FUSED_MULTIPLY_ADD}
 
 
 def mlp_options(channels: int, features: torch.dtype, factors: torch.dtype) -> tuple[dict, list[dict[str, Any]]]:
     """Options of the forward launch and of the backward launches."""
     tile = TILES[channels, KINDS[features, factors]]
-    common = {"C": channels, "DTYPE": getattr(tl, str(factors).removeprefix("torch.")), "num_stages": tile.stages}
+    dtype = getattr(tl, str(factors).removeprefix("torch."))
+    common = {"C": channels, "DTYPE": dtype, "num_stages": tile.stages, **_FUSED_MULTIPLY_ADD}
     forward = {**common, "ROWS": tile.forward[0], "num_warps": tile.forward[1]}
     common |= {"ROWS": tile.backward[0], "num_warps": tile.backward[1]}
     if tile.chunk == 2 * channels:
