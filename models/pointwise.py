@@ -1,20 +1,23 @@
-"""Normalisation, modulation and MLP of the residual blocks: fused on GPUs (`triton_pointwise`), PyTorch elsewhere.
+"""Normalisation, modulation and MLP of the residual blocks: fused in Triton or C where these can be, else in PyTorch.
 
 Letters: B batch, M points, C channels.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from models.layers import modulate
+from models.operators.native import cpu_pointwise
 
 try:
-    from models.operators.native import triton_pointwise as fused
+    from models.operators.native import triton_pointwise
 except ImportError:  # no Triton
-    fused = None
+    triton_pointwise = None
 
 
 def norm_modulate(
@@ -25,7 +28,8 @@ def norm_modulate(
     x: (B, …, C). scale, shift: (B, C), of `Modulation`. Returns the shape of x.
     """
     # Under torch.compile, the compiler fuses the formula, and with it what comes before and after.
-    if not torch.compiler.is_compiling() and _on_gpu(x) and fused.supports(points := x.flatten(1, -2)):  # (B, M, C)
+    fused = None if torch.compiler.is_compiling() else _engine(x)
+    if fused is not None and fused.supports(points := x.flatten(1, -2)):  # (B, M, C)
         h = fused.norm_modulate(points, norm.weight, norm.bias, scale, shift, norm.eps, _product_type(x))
         return h.view(x.shape)
     h = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
@@ -39,15 +43,15 @@ def norm_modulate_mlp(
 
     x: (B, M, C). scale, shift: (B, C), of `Modulation`. Returns (B, M, C).
     """
-    dtype = _product_type(x)
-    if not (_on_gpu(x) and fused.supports_mlp(x, dtype)):
+    fused, dtype = _engine(x), _product_type(x)
+    if fused is None or not fused.supports_mlp(x, dtype):
         return x + mlp(norm_modulate(x, norm, scale, shift))
     weights = (mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias)
     return fused.norm_modulate_mlp(x, norm.weight, norm.bias, scale, shift, *weights, norm.eps, dtype)
 
 
-def _on_gpu(x: torch.Tensor) -> bool:
-    return fused is not None and x.is_cuda
+def _engine(x: torch.Tensor) -> ModuleType | None:
+    return {"cpu": cpu_pointwise, "cuda": triton_pointwise}.get(x.device.type)
 
 
 def _product_type(x: torch.Tensor) -> torch.dtype:

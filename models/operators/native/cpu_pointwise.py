@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 
 from models.operators.native import compiled
+from models.operators.native.folding import fold
 
 _LANES, _MOST_CHANNELS = 16, 128  # of pointwise.c
 _CHUNK = 512  # rows whose gradients are summed before they are rounded to a partial sum, at least
@@ -17,32 +18,52 @@ _MOST_PARTS = 64  # partial sums, which bounds their memory
 
 
 def supports(x: torch.Tensor) -> bool:
-    """Whether the kernels take these features."""
+    """Whether `norm_modulate` takes these features."""
     channels = x.shape[-1]
     shaped = channels % _LANES == 0 and channels <= _MOST_CHANNELS and x.numel() > 0
     return x.device.type == "cpu" and x.dtype == torch.float32 and shaped and compiled.library() is not None
 
 
-def norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
-    """h = (x − mean) / √(variance + eps) · scale + shift, mean and variance over channels.
+def supports_mlp(x: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether `norm_modulate_mlp` takes these features with products of this type."""
+    return dtype == torch.float32 and supports(x)
 
-    x: float32 (B, M, C). scale, shift: float32 (B, C). Differentiable in all of them.
+
+def norm_modulate(
+    x: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """LayerNorm(x)·scale + shift, with the affine part gamma, beta of the LayerNorm.
+
+    x: (B, M, C), accepted by `supports`. gamma, beta: (C,). scale, shift: (B, C), None for 1 and 0. dtype: of the
+    result. Differentiable in all tensors.
     """
-    return _norm_modulate(x, scale, shift, eps)
+    return _norm_affine(x, *fold(gamma, beta, scale, shift, x.shape[0]), eps).to(dtype)
 
 
 def norm_modulate_mlp(
     x: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
     w1: torch.Tensor,
     b1: torch.Tensor,
     w2: torch.Tensor,
     b2: torch.Tensor,
     eps: float,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """x + W₂·gelu(W₁·h + b₁) + b₂ with h of `norm_modulate`; w1: (2C, C), w2: (C, 2C). Differentiable likewise."""
-    return _mlp(x, scale, shift, w1, b1, w2, b2, eps)
+    """x + W₂·gelu(W₁·h + b₁) + b₂ with h of `norm_modulate`; w1: (2C, C), w2: (C, 2C).
+
+    x: (B, M, C), accepted with `dtype` by `supports_mlp`. Differentiable in all tensors.
+    """
+    return _mlp(x, *fold(gamma, beta, scale, shift, x.shape[0]), w1, b1, w2, b2, eps)
 
 
 @lru_cache
@@ -56,15 +77,15 @@ def _parts(batch: int, points: int) -> tuple[int, int]:
     return parts, -(-points // parts)
 
 
-@torch.library.custom_op("infty_diff::norm_modulate_cpu", mutates_args=())
-def _norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
+@torch.library.custom_op("infty_diff::norm_affine_cpu", mutates_args=())
+def _norm_affine(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     compiled.call("infty_norm_modulate", x, scale.contiguous(), shift.contiguous(), _number(eps), *x.shape, out)
     return out
 
 
-@torch.library.custom_op("infty_diff::norm_modulate_cpu_backward", mutates_args=())
-def _norm_modulate_backward(
+@torch.library.custom_op("infty_diff::norm_affine_cpu_backward", mutates_args=())
+def _norm_affine_backward(
     dh: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dh, x, scale, shift = dh.contiguous(), x.contiguous(), scale.contiguous(), shift.contiguous()
@@ -121,12 +142,12 @@ def _mlp_backward(
     return [dx, dscale.clone(), dshift.clone(), dw1, db1, dw2, db2]
 
 
-@_norm_modulate.register_fake
+@_norm_affine.register_fake
 def _(x, scale, shift, eps):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@_norm_modulate_backward.register_fake
+@_norm_affine_backward.register_fake
 def _(dh, x, scale, shift, eps):
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(scale), torch.empty_like(shift)
 
@@ -147,8 +168,8 @@ def _save_all(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _norm_modulate_gradients(ctx, dh):
-    return (*_norm_modulate_backward(dh, *ctx.saved_tensors, ctx.eps), None)
+def _norm_affine_gradients(ctx, dh):
+    return (*_norm_affine_backward(dh, *ctx.saved_tensors, ctx.eps), None)
 
 
 def _mlp_gradients(ctx, dout):
@@ -156,5 +177,5 @@ def _mlp_gradients(ctx, dout):
     return (*_mlp_backward(dout, *tensors, ctx.eps), None)
 
 
-_norm_modulate.register_autograd(_norm_modulate_gradients, setup_context=_save_all)
+_norm_affine.register_autograd(_norm_affine_gradients, setup_context=_save_all)
 _mlp.register_autograd(_mlp_gradients, setup_context=_save_all)

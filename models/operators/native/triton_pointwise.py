@@ -20,6 +20,7 @@ import torch
 import triton
 
 from models.operators.native import triton_pointwise_kernels as kernels
+from models.operators.native.folding import fold
 
 # Programs of a launch. Each of an MLP loads the weights first and, backward, leaves partial sums as large as they are.
 _NORM_PROGRAMS, _FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 2048, 1024, 256
@@ -168,16 +169,6 @@ def _mlp_gradients(ctx, dout):
 _norm_mlp.register_autograd(_mlp_gradients, setup_context=_save_mlp)
 
 
-def _affine(
-    gamma: torch.Tensor, beta: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, batch: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """a and b of the module's equations: float32 (B, C) each."""
-    a, b = gamma.float().expand(batch, -1), beta.float().expand(batch, -1)
-    if scale is not None:
-        a, b = a * scale, b * scale
-    return a, b if shift is None else b + shift
-
-
 def norm_modulate(
     x: torch.Tensor,
     gamma: torch.Tensor,
@@ -192,7 +183,7 @@ def norm_modulate(
     x: (B, M, C), accepted by `supports`. gamma, beta: (C,). scale, shift: (B, C), None for 1 and 0. dtype: of the
     result, that of x by default. Returns (B, M, C).
     """
-    a, b = _affine(gamma, beta, scale, shift, x.shape[0])
+    a, b = fold(gamma, beta, scale, shift, x.shape[0])
     return _norm_affine(x, a, b, eps, dtype or x.dtype)
 
 
@@ -214,7 +205,7 @@ def norm_modulate_mlp(
     x: (B, M, C), accepted by `supports_mlp`. w1: (2C, C). b1: (2C,). w2: (C, 2C). b2: (C,). dtype: of the factors of
     matrix products, that of x by default. Returns (B, M, C) in the type of x.
     """
-    a, b = _affine(gamma, beta, scale, shift, x.shape[0])
+    a, b = fold(gamma, beta, scale, shift, x.shape[0])
     w1 = w1.float()
     b1 = b1 + (w1 * b[:, None, :]).sum(2)  # (B, 2C): a sum of products, which no setting for matrices makes coarser
     return _norm_mlp(x, w1 * a[:, None, :], b1, w2.float(), b2.float(), eps, dtype or x.dtype)
