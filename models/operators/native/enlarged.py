@@ -1,0 +1,178 @@
+"""The depthwise convolution of a full lattice with an enlarged kernel, as a product of low rank; for inference.
+
+At a lattice finer than that of training, kernels k × k are resampled to k'_h × k'_w (`resample_kernel`). Resampling is
+linear interpolation along each axis, K' = Uᵀ K V with U (k, k'_h) and V (k, k'_w), so that
+
+    out(p) = scale(p) · Σ_i Σ_t U[i, t] · Σ_j K[i, j] · Σ_s V[j, s] · x(p + (t, s) − (k'_h // 2, k'_w // 2)), + residual
+
+is k short filters along rows, k² multiplications and k short filters along columns: 2 k'_h + k² + 2 k'_w multiply-adds,
+as U and V have two nonzeros per column, instead of k'_h·k'_w. The lattice is worked off in bands of rows, which bounds
+what is held besides x and out. Letters: B batch, C channels, H × W lattice, k kernel side, k' extent.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+
+import torch
+import torch.nn.functional as F
+
+from diffusion.coordinates import Size
+from models.operators.base import resample_kernel
+from models.operators.native import compiled
+
+_BAND = 256  # rows on a CPU: those above and below, which a band computes again, are then few
+_COLUMNS = _LANES = 16  # of a task in enlarged.c
+
+
+def pays(kernel_size: int, extent: Size) -> bool:
+    """Whether the product takes fewer multiply-adds than the direct convolution; CPUs then take no longer for it."""
+    return 2 * (extent[0] + extent[1]) + kernel_size**2 < extent[0] * extent[1]
+
+
+def enlarged(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    extent: Size,
+    scale: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    first_row: int = 0,
+    rows: int | None = None,
+    band: int | None = None,
+) -> torch.Tensor:
+    """out of the module's equation, with zeros outside the lattice: (B, rows, W, C) in the dtype of x.
+
+    x: (B, H, W, C). weight: (C, k, k), of the training lattice. extent: (k'_h, k'_w), odd, of any size. scale: float32
+    (H, W) or (H·W,); residual: like x; None for neither. first_row, rows: the rows of out to compute, by default all.
+    band: how many at a time, by default what the device does well. Sums are taken in float32, for float64 in float64.
+    Raises ValueError for other shapes, and where a gradient is required: no backward pass is defined.
+    """
+    _, height, width, channels = x.shape
+    kernel_size = weight.shape[-1]
+    if tuple(weight.shape) != (channels, kernel_size, kernel_size) or kernel_size % 2 == 0:
+        raise ValueError(f"weight is of shape {tuple(weight.shape)}; it must be ({channels}, k, k) with k odd")
+    if any(side < 1 or side % 2 == 0 for side in extent):
+        raise ValueError(f"extent is {tuple(extent)}; both sides must be odd and positive")
+    if scale is not None and scale.numel() != height * width:
+        raise ValueError(f"scale is of shape {tuple(scale.shape)}; it must be ({height}, {width})")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(f"residual is {residual.dtype} of shape {tuple(residual.shape)}; it must be like x")
+    rows = height - first_row if rows is None else rows
+    if first_row < 0 or rows < 1 or first_row + rows > height:
+        raise ValueError(f"rows {first_row} to {first_row + rows} are not those of a lattice of {height}")
+    if band is not None and band < 1:
+        raise ValueError(f"band is {band}; it must be at least 1")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, residual)):
+        raise ValueError("the enlarged convolution has no gradient; compute it in torch.no_grad() or convolve directly")
+    scale = None if scale is None else scale.view(height, width)
+    return _enlarged(x, weight, extent, scale, residual, first_row, rows, band)
+
+
+@torch.library.custom_op("infty_diff::enlarged", mutates_args=())
+def _enlarged(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    extent: Sequence[int],
+    scale: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    first_row: int,
+    rows: int,
+    band: int | None,
+) -> torch.Tensor:
+    kernel_size = weight.shape[-1]
+    lattice = (scale, residual, first_row, rows)
+    low_rank = kernel_size > 1 and x.dtype != torch.float64
+    if low_rank and x.device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from models.operators.native import triton_enlarged
+
+        axes = [interpolation(kernel_size, side, x.device) for side in extent]
+        return triton_enlarged.enlarged(x, weight, *axes, *lattice, band)
+    low_rank = low_rank and x.device.type == "cpu" and compiled.library() is not None
+    if low_rank and x.dtype == torch.float32:
+        return _compiled(x, first_row, rows, weight, extent, scale, residual, band)
+    convolve = partial(_compiled if low_rank else _direct, weight=weight, extent=extent)
+    return _in_bands(convolve, extent[0] // 2, x, *lattice, band or _BAND)
+
+
+@_enlarged.register_fake
+def _(x, weight, extent, scale, residual, first_row, rows, band):
+    return x.new_empty(x.shape[0], rows, *x.shape[2:])
+
+
+@lru_cache(maxsize=64)
+def interpolation(kernel_size: int, extent: int, device: torch.device) -> torch.Tensor:
+    """U of the module: what `resample_kernel` does along one axis, float32 (k, k')."""
+    identity = torch.eye(kernel_size, dtype=torch.float64)
+    return F.interpolate(identity[None], size=extent, mode="linear", align_corners=False)[0].float().to(device)
+
+
+def segments(kernel_size: int, extent: int) -> list[int]:
+    """Where the support of U moves on: columns first[i] to first[i + 1] are zero but in the rows i and i + 1; (k,).
+
+    Column t lies at (t + 1/2)·k/k' − 1/2 between the rows, which is at least i from t = (k'·(2i + 1) − k) / 2k on.
+    """
+    inner = [-((kernel_size - extent * (2 * i + 1)) // (2 * kernel_size)) for i in range(1, kernel_size - 1)]
+    return [0, *inner, extent]
+
+
+def _compiled(
+    x: torch.Tensor,
+    first_row: int,
+    rows: int,
+    weight: torch.Tensor,
+    extent: Size,
+    scale: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    band: int | None = None,
+) -> torch.Tensor:
+    """In C (`enlarged.c`), for float32."""
+    (batch, height, width, channels), kernel_size = x.shape, weight.shape[-1]
+    x, weight = x.contiguous(), weight.float().contiguous()
+    scale, residual = (None if tensor is None else tensor.contiguous() for tensor in (scale, residual))
+    axes = []
+    for side in extent:
+        first = torch.tensor(segments(kernel_size, side))
+        axes += [side, first, interpolation(kernel_size, side, x.device)]
+    band, threads = min(band or _BAND, rows), torch.get_num_threads()
+    blocks = (2 * kernel_size + 1 + band) * _COLUMNS + extent[1] - 1 + kernel_size**2
+    work = torch.empty(threads, blocks * _LANES)
+    out = x.new_empty(batch, rows, width, channels)
+    sizes = (batch, height, width, channels, kernel_size, first_row, rows, band)
+    compiled.call("infty_enlarged", x, weight, scale, residual, out, *sizes, *axes, threads, work, work.shape[1])
+    return out
+
+
+def _direct(x: torch.Tensor, first_row: int, rows: int, weight: torch.Tensor, extent: Size) -> torch.Tensor:
+    """`conv2d` with the resampled kernel: in PyTorch the product of low rank is slower, its parts leave the caches."""
+    kernel = resample_kernel(weight.to(x.dtype).unsqueeze(1), extent)  # (C, 1, k'_h, k'_w)
+    padding = (extent[0] // 2, extent[1] // 2)
+    out = F.conv2d(x.permute(0, 3, 1, 2), kernel, padding=padding, groups=len(weight))
+    return out.permute(0, 2, 3, 1)[:, first_row : first_row + rows]
+
+
+def _in_bands(
+    convolve: Callable[[torch.Tensor, int, int], torch.Tensor],
+    reach: int,
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    first_row: int,
+    rows: int,
+    band: int,
+) -> torch.Tensor:
+    """Rows of `convolve`, given x within their `reach` in float32 at least, band by band; then scale and residual."""
+    out = x.new_empty(x.shape[0], rows, *x.shape[2:])
+    for start in range(first_row, first_row + rows, band):
+        end = min(start + band, first_row + rows)
+        low, high = max(start - reach, 0), min(end + reach, x.shape[1])
+        slab = x[:, low:high].to(torch.promote_types(x.dtype, torch.float32))
+        values = convolve(slab, start - low, end - start)
+        if scale is not None:
+            values = values * scale[start:end, :, None]
+        if residual is not None:
+            values = values + residual[:, start:end]
+        out[:, start - first_row : end - first_row] = values
+    return out

@@ -1,0 +1,115 @@
+"""The enlarged kernel as a product of low rank, against convolution with the resampled kernel in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.operators.native import compiled
+from models.operators.native.enlarged import enlarged, interpolation, pays, segments
+
+CPU = torch.device("cpu")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float64: 1e-12}
+CASES = [  # lattice, channels, k, extent
+    ((20, 17), 3, 3, (5, 7)),
+    ((21, 40), 64, 7, (29, 13)),
+    ((16, 33), 16, 5, (9, 3)),  # shrunken along one axis
+    ((10, 12), 16, 7, (3, 5)),
+    ((5, 6), 20, 7, (13, 13)),  # windows beyond both sides
+    ((9, 4), 4, 9, (11, 9)),
+    ((7, 8), 5, 1, (3, 3)),
+]
+
+
+def draw(size, channels, k, dtype=torch.float32, batch=2):
+    x, residual = torch.randn(2, batch, *size, channels).to(dtype)
+    return x, torch.randn(channels, k, k), torch.rand(size) + 0.5, residual
+
+
+def direct(x, weight, extent, scale=None, residual=None):
+    kernel = F.interpolate(weight.double().unsqueeze(1), size=extent, mode="bilinear", align_corners=False)
+    padding = (extent[0] // 2, extent[1] // 2)
+    out = F.conv2d(x.double().permute(0, 3, 1, 2), kernel, padding=padding, groups=len(weight)).permute(0, 2, 3, 1)
+    out = out if scale is None else out * scale.view(*x.shape[1:3], 1)
+    return out if residual is None else out + residual
+
+
+def assert_close(found, expected, dtype):
+    assert found.dtype == dtype and found.shape == expected.shape
+    assert (found - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+
+
+@pytest.fixture(params=["compiled", "direct"])
+def engine(request, monkeypatch):
+    if request.param == "direct":
+        monkeypatch.setattr(compiled, "library", lambda: None)
+    elif compiled.library() is None:
+        pytest.skip("needs a C compiler")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_direct_convolution(case, dtype, engine):
+    size, channels, k, extent = case
+    x, weight, scale, residual = draw(size, channels, k, dtype)
+    expected = direct(x, weight, extent, scale, residual)
+    for band in (None, 1, 3, size[0]):
+        assert_close(enlarged(x, weight, extent, scale, residual, band=band), expected, dtype)
+    assert_close(enlarged(x, weight, extent), direct(x, weight, extent), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_some_rows_are_those_of_all(dtype, engine):
+    x, weight, scale, residual = draw((19, 11), 6, 5, dtype)
+    expected = direct(x, weight, (9, 9), scale, residual)
+    some = enlarged(x, weight, (9, 9), scale.flatten(), residual, first_row=4, rows=7, band=3)
+    assert_close(some, expected[:, 4:11], dtype)
+    assert_close(enlarged(x, weight, (9, 9), scale, residual, first_row=16), expected[:, 16:], dtype)
+
+
+def test_strides_do_not_matter(engine):
+    x, weight, scale, residual = draw((9, 10), 8, 3)
+    across = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    expected = enlarged(x, weight, (5, 5), scale, residual)
+    assert torch.equal(enlarged(across, weight, (5, 5), scale, residual), expected)
+    assert_close(enlarged(x, weight.mT, (5, 5)), direct(x, weight.mT, (5, 5)), torch.float32)
+
+
+@pytest.mark.parametrize("k", [3, 5, 7, 9])
+def test_segments_bound_the_support_of_the_interpolation(k):
+    for extent in range(3, 60, 2):
+        first, weights = segments(k, extent), interpolation(k, extent, CPU)
+        assert first == sorted(first) and len(first) == k
+        for i in range(k - 1):
+            weights[i : i + 2, first[i] : first[i + 1]].zero_()
+        assert weights.abs().max() < 1e-6
+        interpolation.cache_clear()  # its tensor was written to
+
+
+def test_pays_where_kernels_are_enlarged():
+    assert all(pays(7, extent) for extent in [(11, 11), (13, 13), (29, 29), (7, 29)])
+    assert not any(pays(7, extent) for extent in [(3, 3), (7, 7), (3, 29)])
+
+
+def test_is_opaque_to_the_compiler():
+    x, weight, scale, residual = draw((6, 7), 4, 3)
+    arguments = (x, weight, (5, 5), scale, residual, 1, 4, None)
+    torch.library.opcheck(torch.ops.infty_diff.enlarged.default, arguments)
+
+
+def test_gradients_and_wrong_shapes_are_refused():
+    x, weight, scale, residual = draw((6, 7), 4, 3)
+    with pytest.raises(ValueError, match="gradient"):
+        enlarged(x, weight.requires_grad_(), (5, 5))
+    with torch.no_grad():
+        enlarged(x, weight, (5, 5))
+    weight = weight.detach()
+    for arguments, options, message in [
+        ((x, weight[1:], (5, 5)), {}, "weight is of shape"),
+        ((x, weight, (4, 5)), {}, r"extent is \(4, 5\)"),
+        ((x, weight, (5, 5), scale[1:]), {}, "scale is of shape"),
+        ((x, weight, (5, 5), scale, residual.double()), {}, "residual is torch.float64"),
+        ((x, weight, (5, 5)), {"first_row": 5, "rows": 2}, "rows 5 to 7"),
+        ((x, weight, (5, 5)), {"band": 0}, "band is 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            enlarged(*arguments, **options)
