@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusion.coordinates import CoordinateConvention, Points, Size
-from models.neighbours import nearest_points
+from models.neighbours import nearest_rows
 
 _CLOSEST = 1e-16  # squared distance below which a pixel coincides with a node, and then counts alone
 
@@ -76,15 +76,10 @@ def points_to_grid(
 
     Raises ValueError when there are fewer than K points.
     """
-    ids, squared = nearest_points(points, grid, neighbours, convention, device)  # (B or 1, Q, K)
+    rows, squared = nearest_rows(points, grid, neighbours, convention, device)  # (B or 1, Q, K)
     weights = 1 / squared.clamp(min=_CLOSEST)
     weights = weights / weights.sum(2, keepdim=True)
-    if points.index is not None:
-        order = torch.arange(points.count, device=device).expand(batch, -1)
-        position = torch.zeros(batch, points.size[0] * points.size[1], dtype=torch.int64, device=device)
-        position.scatter_(1, points.index, order)  # (B, HW): where in the list of points a pixel is
-        ids = position.gather(1, ids.flatten(1)).view_as(ids)
-    return _batched(batch, points.count, ids, weights)
+    return _batched(batch, points.count, rows, weights)
 
 
 def grid_to_points(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 
@@ -33,6 +34,15 @@ class _Geometry:
     node_rows: torch.Tensor
     node_cols: torch.Tensor
     denominator: int
+
+    @property
+    def axes(self) -> list[torch.Tensor]:
+        return [self.pixel_rows, self.pixel_cols, self.node_rows, self.node_cols]
+
+    @property
+    def fits_int64(self) -> bool:
+        """Whether all squared distances do."""
+        return 2 * self.denominator**2 < 2**63
 
     def offsets(self, nodes: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and column differences between nodes (numbered row-major) and pixels, of broadcastable int64 shapes."""
@@ -61,20 +71,66 @@ def nearest_points(
     is 1 for the full lattice, whose answer is static and cached. Raises ValueError when there are fewer than K
     points.
     """
+    ids, _, squared = _nearest(points, grid, neighbours, convention, device)
+    return ids, squared
+
+
+def nearest_rows(
+    points: Points, grid: Size, neighbours: int, convention: CoordinateConvention, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`nearest_points` with places in the list of points, int64 (B, Q, K), instead of pixel ids."""
+    ids, rows, squared = _nearest(points, grid, neighbours, convention, device)
+    if rows is None:
+        order = torch.arange(points.count, device=device).expand(ids.shape[0], -1)
+        place = torch.zeros(ids.shape[0], points.size[0] * points.size[1], dtype=torch.int64, device=device)
+        rows = place.scatter_(1, points.index, order).gather(1, ids.flatten(1)).view_as(ids)
+    return rows, squared
+
+
+def _nearest(
+    points: Points, grid: Size, neighbours: int, convention: CoordinateConvention, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Pixel ids, places in the list of points where they come at no cost, and squared distances."""
     if points.count < neighbours:
         raise ValueError(f"there are {points.count} points; model.knn_neighbours={neighbours} needs at least as many")
     if points.index is None:
-        return _nearest_on_full_lattice(points.size, grid, neighbours, convention, device)
+        ids, squared = _nearest_on_full_lattice(points.size, grid, neighbours, convention, device)
+        return ids, ids, squared
     geometry = _geometry(points.size, grid, convention, device)
     pixels = points.size[0] * points.size[1]
     wanted = _EXPECTED_PER_NEIGHBOUR * neighbours * pixels / points.count
     length = min(1 << math.ceil(math.log2(wanted)), pixels)  # powers of two: few tables serve all densities
+    if geometry.fits_int64 and pixels < 2**31 and (kernels := _kernels(device.type)) is not None:
+        # Twice as long: the kernel reads no further than it must, and is slow where it has to search.
+        length = min(2 * length, pixels, _LONGEST_TABLE) if length <= _LONGEST_TABLE else 0
+        table = _table(points.size, grid, length, convention, device)
+        return kernels.nearest_present(points.index, table, geometry.axes, geometry.denominator, neighbours)
     if length > _LONGEST_TABLE:
         ids = _search_all(points.index, grid, neighbours, geometry)
     else:
         table = _nearest_pixels(points.size, grid, length, convention, device)
         ids = _first_present(points.index, table, neighbours, pixels, geometry)
-    return ids, _squared_distances(ids, geometry)
+    return ids, None, _squared_distances(ids, geometry)
+
+
+@lru_cache
+def _kernels(device_type: str) -> ModuleType | None:
+    """The look-up in Triton, on a GPU if that is installed: the other asks the device which nodes to search for."""
+    if device_type != "cuda":
+        return None
+    try:
+        from models import triton_neighbours
+    except ImportError:
+        return None
+    return triton_neighbours
+
+
+@lru_cache(maxsize=16)
+def _table(size: Size, grid: Size, length: int, convention: CoordinateConvention, device: torch.device) -> torch.Tensor:
+    """`_nearest_pixels` as int32 (L, Q): nodes next to each other, as the lanes of a GPU read them. L may be 0."""
+    if length == 0:
+        return torch.empty(0, grid[0] * grid[1], dtype=torch.int32, device=device)
+    return _nearest_pixels(size, grid, length, convention, torch.device("cpu")).t().int().contiguous().to(device)
 
 
 @lru_cache(maxsize=16)
@@ -119,7 +175,7 @@ def search(
     nodes: torch.Tensor, index: torch.Tensor, neighbours: int, geometry: _Geometry, image: torch.Tensor
 ) -> torch.Tensor:
     """Brute force: the first K of the pixels `index[image]` (S, M) by (distance to `nodes` (S,), pixel id); (S, K)."""
-    if 2 * geometry.denominator**2 >= 2**63:
+    if not geometry.fits_int64:
         raise ValueError(
             f"a {len(geometry.pixel_rows)}x{len(geometry.pixel_cols)} lattice and a {len(geometry.node_rows)}x"
             f"{len(geometry.node_cols)} grid have no common pitch that fits int64; take sides with common factors"

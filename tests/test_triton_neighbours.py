@@ -1,0 +1,104 @@
+"""The look-up of nearest points in Triton, against brute force (on a CPU in its interpreter); compiled for an H100."""
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from diffusion.coordinates import CONVENTIONS, Points
+from models import interpolation, neighbours
+from test_models_neighbours import random_index
+
+triton_neighbours = pytest.importorskip("models.triton_neighbours")
+
+CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def look_up(index, size, grid, k, length, convention):
+    """By the kernel, and by brute force: pixel ids, places in `index`, squared distances; on the CPU."""
+    geometry = neighbours._geometry(size, grid, convention, DEVICE)
+    table = neighbours._table(size, grid, length, convention, DEVICE)
+    found = triton_neighbours.nearest_present(index.to(DEVICE), table, geometry.axes, geometry.denominator, k)
+    geometry = neighbours._geometry(size, grid, convention, CPU)
+    ids = neighbours._search_all(index, grid, k, geometry)
+    places = (index[:, None, None] == ids.unsqueeze(3)).int().argmax(3)
+    return [value.cpu() for value in found], (ids, places, neighbours._squared_distances(ids, geometry))
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+@pytest.mark.parametrize(
+    ("size", "grid", "count", "k", "length"),
+    [
+        ((8, 8), (4, 4), 20, 3, 16),
+        ((7, 5), (4, 6), 9, 5, 35),
+        ((5, 9), (8, 8), 45, 3, 5),  # every pixel present; length is no multiple of the steps
+        ((1, 6), (2, 2), 3, 3, 6),  # no more points than neighbours
+        ((3, 3), (5, 7), 3, 3, 4),
+        ((16, 12), (6, 5), 20, 3, 8),  # most tables run out
+        ((20, 15), (3, 3), 270, 3, 0),  # no table; more points than are searched at a time
+        ((32, 32), (8, 8), 256, 3, 64),
+    ],
+)
+def test_equals_brute_force(name, size, grid, count, k, length):
+    found, expected = look_up(random_index(2, size, count), size, grid, k, length, CONVENTIONS[name])
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    torch.testing.assert_close(found[2], expected[2], rtol=1e-6, atol=0)
+
+
+def test_starved_nodes_are_searched_for():
+    index = torch.arange(64).flip(0).unsqueeze(0)  # the upper quarter alone: nodes below are far from all points
+    found, expected = look_up(index, (16, 16), (8, 8), 3, 32, CONVENTIONS["cell_centred"])
+    assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.parametrize("count", [3, 12, 80])
+def test_takes_the_place_of_the_other_look_up(count, monkeypatch):
+    points = Points((16, 10), random_index(2, (16, 10), count).to(DEVICE))
+    arguments = (points, (5, 4), 3, CONVENTIONS["reference"], DEVICE)
+    x = torch.randn(2, count, 6, device=DEVICE)
+    monkeypatch.setattr(neighbours, "_kernels", lambda device_type: None)
+    expected = [*neighbours.nearest_points(*arguments), *neighbours.nearest_rows(*arguments)]
+    grid = interpolation.interpolate_to_grid(x, *arguments[:-1])
+    monkeypatch.setattr(neighbours, "_kernels", lambda device_type: triton_neighbours)
+    found = [*neighbours.nearest_points(*arguments), *neighbours.nearest_rows(*arguments)]
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+    torch.testing.assert_close(interpolation.interpolate_to_grid(x, *arguments[:-1]), grid)
+
+
+def test_is_opaque_to_the_compiler():
+    geometry = neighbours._geometry((6, 6), (3, 3), CONVENTIONS["cell_centred"], DEVICE)
+    table = neighbours._table((6, 6), (3, 3), 16, CONVENTIONS["cell_centred"], DEVICE)
+    arguments = (random_index(2, (6, 6), 9).to(DEVICE), table, geometry.axes, geometry.denominator, 3)
+    torch.library.opcheck(torch.ops.infty_diff.nearest_present.default, arguments)
+
+
+def test_nothing_is_read_back(monkeypatch):
+    """Tensors without values refuse to be read."""
+    monkeypatch.setattr(neighbours, "_kernels", lambda device_type: triton_neighbours)
+    size, grid, convention = (16, 10), (5, 4), CONVENTIONS["cell_centred"]
+    arguments = (2, grid, 3, convention, CPU)
+    neighbours._geometry(size, grid, convention, CPU)
+    neighbours._table(size, grid, 128, convention, CPU)  # both are kept from then on
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        points = Points(size, torch.zeros(2, 40, dtype=torch.int64))
+        out = interpolation.points_to_grid(points, *arguments)(torch.zeros(2, 40, 6))
+        back = interpolation.grid_to_points(points, 2, grid, convention, CPU)(out)
+    assert out.shape == (2, 20, 6) and back.shape == (2, 40, 6)
+
+
+def test_compiles_for_an_h100(tmp_path):
+    from triton_aot import compiled
+
+    kernels = compiled(
+        """
+import torch
+from models.triton_neighbours import nearest_present
+axes = [torch.empty(n, dtype=torch.int64) for n in (64, 64, 32, 32)]
+index, table = torch.zeros(2, 1024, dtype=torch.int64), torch.empty(64, 1024, dtype=torch.int32)
+nearest_present(index, table, axes, 128, 3)
+""",
+        tmp_path,
+    )
+    assert [kernel.name for kernel in kernels] == ["nearest_kernel"]
+    assert all(kernel.spilled == 0 for kernel in kernels), kernels
