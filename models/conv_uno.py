@@ -118,8 +118,10 @@ def _conv(conv_type: str, c_in: int, c_out: int, resize: str = "same") -> nn.Mod
     if conv_type == "points":
         return PointConv(c_in, c_out)  # the stencil says where from and where to
     if resize == "double":
-        return _ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1)
-    return _Conv2d(c_in, c_out, 3, stride=2 if resize == "half" else 1, padding=1)
+        layer = _ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1)
+    else:
+        layer = _Conv2d(c_in, c_out, 3, stride=2 if resize == "half" else 1, padding=1)
+    return layer.to(memory_format=torch.channels_last)  # the layout of the features: else every call converts it
 
 
 class GridBlock(nn.Module):

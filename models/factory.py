@@ -20,6 +20,7 @@ def _sparse_spec(config: ModelConfig) -> SparseSpec:
         convention=config.coordinate_convention,
         backend=config.backend,
         kernel=config.kernel,
+        chunk_points=config.chunk_points,
     )
 
 

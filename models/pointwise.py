@@ -37,14 +37,25 @@ def norm_modulate(
 
 
 def norm_modulate_mlp(
-    x: torch.Tensor, norm: nn.LayerNorm, scale: torch.Tensor | None, shift: torch.Tensor | None, mlp: nn.Sequential
+    x: torch.Tensor,
+    norm: nn.LayerNorm,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    mlp: nn.Sequential,
+    chunk_points: int = 0,
 ) -> torch.Tensor:
     """x + mlp(norm(x)·scale + shift), mlp of a linear layer to 2C channels, GELU, and a linear layer back.
 
-    x: (B, M, C). scale, shift: (B, C), of `Modulation`. Returns (B, M, C).
+    x: (B, M, C). scale, shift: (B, C), of `Modulation`. chunk_points: points of each image to compute at once where no
+    gradient is wanted and nothing is fused, which bounds what is held between the layers; 0 for all. Returns (B, M, C).
     """
     fused, dtype = _engine(x), _product_type(x)
     if fused is None or not fused.supports_mlp(x, dtype):
+        if chunk_points and not torch.is_grad_enabled():
+            out = torch.empty_like(x)
+            for part, place in zip(x.split(chunk_points, dim=1), out.split(chunk_points, dim=1)):
+                place.copy_(part + mlp(norm_modulate(part, norm, scale, shift)))
+            return out
         return x + mlp(norm_modulate(x, norm, scale, shift))
     weights = (mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias)
     return fused.norm_modulate_mlp(x, norm.weight, norm.bias, scale, shift, *weights, norm.eps, dtype)

@@ -33,7 +33,8 @@ class SparseBlock(nn.Module):
     channels: C. kernel_size: k, odd. depthwise: one kernel per channel, else full. takes_skip: whether `forward` gets
     a skip. kernel: "linear", k × k weights; "nonlinear", conv, GELU, conv in place of conv (Table 2); "continuous", a
     network of the offset in place of weights, which needs train_size, the lattice that k refers to.
-    time_dim, z_dim: widths of the conditioning, None for none. backend: what computes the convolution.
+    time_dim, z_dim: widths of the conditioning, None for none. backend: what computes the convolution. chunk_points: of
+    `norm_modulate_mlp`.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class SparseBlock(nn.Module):
         norm: bool = True,
         kernel: str = "linear",
         train_size: Size | None = None,
+        chunk_points: int = 0,
     ):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
@@ -59,7 +61,7 @@ class SparseBlock(nn.Module):
             raise ValueError("model.kernel is 'continuous'; the block then needs its train_size")
         if not norm and (time_dim or z_dim):
             raise ValueError("a sparse block without norms cannot be conditioned on time or latent")
-        self.backend = backend
+        self.backend, self.chunk_points = backend, chunk_points
         self.groups = channels if depthwise else 1
         self.skip = nn.Linear(2 * channels, channels) if takes_skip else None
         self.norm1 = nn.LayerNorm(channels) if norm else None
@@ -90,13 +92,14 @@ class SparseBlock(nn.Module):
     ) -> torch.Tensor:
         """x, skip: (B, M, C); e: (B, time_dim); z: (B, z_dim). Returns (B, M, C)."""
         if self.skip is not None:
-            x = self.skip(torch.cat([x, skip], dim=2))  # (B, M, 2C) -> (B, M, C)
+            of_x, of_skip = self.skip.weight.chunk(2, dim=1)
+            x = F.linear(x, of_x, self.skip.bias) + F.linear(skip, of_skip)  # spares joining them first
         if self.norm1 is None:
             c = self._integral(x, plan)
             return x + c + self.mlp(c)
         h = norm_modulate(x, self.norm1, *self.modulation1.vectors(e, z))
         x = self._integral(h, plan, residual=x)
-        return norm_modulate_mlp(x, self.norm2, *self.modulation2.vectors(e, z), self.mlp)
+        return norm_modulate_mlp(x, self.norm2, *self.modulation2.vectors(e, z), self.mlp, self.chunk_points)
 
     def _integral(self, h: torch.Tensor, plan: Plan, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Eq. (20), or with a nonlinear kernel a case of eq. (18), at the points."""

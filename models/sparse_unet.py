@@ -31,6 +31,7 @@ class SparseSpec:
     depthwise: one kernel per channel, else full. neighbours: points averaged into a grid node. kernel: what the
     kernel is, in `models.sparse_block.KERNELS`.
     convention: name in `diffusion.coordinates.CONVENTIONS`. backend: name in `models.operators.BACKENDS`, or "auto".
+    chunk_points: points whose MLPs are computed at once where no gradient is wanted, 0 for all.
     """
 
     channels: int
@@ -41,6 +42,7 @@ class SparseSpec:
     convention: str = "cell_centred"
     backend: str = "auto"
     kernel: str = "linear"
+    chunk_points: int = 0
 
     def __post_init__(self):
         if self.convention not in CONVENTIONS:
@@ -82,6 +84,7 @@ class SparseDescent(nn.Module):
             depthwise=spec.depthwise,
             kernel=spec.kernel,
             train_size=self.train_size,
+            chunk_points=spec.chunk_points,
             **options,
         )
 

@@ -30,7 +30,7 @@ def randomised(module):
     """Parameters away from their initial values, so that no norm is an identity and no bias zero."""
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+            parameter.add_(0.2 * torch.randn(parameter.shape))  # whatever its layout
     return module.eval()
 
 

@@ -3,6 +3,7 @@
 A neighbour list is made once per forward pass and shared by all blocks and both passes. `cpu` and `triton_conv` compute
 with it; `pairs` does in plain PyTorch where neither can. Dense arithmetic takes over where points are so dense that
 gathering costs more than it saves, and kernels that are not depthwise, which are matrix products, are always dense.
+Kernels that a full lattice enlarges are applied as products of low rank (`enlarged`) where no gradient is wanted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 
 from diffusion.coordinates import Points, Size
 from models.operators.base import check_features, check_points, inverse_density, resample_kernel
-from models.operators.native import compiled, cpu, pairs
+from models.operators.native import compiled, cpu, enlarged, pairs
 from models.operators.torch_dense import DensePlan, TorchDenseBackend
 
 try:
@@ -61,6 +62,12 @@ class NativeBackend:
     ) -> torch.Tensor:
         check_features(x, weight, plan, groups, residual)
         engine = _engine(x, weight, plan, groups)
+        if engine is enlarged:
+            image = x.unflatten(1, plan.points.size)  # (B, H, W, C)
+            image_residual = None if residual is None else residual.to(x.dtype).view(image.shape)
+            scale = plan.inverse_density.view(plan.points.size)
+            out = enlarged.enlarged(image, weight.squeeze(1), plan.extent, scale, image_residual)
+            return out.flatten(1, 2)
         if engine is None:
             return self._dense.conv(x, weight, plan, groups, residual)
         taps = resample_kernel(weight, plan.extent).flatten(1).t()  # (C, 1, k', k') -> (K, C)
@@ -72,8 +79,12 @@ def _engine(x: torch.Tensor, weight: torch.Tensor, plan: NativePlan, groups: int
     """What computes this convolution fastest; None for dense arithmetic."""
     if not groups == x.shape[2] == weight.shape[0]:
         return None
-    if plan.points.is_full and not (weight.requires_grad and torch.is_grad_enabled()):
-        return None  # only the gradient of the kernel is slow in dense arithmetic
+    training = torch.is_grad_enabled()
+    if plan.points.is_full and not (training and weight.requires_grad):
+        # Only the gradient of the kernel is slow in dense arithmetic, and what grows with the resolution.
+        resampled = tuple(weight.shape[-2:]) != tuple(plan.extent)
+        cheaper = resampled and enlarged.pays(weight.shape[-1], plan.extent)
+        return enlarged if cheaper and not (training and x.requires_grad) else None
     density = plan.points.count / (plan.points.size[0] * plan.points.size[1])
     if x.dtype != torch.float64:
         if x.device.type == "cpu" and compiled.library() is not None:
