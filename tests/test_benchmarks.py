@@ -150,3 +150,76 @@ def test_bad_input_leaves_with_status_2():
     done = run_command("--ratios=0.5,2", "--json=/no/such/folder/x.json")
     assert done.returncode == 2
     assert done.stderr.startswith("error: --ratios=0.5,2: '2' is not accepted") and "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def operators(tmp_path_factory):
+    """The rows of a small run of benchmarks/operators.py, and what it printed."""
+    path = tmp_path_factory.mktemp("operators") / "rows.json"
+    command = [sys.executable, "benchmarks/operators.py", "--device=cpu", "--sizes=8,16", "--ratios=1,0.25"]
+    command += ["--channels=16", "--batch=2", "--repeats=2", f"--json={path}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text()), done.stdout
+
+
+def test_operators_are_compared_with_what_they_replace(operators):
+    result, printed = operators
+    rows = result["rows"]
+    fields = {"op", "size", "ratio", "backend", "ms", "baseline", "baseline_ms", "speedup", "max_error"}
+    assert all(fields <= row.keys() for row in rows)
+    of = {op: [row for row in rows if row["op"] == op] for op in ("conv", "block", "knn", "mollifier", "coordinates")}
+    assert {op: len(some) for op, some in of.items()} == {
+        "conv": 4, "block": 8, "knn": 4, "mollifier": 2, "coordinates": 2,
+    }  # fmt: skip
+    assert {row["baseline"].split(":")[0] for row in of["block"]} == {"dense masked", "as published"}
+    assert {row["backend"] for row in of["conv"]} == {"native"}
+    for row in rows:
+        assert row["speedup"] == pytest.approx(row["baseline_ms"] / row["ms"])
+        assert 0 <= row["max_error"] < 1e-4
+        assert row["op"] in printed
+    assert {(row["op"], row["ratio"]) for row in result["scaling"]} >= {("conv", 1), ("conv", 0.25), ("block", 0.25)}
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--ratios=0,1", "accepted: numbers above 0 and up to 1"),
+        ("--sizes=2", "accepted: sides from 6"),
+        ("--ops=conv,fft", "fft: accepted: conv, block"),
+        ("--json=nowhere/rows.json", "a file in a folder that exists"),
+        ("--backend=cuda", "invalid choice"),
+    ],
+)
+def test_operators_refuse_what_they_cannot_measure(argument, message):
+    command = [sys.executable, "benchmarks/operators.py", argument]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_wrong_results_are_not_timed(monkeypatch):
+    from benchmarks import operators
+    from models.operators.native import NativeBackend
+
+    conv = NativeBackend.conv
+    monkeypatch.setattr(NativeBackend, "conv", lambda *given, **named: 1.001 * conv(*given, **named))
+    setting = operators.Setting(torch.device("cpu"), torch.float32, 2, 16, "native", 1)
+    for op in ("conv", "block"):
+        with pytest.raises(ArithmeticError, match="times of wrong results mean nothing"):
+            list(operators.measure(setting, op, 8, 0.5))
+
+
+def test_sampling_compares_back_ends_at_every_size(tmp_path):
+    path = tmp_path / "rows.json"
+    command = [sys.executable, "benchmarks/sampling.py", "--config=configs/tiny_config.py", "--sizes=12x10,36x30"]
+    command += [f"--config.{name}={value}" for name, value in SMALL.items()] + ["--repeats=2", f"--json={path}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["size"], row["backend"], row["baseline"]) for row in rows] == [
+        ([12, 10], "native", "torch_dense"), ([36, 30], "native", "torch_dense"),
+    ]  # fmt: skip
+    assert all(0 <= row["max_error"] < 1e-4 and row["speedup"] > 0 for row in rows)
+    assert "36x30" in done.stdout

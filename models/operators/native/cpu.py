@@ -13,7 +13,7 @@ import torch
 from diffusion.coordinates import Points, Size
 from models.operators.native import compiled
 
-_CHUNK = 2048  # points per partial sum of the weight gradient: 49 x 64 partial sums then stay in the nearest cache
+_CHUNK = 512  # points per partial sum of the weight gradient, at least: few points still occupy several threads
 _MOST_CHUNKS = 64  # bounds the memory of the partial sums where there are many points
 _MOST_ROWS = 2**31 - 1  # rows are int32
 
