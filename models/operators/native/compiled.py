@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
 from functools import lru_cache
@@ -33,7 +34,7 @@ _OPTIONS = (
 def library() -> ctypes.CDLL | None:
     """The kernels, or None where no compiler is found or none of its options works (logged once)."""
     sources = sorted(Path(__file__).parent.glob("*.[ch]"))
-    compiler = os.environ.get("CC", "cc")
+    compiler = shlex.split(os.environ.get("CC") or "cc")
     path = _cache_folder() / f"kernels-{_fingerprint(compiler, sources)}.so"
     if not path.exists():
         failure = _build(compiler, sources, path)
@@ -62,10 +63,10 @@ def _argument(value: torch.Tensor | int | None) -> ctypes.c_void_p | ctypes.c_in
 
 
 def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infty-diff"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "infty-diff"
 
 
-def _fingerprint(compiler: str, sources: list[Path]) -> str:
+def _fingerprint(compiler: list[str], sources: list[Path]) -> str:
     """Of all that decides what the library is: sources, options, compiler and processor."""
     digest = hashlib.sha256(repr((_OPTIONS, compiler, _version(compiler), _processor())).encode())
     for source in sources:
@@ -73,9 +74,9 @@ def _fingerprint(compiler: str, sources: list[Path]) -> str:
     return digest.hexdigest()[:24]
 
 
-def _version(compiler: str) -> str:
+def _version(compiler: list[str]) -> str:
     try:
-        return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+        return subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -89,7 +90,7 @@ def _processor() -> str:
     return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
 
 
-def _build(compiler: str, sources: list[Path], path: Path) -> str | None:
+def _build(compiler: list[str], sources: list[Path], path: Path) -> str | None:
     """Write the library to `path`, whole or not at all; return why it could not be built."""
     failure = ""
     try:
@@ -98,7 +99,7 @@ def _build(compiler: str, sources: list[Path], path: Path) -> str | None:
             built = Path(folder) / path.name
             units = [source for source in sources if source.suffix == ".c"]
             for options in _OPTIONS:
-                command = [compiler, *options, "-std=gnu11", "-shared", "-fPIC", "-o", built, *units, "-lm"]
+                command = [*compiler, *options, "-std=gnu11", "-shared", "-fPIC", "-o", built, *units, "-lm"]
                 done = subprocess.run(command, capture_output=True, text=True, timeout=300)
                 if done.returncode == 0:
                     os.replace(built, path)
