@@ -18,6 +18,7 @@ from types import ModuleType
 import torch
 
 from diffusion.coordinates import CoordinateConvention, Points, Size
+from models.triton_support import kernels_for
 
 # The first L pixels hold K present ones but for about one node in 10⁶ when L·M/(H·W) ≥ 5·K (binomial tail, K = 3).
 _EXPECTED_PER_NEIGHBOUR = 5
@@ -113,16 +114,9 @@ def _nearest(
     return ids, None, _squared_distances(ids, geometry)
 
 
-@lru_cache
 def _kernels(device_type: str) -> ModuleType | None:
-    """The look-up in Triton, on a GPU if that is installed: the other asks the device which nodes to search for."""
-    if device_type != "cuda":
-        return None
-    try:
-        from models import triton_neighbours
-    except ImportError:
-        return None
-    return triton_neighbours
+    """The look-up in Triton, on a GPU if it can be: the other asks the device which nodes to search for."""
+    return kernels_for(device_type, "models.triton_neighbours")
 
 
 @lru_cache(maxsize=16)

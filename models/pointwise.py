@@ -13,11 +13,7 @@ from torch import nn
 
 from models.layers import modulate
 from models.operators.native import cpu_pointwise
-
-try:
-    from models.operators.native import triton_pointwise
-except ImportError:  # no Triton
-    triton_pointwise = None
+from models.triton_support import kernels_for
 
 
 def norm_modulate(
@@ -62,7 +58,8 @@ def norm_modulate_mlp(
 
 
 def _engine(x: torch.Tensor) -> ModuleType | None:
-    return {"cpu": cpu_pointwise, "cuda": triton_pointwise}.get(x.device.type)
+    on_gpu = kernels_for(x.device.type, "models.operators.native.triton_pointwise")
+    return cpu_pointwise if x.device.type == "cpu" else on_gpu
 
 
 def _product_type(x: torch.Tensor) -> torch.dtype:

@@ -8,6 +8,7 @@ import torch
 
 import micro
 from data.datasets import open_dataset
+from training import acceleration
 from training.acceleration import accelerate, compile_mode
 from training.image_stage import ImageStage
 from training.precision import Precision
@@ -78,9 +79,11 @@ def test_the_dense_part_compiles_as_one_graph(tmp_path, monkeypatch, recompute):
         torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_auto_compiles_on_a_gpu_alone():
+def test_auto_compiles_on_a_gpu_alone(monkeypatch):
     functional = functools.partial(compile_mode, device=CPU)
     assert functional("auto") is None and functional("off") is None
     assert functional("reduce-overhead") == "reduce-overhead"
-    assert compile_mode("auto", torch.device("cuda")) == "default"
+    for possible, mode in ((True, "default"), (False, None)):
+        monkeypatch.setattr(acceleration, "can_compile", lambda possible=possible: possible)
+        assert compile_mode("auto", torch.device("cuda")) == mode
     assert compile_mode("off", torch.device("cuda")) is None

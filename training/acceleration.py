@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from configs.schema import TrainConfig
 from models.conv_uno import GridBlock
 from models.sparse_block import SparseBlock
+from models.triton_support import can_compile
 
 
 def accelerate(modules: dict[str, nn.Module], train: TrainConfig, device: torch.device) -> None:
@@ -29,10 +30,10 @@ def accelerate(modules: dict[str, nn.Module], train: TrainConfig, device: torch.
 
 
 def compile_mode(choice: str, device: torch.device) -> str | None:
-    """The mode for `torch.compile`, or None for no compilation; "auto" compiles on a GPU alone.
+    """The mode for `torch.compile`, or None for no compilation; "auto" compiles on a GPU alone, where that can be.
 
     On a CPU compiling the embedded default takes longer than it can win back in its two minutes.
     """
     if choice == "auto":
-        return "default" if device.type == "cuda" else None
+        return "default" if device.type == "cuda" and can_compile() else None
     return None if choice == "off" else choice

@@ -18,11 +18,7 @@ from diffusion.coordinates import Points, Size
 from models.operators.base import check_features, check_points, inverse_density, resample_kernel
 from models.operators.native import compiled, cpu, enlarged, pairs
 from models.operators.torch_dense import DensePlan, TorchDenseBackend
-
-try:
-    from models.operators.native import triton_conv
-except ImportError:  # no Triton
-    triton_conv = None
+from models.triton_support import kernels_for
 
 # Up to these parts of a lattice gathering is faster than dense arithmetic. Whoever measures anew uses
 # benchmarks/operators.py. In C it always is; Triton's part follows from counted instructions (a list costs as much as
@@ -89,6 +85,7 @@ def _engine(x: torch.Tensor, weight: torch.Tensor, plan: NativePlan, groups: int
     if x.dtype != torch.float64:
         if x.device.type == "cpu" and compiled.library() is not None:
             return cpu
-        if x.device.type == "cuda" and triton_conv is not None:
+        triton_conv = kernels_for(x.device.type, "models.operators.native.triton_conv")
+        if triton_conv is not None:
             return triton_conv if density <= _TRITON_UP_TO else None
     return pairs if density <= _PAIRS_UP_TO else None

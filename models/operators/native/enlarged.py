@@ -12,7 +12,6 @@ what is held besides x and out. Letters: B batch, C channels, H × W lattice, k 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from diffusion.coordinates import Size
 from models.operators.base import resample_kernel
 from models.operators.native import compiled
+from models.triton_support import kernels_for
 
 _BAND = 256  # rows on a CPU: those above and below, which a band computes again, are then few
 _COLUMNS = _LANES = 16  # of a task in enlarged.c
@@ -85,9 +85,8 @@ def _enlarged(
     kernel_size = weight.shape[-1]
     lattice = (scale, residual, first_row, rows)
     low_rank = kernel_size > 1 and x.dtype != torch.float64
-    if low_rank and x.device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-        from models.operators.native import triton_enlarged
-
+    triton_enlarged = kernels_for(x.device.type, "models.operators.native.triton_enlarged")
+    if low_rank and triton_enlarged is not None:
         axes = [interpolation(kernel_size, side, x.device) for side in extent]
         return triton_enlarged.enlarged(x, weight, *axes, *lattice, band)
     low_rank = low_rank and x.device.type == "cpu" and compiled.library() is not None
