@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,15 @@ class Command:
                     accepted = f"; one of {', '.join(map(str, choices))}" if choices else ""
                     lines.append(f"  {section.name}.{spec.name}: {spec.metadata['doc']}{accepted} (default {default})")
         return "\n".join(lines)
+
+
+def stages(argv: Sequence[str]) -> dict[str, type[ImageConfig] | type[LatentConfig]]:
+    """The configurations of a command that takes the image model alone, or a sampler with the image model it is of.
+
+    As everywhere, that is `--config IMAGE`, or `--config LATENT --decoder_config IMAGE`; the help shows both.
+    """
+    both = any(re.match(r"--?((no)?decoder_config|help|h)(\W|$)", arg) for arg in argv)
+    return {"config": LatentConfig, "decoder_config": ImageConfig} if both else {"config": ImageConfig}
 
 
 _EXAMPLES = {ImageConfig: "configs/ffhq_256_config.py", LatentConfig: "configs/ffhq_latent_config.py"}

@@ -1,12 +1,13 @@
 """Table 3: quality, speed and memory against the part of the coordinates that training sees.
 
-    python experiments/coordinate_sparsity.py --config configs/ffhq_128_config.py --config.data.root_dir=ffhq.zip \\
-        --latent_config configs/ffhq_latent_config.py --out_dir=table3
+    python experiments/coordinate_sparsity.py --config configs/ffhq_latent_config.py \\
+        --decoder_config configs/ffhq_128_config.py --decoder_config.data.root_dir=ffhq.zip --out_dir=table3
 
 Trains both stages at every ratio, draws samples, scores them and prints the table; the same command continues an
-interrupted sweep. In --out_dir: the runs, RATIO and RATIO_sampler; the samples of each; coordinate_sparsity.json, .txt
-and .png. Speeds are medians over the log of stage one. Memory is the device's in training (stage one), or on a CPU the
-largest resident set of the process.
+interrupted sweep. With --skip_fid, and --config of stage one alone, it measures speed and memory only. In --out_dir:
+the runs, RATIO and RATIO_sampler; the samples of each; coordinate_sparsity.json, .txt and .png. Speeds are medians over
+the log of stage one. Memory is the device's in training (stage one), or on a CPU the largest resident set of the
+process.
 """
 
 import json
@@ -19,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
-from configs.flags import Command, readable_errors
-from configs.schema import ImageConfig, LatentConfig
+from configs.flags import Command, readable_errors, stages
+from configs.schema import ImageConfig
 from experiments.stages import define_scoring_flags, metric_name, run, sample, score
 from metrics.plots import bar_plots, require_matplotlib
 from metrics.run_log import log_lines, median_speed, training_memory
@@ -37,28 +38,30 @@ _STATED = ("mc_integral.ratio", "mc_integral.q_sample")
 
 
 def main(command: Command, configs: dict[str, Any]) -> None:
-    config: ImageConfig = configs["config"]
+    image = "decoder_config" if "decoder_config" in configs else "config"
     out_dir = Path(FLAGS.out_dir)
     with readable_errors():
         require_matplotlib()
         ratios = parse_ratios(FLAGS.ratios)
-        if "latent_config" not in configs and not FLAGS.skip_fid:
-            raise ValueError("--latent_config: missing; accepted: a configuration file, or --skip_fid")
-        for path in set(_STATED) & set(command.overridden["config"]):
-            raise ValueError(f"--config.{path}: accepted: nothing; --ratios says it")
-        results = [measure(command, config, ratio, out_dir) for ratio in ratios]
+        if image == "config" and not FLAGS.skip_fid:
+            raise ValueError("--decoder_config: missing; accepted: stage one there, with --config of stage two, or "
+                             "--config of stage one with --skip_fid")  # fmt: skip
+        for path in set(_STATED) & set(command.overridden[image]):
+            raise ValueError(f"--{image}.{path}: accepted: nothing; --ratios says it")
+        results = [measure(command, image, ratio, out_dir) for ratio in ratios]
         text = report(results, out_dir / "coordinate_sparsity")
     print(f"\n{text}\nwritten: {out_dir / 'coordinate_sparsity'}.txt, .json and .png")
 
 
-def measure(command: Command, config: ImageConfig, ratio: Fraction, out_dir: Path) -> RatioResult:
-    """Train, sample and score at one ratio, as far as that is not done."""
+def measure(command: Command, image: str, ratio: Fraction, out_dir: Path) -> RatioResult:
+    """Train, sample and score at one ratio, as far as that is not done; `image`: the flag of stage one."""
+    config: ImageConfig = command.configs[image]
     name = f"ratio_{str(ratio).replace('/', '-')}"
-    image = {"run.root_dir": out_dir, "run.experiment": name, "mc_integral.ratio": float(ratio)}
-    resident = run("train_inf_ae_diffusion.py", *command.arguments("config", "config", image))
+    changes = {"run.root_dir": out_dir, "run.experiment": name, "mc_integral.ratio": float(ratio)}
+    resident = run("train_inf_ae_diffusion.py", *command.arguments(image, "config", changes))
     log = log_lines(out_dir / name)
     memory = training_memory(log, config.train.plot_samples_steps) or largest(out_dir / name, resident)
-    fid = None if FLAGS.skip_fid else score_samples(command, name, image, out_dir)
+    fid = None if FLAGS.skip_fid else score_samples(command, name, changes, out_dir)
     points = int(config.size[0] * config.size[1] * float(ratio))
     return RatioResult(ratio, points, median_speed(log), memory, fid)
 
@@ -71,15 +74,15 @@ def largest(run_folder: Path, resident: float) -> float:
     return max(known, resident)
 
 
-def score_samples(command: Command, name: str, image: dict[str, Any], out_dir: Path) -> float:
+def score_samples(command: Command, name: str, changes: dict[str, Any], out_dir: Path) -> float:
     """Train the latent model of a ratio, draw samples and score them."""
     latent = {"run.root_dir": out_dir, "run.experiment": f"{name}_sampler"}
-    prior = command.arguments("latent_config", "config", latent)
-    model = [*prior, *command.arguments("config", "decoder_config", image)]
+    prior = command.arguments("config", "config", latent)
+    model = [*prior, *command.arguments("decoder_config", "decoder_config", changes)]
     run("train_latent_diffusion.py", *model)
     samples = out_dir / f"{name}_samples"
     sample(samples, model, f"--num_samples={FLAGS.num_samples}", f"--sampling_steps={FLAGS.sampling_steps}")
-    return score(samples, out_dir / f"{name}_fid.json", command.arguments("config", "config", {}))
+    return score(samples, out_dir / f"{name}_fid.json", command.arguments("decoder_config", "config", {}))
 
 
 def report(results: list[RatioResult], stem: Path) -> str:
@@ -96,5 +99,5 @@ def report(results: list[RatioResult], stem: Path) -> str:
 
 
 if __name__ == "__main__":
-    command = Command(__doc__, {"config": ImageConfig, "latent_config": LatentConfig}, optional=("latent_config",))
+    command = Command(__doc__, stages(sys.argv))
     command.run(lambda configs, _: main(command, configs))

@@ -1,7 +1,7 @@
-"""What the commands that edit given images have in common: flags, the model and its inputs, results as files."""
+"""What the commands that edit given images have in common: flags, the model and its inputs, where results go."""
 
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -10,14 +10,14 @@ from tqdm import tqdm
 
 from configs.schema import ImageConfig
 from configs.stored import relocate
-from data.pixels import to_uint8
 from diffusion.coordinates import Size
-from generation.folder import parse_size, save_png
+from generation.folder import parse_size
 from generation.infty_diff import SAMPLERS, WEIGHTS, InftyDiff, SamplingOptions
 from generation.inputs import Inputs, open_inputs
+from generation.results import Results, digest
 from metrics.similarity import SSIM_WINDOW, PairDistance, psnr, ssim
-from training.files import file_digest, write_json
-from training.run_dir import run_path, save_grid
+from training.files import file_digest
+from training.run_dir import run_path
 
 FLAGS = flags.FLAGS
 
@@ -32,7 +32,7 @@ def define_flags(num_images: int, size_help: str) -> None:
     flags.DEFINE_enum("sampler", "ddim", SAMPLERS, "sampler")
     flags.DEFINE_float("eta", 0.0, "noise of DDIM, 0 to 1")
     flags.DEFINE_float("inv_snr", 0.05, "inverse signal-to-noise ratio of the Wiener filter that undoes the mollifier")
-    flags.DEFINE_string("out_dir", None, "folder of the results; default: a folder of the run, named after the command")
+    flags.DEFINE_string("out_dir", None, "folder of the results; default: COMMAND/INPUT-DIGEST_OF_SETTINGS in the run")
 
 
 def sampling_options() -> SamplingOptions:
@@ -45,9 +45,11 @@ def requested_size() -> Size | None:
     return parse_size(FLAGS.sample_img_size) if FLAGS.sample_img_size else None
 
 
-def open_model(config: ImageConfig, latent_run: Path | None = None) -> InftyDiff:
-    """The model of a run."""
-    return InftyDiff.from_runs(run_path(config), latent_run, config.run.device)
+def open_model(config: ImageConfig, sampling: SamplingOptions, latent_run: Path | None = None) -> InftyDiff:
+    """The model of a run, which must have the steps of `sampling`."""
+    model = InftyDiff.from_runs(run_path(config), latent_run, config.run.device)
+    model.process.respaced(sampling.steps)
+    return model
 
 
 def open_images(model: InftyDiff, config: ImageConfig, overridden: list[str], size: Size) -> Inputs:
@@ -56,40 +58,38 @@ def open_images(model: InftyDiff, config: ImageConfig, overridden: list[str], si
     return open_inputs(FLAGS.input, data, size, FLAGS.num_images, FLAGS.split)
 
 
-class Results:
-    """The folder of a command's results: pictures, `sheet.png`, and last `result.json`.
+def open_results(
+    command: str,
+    config: ImageConfig,
+    sampling: SamplingOptions,
+    settings: dict[str, Any],
+    latent_run: Path | None = None,
+) -> Results:
+    """The folder of the results of a command.
 
-    name: of the command. settings: what the results depend on beside the model and the flags common to all commands.
+    Args:
+        command: its name.
+        settings: what the pictures depend on beside the model, the images and the flags common to all commands.
+        latent_run: of the sampler, where one is needed.
     """
-
-    def __init__(self, name: str, config: ImageConfig, sampling: SamplingOptions, settings: dict[str, Any]) -> None:
-        self.folder = Path(FLAGS.out_dir) if FLAGS.out_dir else run_path(config) / name
-        weights = file_digest(run_path(config) / WEIGHTS)
-        self._report = {"input": FLAGS.input or f"split {FLAGS.split}", "image_run": weights,
-                        "sampling": asdict(sampling), **settings}  # fmt: skip
-        self._tiles: list[torch.Tensor] = []
-
-    def save(self, name: str, image: torch.Tensor) -> None:
-        """Write an image (C, H, W) in [−1, 1] as NAME.png."""
-        save_png(self.folder / f"{name}.png", to_uint8(image.cpu()))
-
-    def show(self, images: torch.Tensor) -> None:
-        """Append images (N, C, H, W) to the sheet."""
-        self._tiles.extend(images.float().cpu())
-
-    def finish(self, per_row: int, rows: list[dict[str, Any]]) -> dict[str, float]:
-        """Write the sheet, and the report with a row of measures per result; return the means of the measures."""
-        measures = {key: [row[key] for row in rows] for key, value in rows[0].items() if isinstance(value, float)}
-        means = {key: round(sum(values) / len(values), 4) for key, values in measures.items()}
-        save_grid(self.folder / "sheet.png", torch.stack(self._tiles), per_row)
-        write_json(self.folder / "result.json", {**self._report, "mean": means, "results": rows})
-        return means
+    source = str(Path(FLAGS.input).expanduser().resolve()) if FLAGS.input else f"split {FLAGS.split}"
+    settings = {"input": source, "sampling": asdict(sampling), **settings}
+    runs = {"image_run": run_path(config), **({"latent_run": latent_run} if latent_run else {})}
+    model = {name: file_digest(run / WEIGHTS) for name, run in runs.items()}
+    default = f"{PurePath(FLAGS.input).stem if FLAGS.input else FLAGS.split}-{digest(settings, model)[:8]}"
+    return Results(Path(FLAGS.out_dir) if FLAGS.out_dir else run_path(config) / command / default, settings, model)
 
 
-def steps_bar(sampling: SamplingOptions, model: InftyDiff, rounds: int, title: str) -> tqdm:
-    """A bar over the sampling steps of several rounds; `bar.update()` in a sampler's callback moves it."""
-    total = rounds * model.process.respaced(sampling.steps).schedule.num_steps
-    return tqdm(total=total, desc=title, unit="step", disable=None)
+def step_count(model: InftyDiff, sampling: SamplingOptions, start: int | None = None, *, encoded: bool = False) -> int:
+    """Steps of one sampling from step `start` of the process as trained, and if `encoded` of the inversion to there."""
+    schedule = model.process.respaced(sampling.steps).schedule
+    level = schedule.num_steps - 1 if start is None else schedule.step_until(start)
+    return level + 1 + (level if encoded else 0)
+
+
+def steps_bar(steps: int, title: str) -> tqdm:
+    """A bar over the steps of samplers and of inversions; their callback `bar.update()` moves it."""
+    return tqdm(total=steps, desc=title, unit="step", disable=None)
 
 
 def similarity(a: torch.Tensor, b: torch.Tensor, lpips: PairDistance | None = None) -> dict[str, float]:

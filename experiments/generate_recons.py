@@ -6,8 +6,9 @@
 With random noise a reconstruction shows what the latent keeps. With the stochastic code, to which DDIM inversion leads
 an image at the same steps, it shows what latent and noise keep together: nearly everything.
 
-Writes sheet.png (a row per image: the image, decoded from random noise, decoded from its code), every reconstruction as
-PNG, and result.json with PSNR, SSIM and, with --lpips, LPIPS of each and their means.
+Writes every reconstruction as PNG, sheet.png (a row per image, of the first 16: the image, decoded from random noise,
+decoded from its code), and result.json with PSNR, SSIM and, with --lpips, LPIPS of each and their means. Run
+again, only what is missing is made.
 """
 
 import sys
@@ -21,6 +22,7 @@ from absl import flags
 from configs.flags import Command, readable_errors
 from configs.schema import ImageConfig
 from experiments import edit_flags as edit
+from generation.results import digest
 from metrics.similarity import LPIPS_NETS, load_lpips
 
 FLAGS = flags.FLAGS
@@ -41,29 +43,34 @@ def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
             )
         sampling = edit.sampling_options()
         distance = load_lpips(FLAGS.lpips, FLAGS.lpips_weights) if FLAGS.lpips else None
-        model = edit.open_model(config)
+        model = edit.open_model(config, sampling)
         inputs = edit.open_images(model, config, overridden["config"], edit.requested_size() or model.config.size)
-        results = edit.Results("recons", config, sampling, {"size": list(inputs.images.shape[-2:]), "seed": FLAGS.seed})
-        ways, rows = 1 + 2 * FLAGS.stochastic_codes, []
-        with edit.steps_bar(sampling, model, ways * len(inputs.images), "reconstructing") as bar:
-            for i, image in enumerate(inputs.images):
-                tick = lambda *_: bar.update()  # noqa: E731
-                latents, seeds, size = model.encode(image[None]), [FLAGS.seed + i], tuple(image.shape[-2:])
-                noises = {"random": model.initial_noise(seeds, size)}
-                if FLAGS.stochastic_codes:
-                    noises["code"] = model.encode_stochastic(image[None], latents, sampling.steps, callback=tick)
-                row: dict[str, Any] = {"image": inputs.names[i]}
-                results.show(image[None])
-                for name, noise in noises.items():
-                    step_noise = model.step_noise(seeds, size)
-                    decoded = model.decode(latents, noise, sampling, step_noise=step_noise, callback=tick)
-                    decoded = decoded.cpu().clamp(-1, 1)
-                    results.show(decoded)
-                    results.save(f"{inputs.stem(i)}_{name}", decoded[0])
-                    row |= {f"{name}_{key}": v for key, v in edit.similarity(decoded, image[None], distance).items()}
-                rows.append(row)
-        means = results.finish(1 + len(noises), rows)
-    print(f"{means}; results: {results.folder}")
+        size = tuple(inputs.images.shape[-2:])
+        settings = {"size": list(size), "seed": FLAGS.seed, "lpips": FLAGS.lpips, "lpips_weights": FLAGS.lpips_weights}
+        results = edit.open_results("recons", config, sampling, settings)
+        ways = ("random", "code") if FLAGS.stochastic_codes else ("random",)
+        names = {(i, way): f"{inputs.stem(i)}_{way}" for i in range(len(inputs.images)) for way in ways}
+        missing = [key for key, name in names.items() if results.lacks(name, digest(inputs.images[key[0]]))]
+        steps = sum(edit.step_count(model, sampling, encoded=way == "code") for _, way in missing)
+        with edit.steps_bar(steps, "reconstructing") as bar:
+            tick = lambda *_: bar.update()  # noqa: E731
+            for i, way in missing:
+                image, seeds = inputs.images[i : i + 1], [FLAGS.seed + i]
+                latents = model.encode(image)
+                if way == "code":
+                    noise = model.encode_stochastic(image, latents, sampling.steps, callback=tick)
+                else:
+                    noise = model.initial_noise(seeds, size)
+                step_noise = model.step_noise(seeds, size)
+                decoded = model.decode(latents, noise, sampling, step_noise=step_noise, callback=tick)
+                decoded = decoded.cpu().clamp(-1, 1)
+                measures = edit.similarity(decoded, image, distance).items()
+                row = {"image": inputs.names[i], **{f"{way}_{key}": value for key, value in measures}}
+                results.add(names[i, way], digest(image[0]), decoded[0], row)
+        for i, image in enumerate(inputs.images):
+            results.show([image], [names[i, way] for way in ways])
+        means = results.finish(1 + len(ways))
+    print(f"{means}; {len(missing)} made, {len(names) - len(missing)} were there: {results.folder}")
 
 
 if __name__ == "__main__":

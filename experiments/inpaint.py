@@ -9,7 +9,8 @@ encoder gets exactly the visible pixels, which it can, and sampling starts from 
 in the paper, latents and the state at step --start_step are encodings of the whole image, so that an earlier start step
 gives a hole more like the original. Known pixels are put back at the end, unless --nopaste.
 
-Writes sheet.png (a row per image: the image, the image with its hole, the results), every result as PNG, result.json.
+Writes every result as PNG, sheet.png (a row per image, of the first 16: the image, the image with its hole, the
+results), and result.json. Run again, only what is missing is made.
 """
 
 import math
@@ -25,10 +26,12 @@ from absl import flags
 
 from configs.flags import Command, readable_errors
 from configs.schema import ImageConfig
+from diffusion.conditioning import check_mask
 from experiments import edit_flags as edit
 from generation.editing import InpaintOptions, inpaint
 from generation.folder import parse_seeds
 from generation.inputs import Inputs, parse_box, parse_step, read_mask
+from generation.results import digest
 
 FLAGS = flags.FLAGS
 edit.define_flags(4, "the results; default: the training size")
@@ -51,34 +54,43 @@ def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
             raise ValueError("--mask, --box: accepted: exactly one of them")
         if FLAGS.see_hole and len(seeds) > 1 and not FLAGS.eta and FLAGS.sampler != "ddpm":
             raise ValueError(f"--seeds={FLAGS.seeds}: all equal with --see_hole; accepted: one seed, or --eta above 0")
-        model = edit.open_model(config)
+        model = edit.open_model(config, sampling)
         size = edit.requested_size() or model.config.size
         start = parse_step(FLAGS.start_step, model.process.schedule.num_steps)
-        options = InpaintOptions(
-            sampling, FLAGS.guidance, FLAGS.plain_guidance, start, FLAGS.see_hole, FLAGS.follow
-        )
+        options = InpaintOptions(sampling, FLAGS.guidance, FLAGS.plain_guidance, start, FLAGS.see_hole, FLAGS.follow)
         inputs = edit.open_images(model, config, overridden["config"], size)
         masks = [hole(inputs, i) for i in range(len(inputs.images))]
         settings = {"size": list(size), "mask": FLAGS.mask, "box": FLAGS.box, "paste": FLAGS.paste, **asdict(options)}
-        results = edit.Results("inpaint", config, sampling, settings)
-        rows = []
-        with edit.steps_bar(sampling, model, len(masks), "inpainting") as bar:
-            for i, (image, mask) in enumerate(zip(inputs.images, masks)):
-                filled = inpaint(model, image, mask, seeds, options, lambda *_: bar.update()).cpu().clamp(-1, 1)
-                shown = torch.where(mask, image, filled) if FLAGS.paste else filled
-                for seed, picture in zip(seeds, shown):
-                    results.save(f"{inputs.stem(i)}_seed{seed}", picture)
-                results.show(torch.stack([image, torch.where(mask, image, 1.0), *shown]))
-                rows += [{"image": inputs.names[i], "seed": seed, **fidelity(picture, image, mask)}
-                         for seed, picture in zip(seeds, filled)]  # fmt: skip
-        means = results.finish(2 + len(seeds), rows)
-    print(f"before known pixels are put back, in dB: {means}; results: {results.folder}")
+        results = edit.open_results("inpaint", config, sampling, settings)
+        names = [[f"{inputs.stem(i)}_seed{seed}" for seed in seeds] for i in range(len(masks))]
+        given = [digest(image, mask) for image, mask in zip(inputs.images, masks)]
+        missing = [
+            [seed for seed, name in zip(seeds, row) if results.lacks(name, given[i])] for i, row in enumerate(names)
+        ]
+        steps = edit.step_count(model, sampling, start, encoded=True)
+        with edit.steps_bar(steps * sum(map(bool, missing)), "inpainting") as bar:
+            for i, wanted in enumerate(missing):
+                if wanted:
+                    image, mask = inputs.images[i], masks[i]
+                    filled = inpaint(model, image, mask, wanted, options, lambda *_: bar.update()).cpu().clamp(-1, 1)
+                    for seed, picture in zip(wanted, filled):
+                        row = {"image": inputs.names[i], "seed": seed, **fidelity(picture, image, mask)}
+                        shown = torch.where(mask, image, picture) if FLAGS.paste else picture
+                        results.add(f"{inputs.stem(i)}_seed{seed}", given[i], shown, row)
+        for image, mask, row in zip(inputs.images, masks, names):
+            results.show([image, torch.where(mask, image, 1.0)], row)
+        means = results.finish(2 + len(seeds))
+    made = sum(map(len, missing))
+    print(f"before known pixels are put back, in dB: {means}; {made} made, "
+          f"{len(masks) * len(seeds) - made} were there: {results.folder}")  # fmt: skip
 
 
 def hole(inputs: Inputs, i: int) -> torch.Tensor:
     """The known pixels of image i, by --box or --mask."""
     size = tuple(inputs.images.shape[-2:])
-    return parse_box(FLAGS.box, size) if FLAGS.box else read_mask(FLAGS.mask, inputs.own_sizes[i], size)
+    known = parse_box(FLAGS.box, size) if FLAGS.box else read_mask(FLAGS.mask, inputs.own_sizes[i], size)
+    check_mask(known, size)
+    return known
 
 
 def fidelity(result: torch.Tensor, image: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:

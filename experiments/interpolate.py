@@ -6,12 +6,13 @@
 Without --seeds the first two images of --input, or of the split, are encoded: their latents are joined by a straight
 line, and the noises that DDIM inversion finds for them by a great circle, so that the ends are the images themselves.
 --noise=random takes one random noise for the whole way instead, which shows what the latents alone do. With --seeds=3,7
-two samples are joined, which needs the latent run too:
+two samples are joined; configurations are then given as for sampling:
 
-    python experiments/interpolate.py --config configs/ffhq_256_config.py \\
-        --latent_config configs/ffhq_latent_config.py --seeds=3,7
+    python experiments/interpolate.py --config configs/ffhq_latent_config.py \\
+        --decoder_config configs/ffhq_256_config.py --seeds=3,7
 
-Writes sheet.png (the way in one row), every picture as PNG, result.json and, with --animation, the way there and back.
+Writes every picture as PNG, sheet.png (the way in one row), result.json and, with --animation, the way there and back.
+Run again, only what is missing is made.
 """
 
 import sys
@@ -24,21 +25,22 @@ import torch
 from absl import flags
 from PIL import Image
 
-from configs.flags import Command, readable_errors
-from configs.schema import ImageConfig, LatentConfig
-from data.pixels import to_uint8
+from configs.flags import Command, readable_errors, stages
+from configs.schema import ImageConfig
 from diffusion.coordinates import Size
+from diffusion.samplers import Callback
 from experiments import edit_flags as edit
 from generation.editing import lerp, slerp
 from generation.folder import parse_seeds
 from generation.infty_diff import InftyDiff, SamplingOptions
 from generation.inputs import Inputs
+from generation.results import digest
 from training.files import write_atomic
 from training.run_dir import run_path
 
 FLAGS = flags.FLAGS
 edit.define_flags(2, "the pictures; default: the training size")
-flags.DEFINE_string("seeds", None, "two seeds of samples to join, 3,7, instead of images; needs --latent_config")
+flags.DEFINE_string("seeds", None, "two seeds of samples to join, 3,7, instead of images; with --decoder_config")
 flags.DEFINE_integer("steps", 9, "pictures of the way, both ends included", lower_bound=2)
 flags.DEFINE_enum("noise", "code", ("code", "random"), "of images: joined stochastic codes, or one random noise")
 flags.DEFINE_integer("seed", 0, "seed of the noise with --noise=random", lower_bound=0)
@@ -48,64 +50,84 @@ flags.DEFINE_integer("frame_ms", 120, "duration of a picture in it", lower_bound
 
 
 def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
-    config: ImageConfig = configs["config"]
+    image = "decoder_config" if "decoder_config" in configs else "config"
+    config: ImageConfig = configs[image]
+    latent_run = run_path(configs["config"]) if image != "config" else None
     with readable_errors():
         sampling = edit.sampling_options()
         if sampling.sampler == "ddpm" or sampling.eta:
             raise ValueError(f"--sampler={sampling.sampler}, --eta={sampling.eta:g}: draws noise at every step, which "
                              "breaks the way; accepted: ddim or dpmpp, and 0")  # fmt: skip
-        if (FLAGS.seeds is None) != ("latent_config" not in configs):
-            raise ValueError("--seeds, --latent_config: accepted: both, or neither")
-        model = edit.open_model(config, run_path(configs["latent_config"]) if FLAGS.seeds else None)
+        if (FLAGS.seeds is None) != (latent_run is None):
+            raise ValueError("--seeds, --decoder_config: accepted: both, with --config of the sampler, or neither")
+        model = edit.open_model(config, sampling, latent_run)
         size = edit.requested_size() or model.config.size
-        if FLAGS.seeds:
-            latents, noises, names = sampled_ends(model, size)
-        else:
-            inputs = edit.open_images(model, config, overridden["config"], size)
-            latents, noises, names = encoded_ends(model, inputs, sampling)
-        weights = torch.linspace(0, 1, FLAGS.steps)
-        way = {"lerp": lerp, "slerp": slerp}[FLAGS.latents](*latents, weights)
-        noise = slerp(*noises, weights)
-        settings = {"ends": names, "size": list(size), "noise": FLAGS.noise, "latents": FLAGS.latents,
-                    "seed": FLAGS.seed}  # fmt: skip
-        results, pictures = edit.Results("interpolation", config, sampling, settings), []
-        with edit.steps_bar(sampling, model, FLAGS.steps, "interpolating") as bar:
-            for i in range(FLAGS.steps):
-                decoded = model.decode(way[i : i + 1], noise[i : i + 1], sampling, callback=lambda *_: bar.update())
-                pictures.append(decoded[0].cpu().clamp(-1, 1))
-                results.save(f"{i:03d}", pictures[-1])
-        results.show(torch.stack(pictures))
-        results.finish(FLAGS.steps, [{"picture": f"{i:03d}.png"} for i in range(FLAGS.steps)])
+        inputs = None if FLAGS.seeds else two_images(edit.open_images(model, config, overridden[image], size))
+        names = [f"seed {seed}" for seed in two_seeds()] if inputs is None else inputs.names[:2]
+        made_from = digest(names) if inputs is None else digest(inputs.images[:2])
+        settings = {"ends": names, "size": list(size), "steps": FLAGS.steps, "noise": FLAGS.noise,
+                    "latents": FLAGS.latents, "seed": FLAGS.seed}  # fmt: skip
+        results = edit.open_results("interpolation", config, sampling, settings, latent_run)
+        pictures = [f"{i:03d}" for i in range(FLAGS.steps)]
+        missing = [i for i, picture in enumerate(pictures) if results.lacks(picture, made_from)]
+        encoded = inputs is not None and FLAGS.noise == "code" and bool(missing)
+        steps = len(missing) * edit.step_count(model, sampling)
+        steps += encoded * (edit.step_count(model, sampling, encoded=True) - edit.step_count(model, sampling))
+        with edit.steps_bar(steps, "interpolating") as bar:
+            tick = lambda *_: bar.update()  # noqa: E731
+            if missing:
+                latents, noises = (
+                    sampled_ends(model, size) if inputs is None else encoded_ends(model, inputs, sampling, tick)
+                )
+                weights = torch.linspace(0, 1, FLAGS.steps)
+                way, noise = {"lerp": lerp, "slerp": slerp}[FLAGS.latents](*latents, weights), slerp(*noises, weights)
+            for i in missing:
+                decoded = model.decode(way[i : i + 1], noise[i : i + 1], sampling, callback=tick)
+                results.add(pictures[i], made_from, decoded[0].cpu().clamp(-1, 1), {"weight": float(weights[i])})
+        results.show([], pictures)
+        results.finish(FLAGS.steps)
         if FLAGS.animation:
             animate(results.folder, pictures)
-    print(f"{FLAGS.steps} pictures from {names[0]} to {names[1]}: {results.folder}")
+    print(f"{FLAGS.steps} pictures from {names[0]} to {names[1]}; {len(missing)} made, "
+          f"{FLAGS.steps - len(missing)} were there: {results.folder}")  # fmt: skip
 
 
-Ends = tuple[torch.Tensor, torch.Tensor, list[str]]  # latents (2, D), noises (2, C, H, W), names
+Ends = tuple[torch.Tensor, torch.Tensor]  # latents (2, D), noises (2, C, H, W)
+
+
+def two_seeds() -> list[int]:
+    """The seeds of --seeds."""
+    seeds = parse_seeds(FLAGS.seeds)
+    if len(seeds) != 2:
+        raise ValueError(f"--seeds={FLAGS.seeds}: accepted: two different seeds, e.g. 3,7")
+    return seeds
+
+
+def two_images(inputs: Inputs) -> Inputs:
+    """The images, of which there must be two."""
+    if len(inputs.images) < 2:
+        raise ValueError(f"--input={FLAGS.input}, --num_images={FLAGS.num_images}: one image; accepted: two")
+    return inputs
 
 
 def sampled_ends(model: InftyDiff, size: Size) -> Ends:
     """The two samples of --seeds."""
-    seeds = parse_seeds(FLAGS.seeds)
-    if len(seeds) != 2:
-        raise ValueError(f"--seeds={FLAGS.seeds}: accepted: two different seeds, e.g. 3,7")
-    return model.prior.sample(seeds), model.initial_noise(seeds, size), [f"seed {seed}" for seed in seeds]
+    seeds = two_seeds()
+    return model.prior.sample(seeds), model.initial_noise(seeds, size)
 
 
-def encoded_ends(model: InftyDiff, inputs: Inputs, sampling: SamplingOptions) -> Ends:
+def encoded_ends(model: InftyDiff, inputs: Inputs, sampling: SamplingOptions, callback: Callback) -> Ends:
     """The first two images."""
-    if len(inputs.images) < 2:
-        raise ValueError(f"--input={FLAGS.input}, --num_images={FLAGS.num_images}: one image; accepted: two")
     images = inputs.images[:2]
     latents = model.encode(images)
     if FLAGS.noise == "code":
-        return latents, model.encode_stochastic(images, latents, sampling.steps), inputs.names[:2]
-    return latents, model.initial_noise([FLAGS.seed] * 2, tuple(images.shape[-2:])), inputs.names[:2]
+        return latents, model.encode_stochastic(images, latents, sampling.steps, callback=callback)
+    return latents, model.initial_noise([FLAGS.seed] * 2, tuple(images.shape[-2:]))
 
 
-def animate(folder: Path, pictures: list[torch.Tensor]) -> None:
-    """Write the pictures (C, H, W), there and back, as one endless animation."""
-    there = [Image.fromarray(to_uint8(p[:3].expand(3, -1, -1)).permute(1, 2, 0).contiguous().numpy()) for p in pictures]
+def animate(folder: Path, pictures: list[str]) -> None:
+    """Write the pictures, there and back, as one endless animation."""
+    there = [Image.open(folder / f"{picture}.png").convert("RGB") for picture in pictures]
     frames = there + there[-2:0:-1]
     kind, name = ("GIF", "animation.gif") if FLAGS.animation == "gif" else ("PNG", "animation.png")
     options = {"save_all": True, "append_images": frames[1:], "duration": FLAGS.frame_ms, "loop": 0}
@@ -113,4 +135,4 @@ def animate(folder: Path, pictures: list[torch.Tensor]) -> None:
 
 
 if __name__ == "__main__":
-    Command(__doc__, {"config": ImageConfig, "latent_config": LatentConfig}, optional=("latent_config",)).run(main)
+    Command(__doc__, stages(sys.argv)).run(main)

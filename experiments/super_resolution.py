@@ -7,8 +7,8 @@ Images are reduced to --input_size, encoded, and sampled at --factor times that 
 latent alone keeps what an image shows, not every detail of it. --ddim_encoding also keeps the details that the low
 resolution has: sampling starts at --start_step from the encoding of the image by DDIM, with new noise for finer ones.
 
-Writes sheet.png (a row per image: low resolution, bicubic, ours), every result as PNG, and result.json with PSNR and
-SSIM of our results, reduced again, against the input.
+Writes every result as PNG, sheet.png (a row per image, of the first 16: low resolution, bicubic, ours), and result.json
+with PSNR and SSIM of our results, reduced again, against the input. Run again, only what is missing is made.
 """
 
 import sys
@@ -17,8 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from absl import flags
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from configs.flags import Command, readable_errors
@@ -28,6 +28,7 @@ from experiments import edit_flags as edit
 from generation.editing import enlarged, super_resolve
 from generation.folder import parse_size
 from generation.inputs import parse_step
+from generation.results import digest
 
 FLAGS = flags.FLAGS
 edit.define_flags(4, "the results; default: --factor times --input_size")
@@ -44,7 +45,7 @@ def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
         sampling = edit.sampling_options()
         if FLAGS.start_step and not FLAGS.ddim_encoding:
             raise ValueError(f"--start_step={FLAGS.start_step}: accepted: with --ddim_encoding")
-        model = edit.open_model(config)
+        model = edit.open_model(config, sampling)
         low = parse_size(FLAGS.input_size, "input_size") if FLAGS.input_size else model.config.size
         size = edit.requested_size() or tuple(round(n * FLAGS.factor) for n in low)
         if size[0] < low[0] or size[1] < low[1]:
@@ -53,25 +54,29 @@ def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
         start = parse_step(FLAGS.start_step or str(last), last + 1) if FLAGS.ddim_encoding else None
         inputs = edit.open_images(model, config, overridden["config"], low)
         settings = {"input_size": list(low), "size": list(size), "seed": FLAGS.seed, "start_step": start}
-        results, rows = edit.Results("super_resolution", config, sampling, settings), []
-        with edit.steps_bar(sampling, model, len(inputs.images), "super-resolution") as bar:
-            for i, image in enumerate(inputs.images):
-                seeds = [FLAGS.seed + i]
+        results = edit.open_results("super_resolution", config, sampling, settings)
+        missing = [i for i, image in enumerate(inputs.images) if results.lacks(inputs.stem(i), digest(image))]
+        steps = edit.step_count(model, sampling, start, encoded=FLAGS.ddim_encoding)
+        with edit.steps_bar(steps * len(missing), "super-resolution") as bar:
+            for i in missing:
+                image, seeds = inputs.images[i], [FLAGS.seed + i]
                 fine = super_resolve(model, image[None], size, seeds, sampling, start, lambda *_: bar.update())
                 fine = fine.cpu().clamp(-1, 1)
-                results.save(inputs.stem(i), fine[0])
-                results.show(torch.cat([nearest(image[None], size), enlarged(image[None], size), fine]))
-                rows.append({"image": inputs.names[i], **edit.similarity(reduced(fine, low), image[None])})
-        means = results.finish(3, rows)
-    print(f"reduced again, against the input: {means}; results: {results.folder}")
+                row = {"image": inputs.names[i], **edit.similarity(reduced(fine, low), image[None])}
+                results.add(inputs.stem(i), digest(image), fine[0], row)
+        for i, image in enumerate(inputs.images):
+            results.show([*nearest(image[None], size), *enlarged(image[None], size)], [inputs.stem(i)])
+        means = results.finish(3)
+    print(f"reduced again, against the input: {means}; {len(missing)} made, "
+          f"{len(inputs.names) - len(missing)} were there: {results.folder}")  # fmt: skip
 
 
-def nearest(images: torch.Tensor, size: Size) -> torch.Tensor:
+def nearest(images: Tensor, size: Size) -> Tensor:
     """Images on a finer lattice with their pixels as they are."""
     return interpolate(images, size, mode="nearest-exact")
 
 
-def reduced(images: torch.Tensor, size: Size) -> torch.Tensor:
+def reduced(images: Tensor, size: Size) -> Tensor:
     """Images on a coarser lattice by an antialiased bicubic filter."""
     return interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
 

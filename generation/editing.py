@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from diffusion.conditioning import Known, check_mask, descend, fill_hole, follow, join_bands
 from diffusion.coordinates import Points, Size
+from diffusion.process import Denoised
 from diffusion.samplers import Callback, Correction
 from generation.infty_diff import InftyDiff, SamplingOptions
 
@@ -62,7 +63,7 @@ def inpaint(
         mask: bool (H, W), true where pixels are known.
         seeds: one per result.
         options: see there.
-        callback: called as callback(i, t, x, denoised) after each step.
+        callback: called as callback(i, t, x, denoised) after each step, of DDIM inversion and then of sampling.
     Returns:
         (N, C, H, W): whole images; the known pixels are close to those given, not equal.
     Raises:
@@ -79,9 +80,13 @@ def inpaint(
     last = process.schedule.num_steps - 1
     start = last if options.start_step is None else process.schedule.step_until(options.start_step)
     states = [process.mollifier(seen)]
-    code = model.encode_stochastic(
-        seen, latents, sampling.steps, stop=start, callback=lambda i, t, x, denoised: states.append(x)
-    )
+
+    def keep(i: int, t: int, x: torch.Tensor, denoised: Denoised) -> None:
+        states.append(x)
+        if callback is not None:
+            callback(i, t, x, denoised)
+
+    code = model.encode_stochastic(seen, latents, sampling.steps, stop=start, callback=keep)
     known = Known(image, mask, process, lambda x: model.deblur(x, sampling.inv_snr))
     soft = known.soft_mask()
     if not options.see_hole:
@@ -145,7 +150,7 @@ def super_resolve(
         seeds: one per image.
         sampling: sampler, steps, Wiener filter.
         encoding_step: step of the process as trained at which sampling starts, or None for noise.
-        callback: called as callback(i, t, x, denoised) after each step.
+        callback: called as callback(i, t, x, denoised) after each step, of DDIM inversion, if any, and of sampling.
     Returns:
         (B, C, H, W), about [−1, 1].
     Raises:
@@ -160,7 +165,7 @@ def super_resolve(
         schedule = model.process.respaced(sampling.steps).schedule
         start = schedule.step_until(encoding_step)
         large = enlarged(images, size)
-        code = model.encode_stochastic(large, latents, sampling.steps, stop=start)
+        code = model.encode_stochastic(large, latents, sampling.steps, stop=start, callback=callback)
         alpha_bar = float(schedule.alpha_bar[start])
         fresh = alpha_bar**0.5 * model.process.mollifier(large) + (1 - alpha_bar) ** 0.5 * state
         state = join_bands(code, fresh, band)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from data.pixels import to_float, to_uint8
@@ -56,9 +58,9 @@ def draw_folder(
         ValueError: when the folder was made with other settings or another model.
     """
     settings = {"size": list(options.size), "sampling": asdict(options.sampling), "latent_steps": options.latent_steps}
-    _check_manifest(out_dir, {"settings": settings, "model": provenance})
+    _check_steps(model, options)
+    claim_folder(out_dir, {"settings": settings, "model": provenance})
     missing = [seed for seed in seeds if not _is_done(out_dir, seed, options)]
-    write_json(out_dir / "manifest.json", {"settings": settings, "model": provenance})
     # One at a time costs a CPU nothing, and makes the files equal bit for bit whatever is drawn beside them; a GPU
     # needs batches, whose size changes the rounding of its products.
     together = 1 if model.device.type == "cpu" else options.batch_size
@@ -69,6 +71,13 @@ def draw_folder(
             bar.update(len(batch))
     contact_sheet(out_dir, options.size)
     return len(missing)
+
+
+def _check_steps(model: InftyDiff, options: FolderOptions) -> None:
+    """Refuse wrong steps before anything is written."""
+    model.process.respaced(options.sampling.steps)
+    if model.prior is not None and options.latent_steps is not None:
+        model.prior.process.respaced(options.latent_steps)
 
 
 def _draw_batch(model: InftyDiff, out_dir: Path, seeds: list[int], options: FolderOptions) -> None:
@@ -89,39 +98,57 @@ def _save_npy(path: Path, raw: torch.Tensor) -> None:
         np.save(file, raw.numpy())
 
 
-def save_png(path: Path, image: torch.Tensor) -> None:
-    """Write uint8 (C, H, W) as PNG, atomically."""
+def save_png(path: Path, image: torch.Tensor, texts: Mapping[str, str] | None = None) -> None:
+    """Write uint8 (C, H, W) as PNG, atomically, with texts in its header by their keywords."""
     pixels = image.permute(1, 2, 0).squeeze(2) if image.shape[0] == 1 else image.permute(1, 2, 0)
     picture = Image.fromarray(pixels.contiguous().numpy(), _MODES[image.shape[0]])
-    write_atomic(path, lambda temporary: picture.save(temporary, format="png"))
+    info = PngInfo()
+    for keyword, text in (texts or {}).items():
+        info.add_text(keyword, text)
+    write_atomic(path, lambda temporary: picture.save(temporary, format="png", pnginfo=info))
+
+
+def whole_png(path: Path) -> tuple[Size, dict[str, str]] | None:
+    """The size (H, W) and the texts of a PNG if it is there and undamaged."""
+    try:
+        with Image.open(path) as image:
+            size, texts = image.size[::-1], {k: v for k, v in image.info.items() if isinstance(v, str)}
+            image.verify()
+            return size, texts
+    except (OSError, SyntaxError):  # Pillow raises SyntaxError for a broken PNG
+        return None
 
 
 def _is_done(out_dir: Path, seed: int, options: FolderOptions) -> bool:
     """Whether the image of a seed is there, whole and of the right size."""
     if options.save_raw and not _raw_path(out_dir, seed).exists():
         return False
-    try:
-        with Image.open(out_dir / f"{seed:06d}.png") as image:
-            size = image.size[::-1]
-            image.verify()
-            return size == tuple(options.size)
-    except (OSError, SyntaxError):  # Pillow raises SyntaxError for a broken PNG
-        return False
+    found = whole_png(out_dir / f"{seed:06d}.png")
+    return found is not None and found[0] == tuple(options.size)
 
 
-def _check_manifest(out_dir: Path, wanted: dict[str, Any]) -> None:
+def claim_folder(out_dir: Path, wanted: dict[str, Any]) -> None:
+    """Write what a folder is to hold as its `manifest.json`, unless that is there and says something else.
+
+    Args:
+        out_dir: made if need be.
+        wanted: plain values, by parts that the error names.
+    Raises:
+        ValueError: when the folder holds something else.
+    """
+    path = out_dir / "manifest.json"
+    wanted = json.loads(json.dumps(wanted))
     try:
-        there = json.loads((out_dir / "manifest.json").read_text())
-    except FileNotFoundError:
-        return
+        there = json.loads(path.read_text()) if path.exists() else wanted
     except (OSError, ValueError) as error:
-        raise ValueError(f"{out_dir / 'manifest.json'}: not readable ({error}); accepted: another --out_dir") from None
-    if there != json.loads(json.dumps(wanted)):
-        parts = [name for name in wanted if there.get(name) != json.loads(json.dumps(wanted[name]))]
+        raise ValueError(f"{path}: not readable ({error}); accepted: another --out_dir") from None
+    if there != wanted:
+        parts = [name for name in wanted if there.get(name) != wanted[name]]
         raise ValueError(
-            f"--out_dir={out_dir}: holds samples of other {' and '.join(parts)} "
+            f"--out_dir={out_dir}: holds results of other {' and '.join(parts)} "
             "(see its manifest.json); accepted: an empty folder or the same settings"
         )
+    write_json(path, wanted)
 
 
 def contact_sheet(out_dir: Path, size: Size) -> None:

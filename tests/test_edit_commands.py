@@ -1,4 +1,4 @@
-"""The commands that edit given images, as users type them: their files, and wrong input in one line."""
+"""The commands that edit given images, as users type them: their files, going on, and wrong input in one line."""
 
 import json
 from dataclasses import asdict
@@ -51,6 +51,30 @@ def succeeds(script: str, root: Path, out: Path, *extra: str) -> dict:
     return json.loads((out / "result.json").read_text())
 
 
+def kept(out: Path) -> dict[str, tuple[bytes, int]]:
+    """The pictures, and when each was written."""
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.glob("[0-9]*.png")}
+
+
+def goes_on(script: str, root: Path, out: Path, *extra: str) -> None:
+    """After a kill that left one picture out and one in part, the same command makes these two, as they were."""
+    report, sheet, before = ((out / name).read_bytes() for name in ("result.json", "sheet.png", "manifest.json"))
+    whole = kept(out)
+    gone, damaged = sorted(whole)[:2]
+    for name in (gone, "result.json", "sheet.png"):
+        (out / name).unlink()
+    (out / damaged).write_bytes(whole[damaged][0][:-30])
+    done = run(command(script, root, f"--out_dir={out}", *extra))
+    assert f"2 made, {len(whole) - 2} were there" in done.stdout, done.stderr
+    again = kept(out)
+    assert {name: content for name, (content, _) in again.items()} == {name: c for name, (c, _) in whole.items()}
+    assert {name for name in whole if again[name] == whole[name]} == whole.keys() - {gone, damaged}
+    assert ((out / "result.json").read_bytes(), (out / "sheet.png").read_bytes()) == (report, sheet)
+    assert (out / "manifest.json").read_bytes() == before
+    fails(command(script, root, f"--out_dir={out}", *extra, "--inv_snr=0.1"), "holds results of other settings")
+    assert kept(out) == again
+
+
 def shapes(out: Path) -> dict[str, tuple[int, ...]]:
     return {path.name: np.array(Image.open(path)).shape for path in out.glob("[0-9]*.png")}
 
@@ -77,12 +101,29 @@ def test_inpaint(root, tmp_path):
     assert Image.open(out / "sheet.png").size == (4 * 17 + 2, 2 * 22 + 2)
 
 
+def test_pictures_change_with_the_mask_of_the_same_name(root, tmp_path):
+    mask = np.zeros((40, 30), np.uint8)
+    changed, given = [], ["--num_images=1", f"--mask={tmp_path / 'mask.png'}", f"--input={root / 'pictures'}"]
+    for rows in (slice(10, 30), slice(10, 20)):
+        mask[:] = 0
+        mask[rows, 10:20] = 255
+        Image.fromarray(mask).save(tmp_path / "mask.png")
+        succeeds("inpaint", root, tmp_path / "out", *given, "--seeds=3")
+        changed.append(kept(tmp_path / "out")["000_0_seed3.png"])
+    assert changed[0] != changed[1]
+    succeeds("inpaint", root, tmp_path / "out", *given, "--seeds=3-4")
+    pictures = kept(tmp_path / "out")
+    assert pictures["000_0_seed3.png"] == changed[1] and len(pictures) == 2
+
+
 def test_super_resolution(root, tmp_path):
-    result = succeeds("super_resolution", root, tmp_path, "--num_images=1", "--factor=2", "--ddim_encoding")
-    assert list(shapes(tmp_path).values()) == [(32, 24, 3)]
+    extra = ("--split=train", "--num_images=3", "--factor=2", "--ddim_encoding")
+    result = succeeds("super_resolution", root, tmp_path, *extra)
+    assert list(shapes(tmp_path).values()) == [(32, 24, 3)] * 3
     assert result["start_step"] == 999 and result["size"] == [32, 24] and result["input_size"] == [16, 12]
     assert result["mean"].keys() == {"psnr", "ssim"}
-    assert Image.open(tmp_path / "sheet.png").size == (3 * 26 + 2, 32 + 4)
+    assert Image.open(tmp_path / "sheet.png").size == (3 * 26 + 2, 3 * 34 + 2)
+    goes_on("super_resolution", root, tmp_path, *extra)
 
 
 def test_recons(root, tmp_path):
@@ -90,19 +131,40 @@ def test_recons(root, tmp_path):
     assert set(shapes(tmp_path)) == {"000_1_random.png", "000_1_code.png"}
     assert {"random_psnr", "code_ssim"} <= result["mean"].keys()
     assert result["sampling"]["steps"] == "3"
+    goes_on("generate_recons", root, tmp_path, f"--input={root / 'pictures' / '1.png'}")
+
+
+def test_by_default_other_settings_go_to_another_folder(root):
+    for steps in ("2", "3", "3"):
+        done = run([*command("generate_recons", root, "--num_images=1"), f"--sampling_steps={steps}"])
+        assert done.returncode == 0, done.stderr
+    assert "0 made, 2 were there" in done.stdout
+    folders = sorted((root / "micro" / "recons").glob("val-*"))
+    steps = {json.loads((folder / "result.json").read_text())["sampling"]["steps"] for folder in folders}
+    assert len(folders) == 2 and steps == {"2", "3"}
 
 
 def test_interpolation_of_images(root, tmp_path):
-    result = succeeds("interpolate", root, tmp_path, f"--input={root / 'pictures'}", "--steps=4", "--animation=gif")
+    extra = (f"--input={root / 'pictures'}", "--steps=4", "--animation=gif")
+    result = succeeds("interpolate", root, tmp_path, *extra)
     assert len(shapes(tmp_path)) == 4 and result["ends"] == ["0.png", "1.png"]
     with Image.open(tmp_path / "animation.gif") as animation:
         assert animation.n_frames == 6 and animation.size == (12, 16)
+    goes_on("interpolate", root, tmp_path, *extra)
 
 
 def test_interpolation_of_samples(root, tmp_path):
-    prior = micro.arguments("latent_config", {"run.root_dir": root, "run.experiment": "micro_sampler"})
-    result = succeeds("interpolate", root, tmp_path, "--latent_config=configs/tiny_latent_config.py", *prior,
-                      "--seeds=3,7", "--steps=2", "--sampler=dpmpp", "--latents=slerp", "--animation=apng")  # fmt: skip
+    places = {"config": "micro_sampler", "decoder_config": "micro"}
+    stages = [
+        flag
+        for name, of in places.items()
+        for flag in micro.arguments(name, {"run.root_dir": root, "run.experiment": of, "run.device": "cpu"})
+    ]
+    done = run(["experiments/interpolate.py", "--config=configs/tiny_latent_config.py", f"--decoder_config={CONFIG}",
+                *stages, *FAST, f"--out_dir={tmp_path}", "--seeds=3,7", "--steps=2", "--sampler=dpmpp",
+                "--latents=slerp", "--animation=apng"])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
     assert result["sampling"]["steps"] == "logsnr3" and len(shapes(tmp_path)) == 2
     assert (tmp_path / "animation.png").stat().st_size > 0
 
@@ -114,8 +176,11 @@ def test_interpolation_of_samples(root, tmp_path):
         ("inpaint", ["--box=1,1,3,3", "--see_hole"], "all equal with --see_hole"),
         ("super_resolution", ["--start_step=3"], "accepted: with --ddim_encoding"),
         ("generate_recons", ["--sampler=dpmpp"], "stochastic codes belong to DDIM"),
-        ("interpolate", ["--seeds=1,2"], "--seeds, --latent_config: accepted: both, or neither"),
+        ("interpolate", ["--seeds=1,2"], "--seeds, --decoder_config: accepted: both"),
+        ("inpaint", ["--box=0,0,16,12"], "every pixel is unknown"),
+        ("super_resolution", ["--sampling_steps=1001"], "1001"),
     ],
 )
-def test_wrong_input_is_one_line(root, script, extra, part):
-    fails(command(script, root, *extra), part)
+def test_wrong_input_is_one_line_and_leaves_nothing(root, tmp_path, script, extra, part):
+    fails(command(script, root, f"--out_dir={tmp_path / 'out'}", *extra), part)
+    assert not (tmp_path / "out").exists()

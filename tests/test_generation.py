@@ -173,9 +173,9 @@ def test_folder_is_independent_of_batching_and_resumable(model, tmp_path):
 def test_folder_of_other_settings_is_refused(model, tmp_path):
     draw_folder(model, tmp_path, [0], folder_options(), {"run": "x"})
     before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(ValueError, match="holds samples of other settings"):
+    with pytest.raises(ValueError, match="holds results of other settings"):
         draw_folder(model, tmp_path, [0, 1], folder_options(size=(8, 8)), {"run": "x"})
-    with pytest.raises(ValueError, match="holds samples of other model"):
+    with pytest.raises(ValueError, match="holds results of other model"):
         draw_folder(model, tmp_path, [0, 1], folder_options(), {"run": "y"})
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest.json: not readable"):

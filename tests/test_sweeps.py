@@ -162,7 +162,7 @@ SCORING = ("--num_samples=3", "--latent_sampling_steps=2", "--fid_model=random_f
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory, command) -> tuple[Path, subprocess.CompletedProcess]:
     out = tmp_path_factory.mktemp("sweep") / "table"
-    done = command("coordinate_sparsity.py", *configs(out, ("config", "latent_config")), *SCORING,
+    done = command("coordinate_sparsity.py", *configs(out, ("decoder_config", "config")), *SCORING,
                    "--ratios=1/2", "--sampling_steps=2", f"--out_dir={out}")  # fmt: skip
     return out, done
 
@@ -203,7 +203,7 @@ def test_figures_2_and_7_in_one_command(sweep, command, tmp_path, figure, extra,
 def test_wrong_input_is_one_line(tmp_path, command):
     places = ["--config=configs/tiny_config.py", f"--out_dir={tmp_path}"]
     for script, arguments, part in (
-        ("coordinate_sparsity.py", places, "--latent_config: missing"),
+        ("coordinate_sparsity.py", places, "--decoder_config: missing"),
         ("coordinate_sparsity.py", [*places, "--skip_fid", "--config.mc_integral.ratio=0.5"], "--ratios says it"),
         ("resolution_sweep.py", ["--config=configs/tiny_latent_config.py", "--decoder_config=configs/tiny_config.py",
                                  f"--decoder_config.run.root_dir={tmp_path}"], "no such file"),
