@@ -86,6 +86,7 @@ class Command:
                 continue
             try:
                 config = load_config(config_files[name], name)
+                _check_stage(config, stage, config_files[name], name)
                 mine = [(path, value) for owner, path, value in overrides if owner == name]
                 self.overridden[name] = [path for path, _ in mine]
                 self._given[name] = (config_files[name], mine)
@@ -170,6 +171,16 @@ def load_config(path: str, name: str = "config") -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise ConfigError([f"--{name}={path}: get_config() returned {type(config).__name__}; accepted: ConfigDict"])
     return config.lock()
+
+
+def _check_stage(config: ConfigDict, stage: type, path: str, name: str) -> None:
+    """Raise ConfigError for a configuration of the other stage: one line instead of one for each field."""
+    sections = {of: {section.name for section in fields(of)} for of in (ImageConfig, LatentConfig)}
+    found = next((of for of in sections if sections[of] == set(config)), stage)
+    if found is not stage:
+        raise ConfigError(
+            [f"--{name}={path}: holds {found.__name__}; accepted: {stage.__name__}, e.g. {_EXAMPLES[stage]}"]
+        )
 
 
 def apply_overrides(config: ConfigDict, overrides: list[tuple[str, str]], name: str = "config") -> list[str]:

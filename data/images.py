@@ -17,6 +17,7 @@ import io
 import logging
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -24,7 +25,7 @@ from typing import BinaryIO, Protocol, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from data.base import check_lattice, digest, keep_in_memory
@@ -133,6 +134,19 @@ def _walk(root: Path) -> Iterator[str]:
             continue
         visited.add(real)
         yield from (Path(folder, file).relative_to(root).as_posix() for file in files)
+
+
+def stored_bytes(source: ImageSource, i: int) -> bytes:
+    """The encoded image i.
+
+    Raises:
+        ValueError: when the file or the archive is damaged there.
+    """
+    try:
+        with source.open(i) as stream:
+            return stream.read()
+    except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # RuntimeError: encrypted, unsupported
+        raise ValueError(f"cannot be read ({_one_line(error)})") from error
 
 
 def read_image(encoded: bytes, channels: int) -> Image.Image:
@@ -272,10 +286,8 @@ class ImageFiles:
         for offset in range(len(self)):
             index = self._indices[(i + offset) % len(self)]
             try:
-                with self._source.open(index) as stream:
-                    encoded = stream.read()
-                return decode_image(encoded, self.size, self.channels)
-            except (ValueError, OSError, zipfile.BadZipFile) as error:
+                return decode_image(stored_bytes(self._source, index), self.size, self.channels)
+            except ValueError as error:
                 message = f"{self._source.path}: {self._source.names[index]} {_one_line(error)}"
                 if self._on_error == "raise":
                     raise ValueError(f"data.root_dir: {message}; data.on_error=skip goes on without it") from error
@@ -323,4 +335,6 @@ def _in_threads(function: Callable[[int], _Result], items: Sequence[int], title:
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image of a known format"  # Pillow would name an object of Python
     return " ".join(str(error).split()) or type(error).__name__

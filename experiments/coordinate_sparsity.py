@@ -93,8 +93,9 @@ def report(results: list[RatioResult], stem: Path) -> str:
     text = table(results, metric)
     write_atomic(stem.with_suffix(".txt"), lambda path: path.write_text(text + "\n"))
     panels = {} if FLAGS.skip_fid else {metric: [row["fid"] for row in found]}
-    panels |= {"Speed-up": [row["speedup"] for row in found], "Memory (GB)": [row["memory_gb"] for row in found]}
-    bar_plots(stem.with_suffix(".png"), [row["ratio"] for row in found], panels, "part of the coordinates")
+    panels |= {"Training speed-up": [row["speedup"] for row in found]}
+    panels |= {"Training memory (GB)": [row["memory_gb"] for row in found]}
+    bar_plots(stem.with_suffix(".png"), [row["ratio"] for row in found], panels, "Part of the coordinates")
     return text
 
 

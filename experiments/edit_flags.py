@@ -11,7 +11,7 @@ from tqdm import tqdm
 from configs.schema import ImageConfig
 from configs.stored import relocate
 from diffusion.coordinates import Size
-from generation.folder import parse_size
+from generation.folder import check_steps, parse_size
 from generation.infty_diff import SAMPLERS, WEIGHTS, InftyDiff, SamplingOptions
 from generation.inputs import Inputs, open_inputs
 from generation.results import Results, digest
@@ -48,7 +48,7 @@ def requested_size() -> Size | None:
 def open_model(config: ImageConfig, sampling: SamplingOptions, latent_run: Path | None = None) -> InftyDiff:
     """The model of a run, which must have the steps of `sampling`."""
     model = InftyDiff.from_runs(run_path(config), latent_run, config.run.device)
-    model.process.respaced(sampling.steps)
+    check_steps(model.process, sampling.steps, "sampling_steps")
     return model
 
 

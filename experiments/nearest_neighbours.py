@@ -33,12 +33,13 @@ define_flags("training")
 flags.DEFINE_enum("metric", "lpips", ("lpips", "random_features", "pixels"), "distance that orders the neighbours")
 flags.DEFINE_enum("net", "alex", tuple(LPIPS_NETS), "backbone of LPIPS")
 flags.DEFINE_string("weights", None, "torchvision's file of that backbone; default: torch's cache, else a download")
-flags.DEFINE_integer("num_samples", 8, "number of samples, the first by name", lower_bound=1)
+flags.DEFINE_integer("num_samples", None, "number of samples, the first by name; default: 8 or all", lower_bound=1)
 flags.DEFINE_integer("neighbours", 5, "neighbours shown of each", lower_bound=1)
 flags.DEFINE_integer("shortlist", 200, "training images compared by --metric, nearest by a cheap one", lower_bound=1)
 flags.DEFINE_string("encoder_run", None, "stage-one run whose encoder makes the shortlist; default: small pixels")
 flags.DEFINE_bool("mirrored", None, "search mirror images too; default: data.random_flip of --config, else yes")
 flags.DEFINE_string("out", None, "the picture, JSON beside it; default: SAMPLES_neighbours_METRIC.png")
+_SAMPLES = 8
 
 
 def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
@@ -48,7 +49,8 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
 def show(config: ImageConfig | None, folder: Path, device: torch.device) -> str:
     """Write the picture and the report of the samples in a folder or zip; return where they are."""
     distance, extractor = open_distance(device), open_shortlist(device)
-    samples = ImageFolder(FLAGS.samples, 3, "--samples", FLAGS.num_samples)
+    everything = ImageFolder(FLAGS.samples, 3, "--samples")
+    samples = ImageFolder(FLAGS.samples, 3, "--samples", FLAGS.num_samples or min(_SAMPLES, len(everything)))
     training = training_sets(config)
     how = Extraction(threads=os.cpu_count() or 1, cache_dir=Path(FLAGS.cache_dir))
     shortlist = max(FLAGS.shortlist, FLAGS.neighbours)

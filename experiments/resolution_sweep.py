@@ -4,7 +4,7 @@
         --config.run.experiment="ffhq_mollified_256_sampler" --decoder_config configs/ffhq_256_config.py \\
         --decoder_config.run.experiment="ffhq_mollified_256" --sizes=64,128,256,512,1024 --seeds=0-3
 
-draws every seed at every size and puts the pictures together: above at their true relative scale, below at one height.
+draws every seed at every size and puts the pictures together: above at their true relative scale, below at one width.
 With --figure=7 (and --decoder_config.data.root_dir=ffhq.zip, the reference) it draws --num_samples images for each of
 --sizes and --steps, scores them and plots the result. Both continue where they were. In --out_dir: the samples, and
 resolutions.png or steps_and_resolutions.png, with JSON beside it.
@@ -88,7 +88,8 @@ def steps_and_resolutions(
             reference = command.arguments("decoder_config", "config", at_size)
             scores[by(size)][steps] = score(folder, out_dir / f"{folder.name}_fid.json", reference)
     figure = out_dir / "steps_and_resolutions.png"
-    line_plot(figure, scores, "Sampling steps", metric_name(), "Size")
+    label = f"{metric_name()} of {FLAGS.num_samples} samples"
+    line_plot(figure, scores, "Sampling steps (DDIM)", label, "Size (pixels)")
     return figure, {"metric": metric_name(), "num_samples": FLAGS.num_samples, "fid": scores}
 
 

@@ -27,8 +27,9 @@ def define_scoring_flags(num_samples: int) -> None:
 
 
 def metric_name() -> str:
-    """What --fid_model measures, for tables and axes."""
-    return "FID_CLIP" if FLAGS.fid_model == "clip_vit_b_32" else f"FID ({FLAGS.fid_model})"
+    """What --fid_model measures, for tables and axes; only two of these distances have names of their own."""
+    names = {"clip_vit_b_32": "FID_CLIP", "inception_v3": "FID"}
+    return names.get(FLAGS.fid_model, f"FD ({FLAGS.fid_model.replace('_', ' ')})")
 
 
 def run(script: str, *arguments: str) -> float:

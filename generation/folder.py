@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from data.pixels import to_float, to_uint8
 from diffusion.coordinates import Size
+from diffusion.process import DiffusionProcess
 from generation.infty_diff import InftyDiff, SamplingOptions
 from training.files import write_atomic, write_json
 from training.run_dir import save_grid
@@ -58,8 +59,10 @@ def draw_folder(
         ValueError: when the folder was made with other settings or another model.
     """
     settings = {"size": list(options.size), "sampling": asdict(options.sampling), "latent_steps": options.latent_steps}
-    _check_steps(model, options)
-    claim_folder(out_dir, {"settings": settings, "model": provenance})
+    check_steps(model.process, options.sampling.steps, "sampling_steps")
+    if model.prior is not None and options.latent_steps is not None:
+        check_steps(model.prior.process, options.latent_steps, "latent_sampling_steps")
+    claim_folder(out_dir, "manifest.json", {"settings": settings, "model": provenance})
     missing = [seed for seed in seeds if not _is_done(out_dir, seed, options)]
     # One at a time costs a CPU nothing, and makes the files equal bit for bit whatever is drawn beside them; a GPU
     # needs batches, whose size changes the rounding of its products.
@@ -73,11 +76,12 @@ def draw_folder(
     return len(missing)
 
 
-def _check_steps(model: InftyDiff, options: FolderOptions) -> None:
-    """Refuse wrong steps before anything is written."""
-    model.process.respaced(options.sampling.steps)
-    if model.prior is not None and options.latent_steps is not None:
-        model.prior.process.respaced(options.latent_steps)
+def check_steps(process: DiffusionProcess, steps: str, flag: str) -> None:
+    """Refuse steps that a process does not have, before anything is written; ValueError naming `flag`."""
+    try:
+        process.respaced(steps)
+    except ValueError as error:
+        raise ValueError(f"--{flag}: {error}") from None
 
 
 def _draw_batch(model: InftyDiff, out_dir: Path, seeds: list[int], options: FolderOptions) -> None:
@@ -127,16 +131,17 @@ def _is_done(out_dir: Path, seed: int, options: FolderOptions) -> bool:
     return found is not None and found[0] == tuple(options.size)
 
 
-def claim_folder(out_dir: Path, wanted: dict[str, Any]) -> None:
-    """Write what a folder is to hold as its `manifest.json`, unless that is there and says something else.
+def claim_folder(out_dir: Path, name: str, wanted: dict[str, Any]) -> None:
+    """Write what a folder is to hold into a JSON file in it, unless that is there and says something else.
 
     Args:
         out_dir: made if need be.
+        name: of the file.
         wanted: plain values, by parts that the error names.
     Raises:
         ValueError: when the folder holds something else.
     """
-    path = out_dir / "manifest.json"
+    path = out_dir / name
     wanted = json.loads(json.dumps(wanted))
     try:
         there = json.loads(path.read_text()) if path.exists() else wanted
@@ -146,7 +151,7 @@ def claim_folder(out_dir: Path, wanted: dict[str, Any]) -> None:
         parts = [name for name in wanted if there.get(name) != wanted[name]]
         raise ValueError(
             f"--out_dir={out_dir}: holds results of other {' and '.join(parts)} "
-            "(see its manifest.json); accepted: an empty folder or the same settings"
+            f"(see its {name}); accepted: an empty folder or the same settings"
         )
     write_json(path, wanted)
 

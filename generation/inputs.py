@@ -13,7 +13,7 @@ from PIL import Image
 
 from configs.schema import DataConfig
 from data.datasets import open_dataset
-from data.images import ImageSource, existing_path, fitted, is_image_name, open_source, read_image
+from data.images import ImageSource, existing_path, fitted, is_image_name, open_source, read_image, stored_bytes
 from data.pixels import to_float
 from diffusion.coordinates import Size
 
@@ -66,13 +66,14 @@ def open_inputs(path: str | None, data: DataConfig, size: Size, count: int, spli
     source = _open_source(path)
     images, sizes = [], []
     for i in range(min(count, len(source.names))):
-        with source.open(i) as stream:
-            encoded = stream.read()
         try:
-            image = read_image(encoded, data.channels)
+            image = read_image(stored_bytes(source, i), data.channels)
+        except ValueError as error:
+            raise ValueError(f"--input={path}: {source.names[i]} {error}; accepted: undamaged images") from error
+        try:
             fit = torch.from_numpy(np.array(fitted(image, size)))
         except ValueError as error:
-            raise ValueError(f"--input={path}: {source.names[i]} {error}; accepted: a smaller size") from error
+            raise ValueError(f"--input={path}: {source.names[i]} {error}; accepted: that, or a smaller size") from error
         images.append(fit[None] if data.channels == 1 else fit.permute(2, 0, 1))
         sizes.append(image.size[::-1])
     return Inputs(to_float(torch.stack(images)), source.names[: len(images)], sizes)

@@ -33,7 +33,7 @@ def digest(*parts: Any) -> str:
 
 
 class Results:
-    """Pictures `NAME.png`, then `sheet.png` and `result.json`.
+    """Pictures `NAME.png`, then `sheet.png` and `result.json`; `settings.json` says from the start what is made here.
 
     Each picture carries in its header what it was made from and what was measured on it, so a picture is there with its
     row of the report, or not at all; who asks again for the same is not kept waiting.
@@ -47,7 +47,7 @@ class Results:
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], model: dict[str, str]) -> None:
-        claim_folder(folder, {"settings": settings, "model": model})
+        claim_folder(folder, "settings.json", {"settings": settings, "model": model})
         self.folder, self._report = folder, {**settings, **model}
         self._rows: dict[str, dict[str, Any]] = {}  # in the order in which pictures were asked for
         self._tiles: list[torch.Tensor] = []

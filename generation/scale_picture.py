@@ -14,7 +14,7 @@ _FRAME, _MARKED, _INK = 4, (214, 39, 40), (40, 40, 40)
 
 
 def scale_picture(rows: Sequence[Sequence[Image.Image]], train_size: Size) -> Image.Image:
-    """Above, the first row at its true relative scale; below, every row at one height, so that pixels can be compared.
+    """Above, the first row at its true relative scale; below, every row at one width, so that pixels can be compared.
 
     The training size is framed in red, as in Figure 1. Enlarged pixels stay squares.
 

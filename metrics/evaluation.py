@@ -98,9 +98,9 @@ def _warnings(
 
 def table(report: dict[str, Any]) -> str:
     """The report for people."""
-    rows = [(report["metric"], f"{report['fid']:.4f}")]
+    rows = [(report["metric"], _shown(report["fid"]))]
     if "patch_fid" in report:
-        rows.append((f"the same of patches, {report['patches_per_image']} an image", f"{report['patch_fid']:.4f}"))
+        rows.append((f"the same of patches, {report['patches_per_image']} an image", _shown(report["patch_fid"])))
     rows.append(("KID × 1000", f"{1000 * report['kid']:.4f} ± {1000 * report['kid_standard_error']:.4f}"))
     for name in ("precision", "recall"):
         value = "needs more images" if report[name] is None else f"{report[name]:.4f}"
@@ -114,6 +114,11 @@ def table(report: dict[str, Any]) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     return "\n".join(lines + [f"warning: {text}" for text in report["warnings"]])
+
+
+def _shown(distance: float) -> str:
+    """Four digits, without the minus sign that rounding can leave of a distance of zero."""
+    return f"{round(distance, 4) + 0.0:.4f}"
 
 
 def _by(size: tuple[int, int]) -> str:

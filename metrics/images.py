@@ -15,11 +15,11 @@ from PIL import Image
 from configs.schema import ImageConfig
 from data.base import digest
 from data.datasets import open_dataset
-from data.images import existing_path, open_source, read_image, with_channels
+from data.images import existing_path, open_source, read_image, stored_bytes, with_channels
 from diffusion.mollifier import Mollifier
 
 _SAMPLE = re.compile(r"\d{6,}\.png")  # what generation/folder.py writes, beside its contact sheet
-_CONTACT_SHEET = "contact_sheet.png"
+_SHEETS = ("contact_sheet.png", "sheet.png")  # what commands add to the images they write
 
 
 class ImageSet(Protocol):
@@ -60,7 +60,7 @@ class ImageFolder:
         wanted = [
             i
             for i, name in enumerate(self._source.names)
-            if (_SAMPLE.fullmatch(name) if drawn else Path(name).name != _CONTACT_SHEET)
+            if (_SAMPLE.fullmatch(name) if drawn else Path(name).name not in _SHEETS)
         ]
         self._indices = _first(wanted, limit, path)
 
@@ -68,10 +68,8 @@ class ImageFolder:
         return len(self._indices)
 
     def __getitem__(self, i: int) -> np.ndarray:
-        with self._source.open(self._indices[i]) as stream:
-            encoded = stream.read()
         try:
-            return _pixels(read_image(encoded, self._channels))
+            return _pixels(read_image(stored_bytes(self._source, self._indices[i]), self._channels))
         except ValueError as error:
             raise ValueError(f"{self._field}: {self.path}: {self.item_name(i)} {error}") from error
 

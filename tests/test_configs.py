@@ -168,6 +168,7 @@ def test_a_wrong_command_line_names_every_fault():
 
 @pytest.mark.parametrize(("arguments", "part"), [
     ([], "--config: missing"),
+    (["--config=configs/tiny_latent_config.py"], "holds LatentConfig; accepted: ImageConfig"),
     (["--config=configs/tiny_confg.py"], "did you mean configs/tiny_config.py?"),
     (["--config=configs/tiny_config.py", "--batch=3"], "batch"),
     (["--config=configs/tiny_config.py", "word"], "'word'"),

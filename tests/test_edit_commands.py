@@ -58,7 +58,7 @@ def kept(out: Path) -> dict[str, tuple[bytes, int]]:
 
 def goes_on(script: str, root: Path, out: Path, *extra: str) -> None:
     """After a kill that left one picture out and one in part, the same command makes these two, as they were."""
-    report, sheet, before = ((out / name).read_bytes() for name in ("result.json", "sheet.png", "manifest.json"))
+    report, sheet, before = ((out / name).read_bytes() for name in ("result.json", "sheet.png", "settings.json"))
     whole = kept(out)
     gone, damaged = sorted(whole)[:2]
     for name in (gone, "result.json", "sheet.png"):
@@ -70,7 +70,7 @@ def goes_on(script: str, root: Path, out: Path, *extra: str) -> None:
     assert {name: content for name, (content, _) in again.items()} == {name: c for name, (c, _) in whole.items()}
     assert {name for name in whole if again[name] == whole[name]} == whole.keys() - {gone, damaged}
     assert ((out / "result.json").read_bytes(), (out / "sheet.png").read_bytes()) == (report, sheet)
-    assert (out / "manifest.json").read_bytes() == before
+    assert (out / "settings.json").read_bytes() == before
     fails(command(script, root, f"--out_dir={out}", *extra, "--inv_snr=0.1"), "holds results of other settings")
     assert kept(out) == again
 
@@ -178,7 +178,7 @@ def test_interpolation_of_samples(root, tmp_path):
         ("generate_recons", ["--sampler=dpmpp"], "stochastic codes belong to DDIM"),
         ("interpolate", ["--seeds=1,2"], "--seeds, --decoder_config: accepted: both"),
         ("inpaint", ["--box=0,0,16,12"], "every pixel is unknown"),
-        ("super_resolution", ["--sampling_steps=1001"], "1001"),
+        ("super_resolution", ["--sampling_steps=1001"], "--sampling_steps: sampling steps are '1001'"),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_nothing(root, tmp_path, script, extra, part):

@@ -14,6 +14,7 @@ from diffusion.conditioning import Known
 from generation.editing import InpaintOptions, enlarged, inpaint, lerp, slerp, super_resolve
 from generation.infty_diff import InftyDiff, SamplingOptions
 from generation.inputs import open_inputs, parse_box, parse_step, read_mask
+from metrics.images import ImageFolder
 from models.factory import build_denoiser, build_encoder
 from test_generation import Optimal
 
@@ -144,6 +145,22 @@ def test_images_of_a_file_a_folder_and_a_zip(model, tmp_path):
     assert len(open_inputs(str(tmp_path / "folder"), data, (20, 11), 1).images) == 1
 
 
+def test_damage_in_an_archive_is_one_line(model, tmp_path):
+    exact = photo(tmp_path / "a.png", (30, 40))
+    for kind in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        with zipfile.ZipFile(tmp_path / "damaged.zip", "w", kind) as archive:
+            archive.write(tmp_path / "a.png", "a.png")
+        stored = bytearray((tmp_path / "damaged.zip").read_bytes())
+        stored[200:220] = bytes(20)
+        (tmp_path / "damaged.zip").write_bytes(stored)
+        path = str(tmp_path / "damaged.zip")
+        with pytest.raises(ValueError, match=r"--input=.*damaged.zip: a.png cannot be read .*; accepted: undamaged"):
+            open_inputs(path, model.config.data, (16, 16), 4)
+        with pytest.raises(ValueError, match=r"--samples: .*damaged.zip: a.png cannot be read"):
+            ImageFolder(path, 3, "--samples")[0]
+    assert np.array_equal(ImageFolder(str(tmp_path), 3, "--samples")[0], exact)
+
+
 def test_images_of_the_data_set_at_any_size(model):
     for size in ((16, 12), (33, 70)):
         inputs = open_inputs(None, model.config.data, size, 2)
@@ -156,12 +173,14 @@ def test_faults_of_images_are_one_line(model, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     photo(tmp_path / "small.png", (10, 40))
-    too_small = r"is 10x40 \(HxW\), needed is at least 16x16; accepted: a smaller size"
+    too_small = r"is 10x40 \(HxW\), needed is at least 16x16; accepted: that, or a smaller size"
     faults = {"none.png": "accepted: an image, a folder or a zip", "empty": "no images in", "broken.png": "decoded",
               "small.png": too_small}  # fmt: skip
     for name, words in faults.items():
         with pytest.raises(ValueError, match=rf"--input.*{name}.*{words}|--input.*{words}.*{name}"):
             open_inputs(str(tmp_path / name), data, (16, 16), 4)
+    with pytest.raises(ValueError, match=r"broken.png cannot be decoded \(not an image of a known format\)"):
+        open_inputs(str(tmp_path / "broken.png"), data, (16, 16), 4)
 
 
 def test_masks_are_fitted_as_their_images(tmp_path):
