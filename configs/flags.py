@@ -55,8 +55,11 @@ class Command:
             logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
             if flags.FLAGS.dry_run:
                 print(json.dumps({name: asdict(config) for name, config in self.configs.items()}, indent=2))
-            else:
+                return
+            try:
                 main(self.configs, self.overridden)
+            except KeyboardInterrupt:
+                leave(["interrupted; the same command goes on from here"], status=130)
 
         app.run(body, flags_parser=self._parse)
 

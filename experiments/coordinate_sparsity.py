@@ -22,7 +22,7 @@ from absl import flags
 
 from configs.flags import Command, readable_errors, stages
 from configs.schema import ImageConfig
-from experiments.stages import define_scoring_flags, metric_name, run, sample, score
+from experiments.stages import define_scoring_flags, metric_name, require_extractor, run, sample, score
 from metrics.plots import bar_plots, require_matplotlib
 from metrics.run_log import log_lines, median_speed, training_memory
 from metrics.sparsity import RatioResult, parse_ratios, rows, table
@@ -48,6 +48,8 @@ def main(command: Command, configs: dict[str, Any]) -> None:
                              "--config of stage one with --skip_fid")  # fmt: skip
         for path in set(_STATED) & set(command.overridden[image]):
             raise ValueError(f"--{image}.{path}: accepted: nothing; --ratios says it")
+        if not FLAGS.skip_fid:
+            require_extractor()
         results = [measure(command, image, ratio, out_dir) for ratio in ratios]
         text = report(results, out_dir / "coordinate_sparsity")
     print(f"\n{text}\nwritten: {out_dir / 'coordinate_sparsity'}.txt, .json and .png")

@@ -32,7 +32,9 @@ def define_flags(num_images: int, size_help: str) -> None:
     flags.DEFINE_enum("sampler", "ddim", SAMPLERS, "sampler")
     flags.DEFINE_float("eta", 0.0, "noise of DDIM, 0 to 1")
     flags.DEFINE_float("inv_snr", 0.05, "inverse signal-to-noise ratio of the Wiener filter that undoes the mollifier")
-    flags.DEFINE_string("out_dir", None, "folder of the results; default: COMMAND/INPUT-DIGEST_OF_SETTINGS in the run")
+    flags.DEFINE_string(
+        "out_dir", None, "folder of the results; default: COMMAND/INPUT-DIGEST_OF_SETTINGS in the folder of the run"
+    )
 
 
 def sampling_options() -> SamplingOptions:

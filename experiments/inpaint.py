@@ -89,7 +89,10 @@ def hole(inputs: Inputs, i: int) -> torch.Tensor:
     """The known pixels of image i, by --box or --mask."""
     size = tuple(inputs.images.shape[-2:])
     known = parse_box(FLAGS.box, size) if FLAGS.box else read_mask(FLAGS.mask, inputs.own_sizes[i], size)
-    check_mask(known, size)
+    try:
+        check_mask(known, size)
+    except ValueError as error:
+        raise ValueError(f"--box={FLAGS.box}: {error}" if FLAGS.box else f"--mask={FLAGS.mask}: {error}") from None
     return known
 
 

@@ -23,7 +23,7 @@ from configs.flags import Command, readable_errors
 from configs.schema import ImageConfig, LatentConfig
 from configs.stored import config_from
 from diffusion.coordinates import Size
-from experiments.stages import define_scoring_flags, metric_name, sample, score
+from experiments.stages import define_scoring_flags, metric_name, require_extractor, sample, score
 from generation.folder import parse_seeds, parse_size
 from generation.infty_diff import WEIGHTS
 from generation.scale_picture import scale_picture
@@ -78,6 +78,7 @@ def steps_and_resolutions(
 ) -> tuple[Path, dict[str, Any]]:
     """Figure 7: draw and score samples for every number of steps and every size, and plot the scores."""
     require_matplotlib()
+    require_extractor()
     scores: dict[str, dict[int, float]] = {by(size): {} for size in sizes}
     for steps in parse_steps(FLAGS.steps):
         for size in sizes:

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from absl import flags
 
-from metrics.extractors import EXTRACTORS
+from metrics.extractors import EXTRACTORS, open_extractor
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +31,11 @@ def metric_name() -> str:
     """What --fid_model measures, for tables and axes; only two of these distances have names of their own."""
     names = {"clip_vit_b_32": "FID_CLIP", "inception_v3": "FID"}
     return names.get(FLAGS.fid_model, f"FD ({FLAGS.fid_model.replace('_', ' ')})")
+
+
+def require_extractor() -> None:
+    """Refuse weights that are missing or wrong before the hours of work whose result they are to score."""
+    open_extractor(FLAGS.fid_model, torch.device("cpu"), FLAGS.fid_weights)
 
 
 def run(script: str, *arguments: str) -> float:

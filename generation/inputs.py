@@ -13,7 +13,7 @@ from PIL import Image
 
 from configs.schema import DataConfig
 from data.datasets import open_dataset
-from data.images import ImageSource, existing_path, fitted, is_image_name, open_source, read_image, stored_bytes
+from data.images import ImageSource, fitted, is_image_name, open_source, read_image, stored_bytes
 from data.pixels import to_float
 from diffusion.coordinates import Size
 
@@ -99,7 +99,7 @@ def read_mask(path: str, own_size: Size, size: Size) -> torch.Tensor:
         ValueError: no such file, not an image, or of another size; says which.
     """
     try:
-        mask = read_image(existing_path(path, "--mask").read_bytes(), 1)
+        mask = read_image(Path(path).expanduser().read_bytes(), 1)
     except OSError as error:
         raise ValueError(f"--mask={path}: cannot be read ({error.strerror}); accepted: an image file") from error
     except ValueError as error:

@@ -1,6 +1,10 @@
 """The commands that edit given images, as users type them: their files, going on, and wrong input in one line."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +15,7 @@ from PIL import Image
 
 import micro
 from models.factory import build_denoiser, build_encoder, build_latent_model
-from test_commands import fails, run
+from test_commands import ROOT, fails, run
 from test_editing import photo
 from training.checkpoint import save_weights
 
@@ -116,6 +120,20 @@ def test_pictures_change_with_the_mask_of_the_same_name(root, tmp_path):
     assert pictures["000_0_seed3.png"] == changed[1] and len(pictures) == 2
 
 
+def test_an_interrupted_command_says_so_and_keeps_what_it_made(root, tmp_path):
+    many = command("generate_recons", root, f"--out_dir={tmp_path}", "--split=train", "--num_images=20")
+    started = subprocess.Popen(
+        [sys.executable, *many, "--sampling_steps=50"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    while started.poll() is None and not kept(tmp_path):
+        time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    said = started.communicate(timeout=60)[1]
+    assert started.returncode == 130 and "interrupted; the same command goes on" in said and "Traceback" not in said
+    assert kept(tmp_path) and not (tmp_path / "result.json").exists()
+    assert not list(tmp_path.glob(".*"))  # no file in part
+
+
 def test_super_resolution(root, tmp_path):
     extra = ("--split=train", "--num_images=3", "--factor=2", "--ddim_encoding")
     result = succeeds("super_resolution", root, tmp_path, *extra)
@@ -177,7 +195,7 @@ def test_interpolation_of_samples(root, tmp_path):
         ("super_resolution", ["--start_step=3"], "accepted: with --ddim_encoding"),
         ("generate_recons", ["--sampler=dpmpp"], "stochastic codes belong to DDIM"),
         ("interpolate", ["--seeds=1,2"], "--seeds, --decoder_config: accepted: both"),
-        ("inpaint", ["--box=0,0,16,12"], "every pixel is unknown"),
+        ("inpaint", ["--box=0,0,16,12"], "--box=0,0,16,12: mask: every pixel is unknown"),
         ("super_resolution", ["--sampling_steps=1001"], "--sampling_steps: sampling steps are '1001'"),
     ],
 )

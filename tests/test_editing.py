@@ -11,6 +11,7 @@ from PIL import Image
 import micro
 from data.pixels import to_float
 from diffusion.conditioning import Known
+from experiments.edit_flags import step_count
 from generation.editing import InpaintOptions, enlarged, inpaint, lerp, slerp, super_resolve
 from generation.infty_diff import InftyDiff, SamplingOptions
 from generation.inputs import open_inputs, parse_box, parse_step, read_mask
@@ -101,6 +102,18 @@ def test_super_resolution_with_encoding_keeps_the_low_resolution(ideal, low, siz
 def test_super_resolution_refuses_a_lower_one(model):
     with pytest.raises(ValueError, match=r"size is \(8, 40\); accepted: at least that of the images, \(16, 12\)"):
         super_resolve(model, torch.zeros(1, 3, 16, 12), (8, 40), [0], FAST)
+
+
+@pytest.mark.parametrize("start", [None, 0, 500, 999])
+def test_every_step_of_inversion_and_sampling_is_reported(model, start):
+    calls, size = [], (16, 12)
+    options = InpaintOptions(FAST, start_step=start)
+    inpaint(model, smooth_image(size), box(size, 4, 3, 5, 6), [0], options, lambda *_: calls.append("inpaint"))
+    steps = step_count(model, FAST, start, encoded=True)
+    assert len(calls) == steps
+    image = smooth_image(size)[None]
+    super_resolve(model, image, (20, 24), [0], FAST, start, lambda *_: calls.append("finer"))
+    assert len(calls) - steps == (step_count(model, FAST) if start is None else steps)
 
 
 def test_lines_and_circles():

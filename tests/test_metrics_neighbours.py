@@ -73,7 +73,7 @@ def test_the_command_writes_picture_and_table(training, tmp_path):
     Image.fromarray(images_of(training)[7]).save(samples / "copy.png")
     Image.fromarray(noise((20, 24), 99)).save(samples / "new.png")
     common = [SCRIPT, f"--samples={samples}", f"--cache_dir={tmp_path / 'cache'}", "--device=cpu"]
-    done = run([*common, f"--reference={training}", "--metric=random_features", "--num_samples=2", "--neighbours=4"])
+    done = run([*common, f"--reference={training}", "--metric=random_features", "--neighbours=4"])
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "samples_neighbours_random_features.json").read_text())
     first, second = report["nearest"]
@@ -82,4 +82,4 @@ def test_the_command_writes_picture_and_table(training, tmp_path):
     assert [part["images"] for part in report["training"]] == [12, 12]
     with Image.open(tmp_path / "samples_neighbours_random_features.png") as picture:
         assert picture.height > 2 * 128
-    fails([*common, f"--reference={training}", "--metric=pixels"], "--num_samples=8")
+    fails([*common, f"--reference={training}", "--metric=pixels", "--num_samples=3"], "--num_samples=3")

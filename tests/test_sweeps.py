@@ -204,6 +204,8 @@ def test_wrong_input_is_one_line(tmp_path, command):
     places = ["--config=configs/tiny_config.py", f"--out_dir={tmp_path}"]
     for script, arguments, part in (
         ("coordinate_sparsity.py", places, "--decoder_config: missing"),
+        ("coordinate_sparsity.py", ["--config=configs/tiny_latent_config.py", "--decoder_config=configs/tiny_config.py",
+                                    f"--out_dir={tmp_path}", "--fid_weights=none.pt"], "none.pt: no such file"),
         ("coordinate_sparsity.py", [*places, "--skip_fid", "--config.mc_integral.ratio=0.5"], "--ratios says it"),
         ("resolution_sweep.py", ["--config=configs/tiny_latent_config.py", "--decoder_config=configs/tiny_config.py",
                                  f"--decoder_config.run.root_dir={tmp_path}"], "no such file"),
