@@ -20,7 +20,7 @@ from models.latent_mlp import MLPLayer, MLPSkipNet
 from models.layers import Attention
 from models.sparse_block import SparseBlock
 from models.sparse_encoder import SparseEncoder
-from models.sparse_unet import SparseSpec, SparseUNet
+from models.sparse_unet import SparseDescent, SparseSpec, SparseUNet
 
 LAYOUTS = {"torchsparse": "ts", "torch_dense": "td"}
 KINDS = ("sparse_unet", "sparse_encoder", "mlp_skip_net")
@@ -126,26 +126,40 @@ def _check_layout(layout: str) -> None:
         raise ValueError(f"layout is {layout!r}; it must be one of {', '.join(LAYOUTS.values())}")
 
 
+def layout_of_state(arrays: Mapping[str, torch.Tensor]) -> str:
+    """The layout of a denoiser's or an encoder's state. Raises ValueError where it is neither of the two."""
+    for name, layout in (("conv.kernel", "ts"), ("norm1.g", "td")):
+        if f"down_blocks.0.block.{name}" in arrays:
+            return layout
+    raise ValueError(f"the reference state holds no sparse blocks as {' or '.join(LAYOUTS)} stores them")
+
+
+def _extent(tensor: torch.Tensor) -> list[int]:
+    """The sides of a tensor that are not 1: back ends differ in whether they store the others."""
+    return [side for side in tensor.shape if side != 1]
+
+
 def state_from_reference(
     module: nn.Module, arrays: Mapping[str, torch.Tensor], layout: str
 ) -> dict[str, torch.Tensor]:
     """The state of `module`, or of any part of a network, from tensors under the authors' names.
 
-    Biases their norms lack are zero. Raises ValueError when one of the module's parameters is missing or has the
-    wrong number of elements, or when a tensor is left over that is not known to be without effect.
+    Biases their norms lack are zero. Of the module only shapes and types are read, so that it may be on the meta
+    device. Raises ValueError when one of its parameters is missing or has the wrong shape, when the grid is another
+    one, or when a tensor is left over that is not known to be without effect.
     """
     _check_layout(layout)
     state, used = {}, set()
     for name, ours in module.state_dict().items():
         translated = _translate(module, name, layout)
         if translated is None:
-            state[name] = torch.zeros_like(ours)
+            state[name] = torch.zeros(ours.shape, dtype=ours.dtype)
             continue
         theirs, reshape = translated
         if theirs not in arrays:
             raise ValueError(f"the reference state lacks {theirs!r}, needed for {name!r}")
         value = torch.as_tensor(arrays[theirs])
-        if value.numel() != ours.numel():
+        if _extent(value) != _extent(reshape(ours)):
             raise ValueError(f"{theirs!r} has shape {tuple(value.shape)}; {name!r} needs {tuple(ours.shape)}")
         if reshape is _as_offsets:
             k, c_in, c_out = ours.shape[2], ours.shape[1], ours.shape[0]
@@ -154,8 +168,18 @@ def state_from_reference(
         used.add(theirs)
     unknown = sorted(name for name in set(arrays) - used if not _LEFT_OUT.fullmatch(name))
     if unknown:
-        raise ValueError(f"the reference state holds tensors that this network has no place for: {', '.join(unknown)}")
+        listed = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        raise ValueError(f"the reference state holds tensors that this network has no place for: {listed}")
+    _check_grid(module, arrays)
     return state
+
+
+def _check_grid(module: nn.Module, arrays: Mapping[str, torch.Tensor]) -> None:
+    """The side of the grid shapes no parameter; it shows in a constant that only whole networks have."""
+    if isinstance(module, SparseDescent) and "uno_coords" in arrays:
+        shape, side = tuple(arrays["uno_coords"].shape), module.grid_spec.resolution
+        if shape != (1, side * side, 2):
+            raise ValueError(f"'uno_coords' has shape {shape}; model.uno_res={side} needs {(1, side * side, 2)}")
 
 
 def gradients_to_reference(module: nn.Module, layout: str) -> dict[str, torch.Tensor]:

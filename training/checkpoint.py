@@ -2,8 +2,8 @@
 
 import json
 import logging
-import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,31 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
 def load_newest_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
     """Return the newest readable training state, or None; a damaged one is named in a warning and passed over."""
     for step in checkpoint_steps(folder):
-        path = folder / f"step_{step:08d}.pt"
         try:
-            return torch.load(path, map_location=device, weights_only=True)
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            log.warning("checkpoint %s is damaged (%s); using the one before it", path, reason)
+            return load_plain(folder / f"step_{step:08d}.pt", device)
+        except ValueError as error:
+            log.warning("checkpoint %s; using the one before it", error)
     return None
+
+
+def load_plain(path: Path, device: torch.device | str = "cpu", *, mmap: bool = False) -> Any:
+    """Return what `torch.save` wrote to `path`: tensors and plain values alone, for no code of a file is executed.
+
+    mmap: leave tensors in the file until they are read, where its format allows it.
+
+    Raises:
+        ValueError: when the file is missing, damaged, or holds anything else.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except Exception as error:  # reading arbitrary bytes as a pickle can end in any of them
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            raise ValueError(f"{path} asks for {code[1]}; accepted: tensors and plain values") from None
+        reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        raise ValueError(f"{path} is damaged, or no file of PyTorch ({reason})") from None
 
 
 def save_weights(path: Path, tensors: Mapping[str, torch.Tensor], header: dict[str, Any]) -> None:
