@@ -2,7 +2,9 @@
 
 import json
 import logging
+import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,14 +54,17 @@ def load_plain(path: Path, device: torch.device | str = "cpu", *, mmap: bool = F
         ValueError: when the file is missing, damaged, or holds anything else.
     """
     try:
-        return torch.load(path, map_location=device, weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+        with warnings.catch_warnings():  # about other pickles, which are refused anyway
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location=device, weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Exception as error:  # reading arbitrary bytes as a pickle can end in any of them
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
             raise ValueError(f"{path} asks for {code[1]}; accepted: tensors and plain values") from None
-        reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        advice = isinstance(error, pickle.UnpicklingError)  # PyTorch's is to load without this protection
+        reason = ": ".join([type(error).__name__, *str(error).splitlines()[: 0 if advice else 1]])
         raise ValueError(f"{path} is damaged, or no file of PyTorch ({reason})") from None
 
 
