@@ -1,4 +1,4 @@
-"""Turn checkpoints of the authors' code into runs, ready for sampling and for the other commands.
+"""Turn checkpoints of the authors' code into runs, ready for generate_samples.py and the other commands.
 
     python experiments/import_reference_checkpoint.py \\
         --config configs/ffhq_256_config.py --config.run.experiment="ffhq_published" \\
@@ -13,6 +13,7 @@ model.encoder_block_norm=false where torchsparse stored the weights. A run that 
 a checkpoint holds is executed, and nothing is written unless all of it could be read.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,15 @@ flags.DEFINE_string("checkpoint", None, "the authors' autoencoder, with --config
 flags.DEFINE_string("latent_checkpoint", None, "their latent model, with --latent_config: latent_checkpoint.pkl, "
                     "best_latent_checkpoint.pkl, or the folder of the first")  # fmt: skip
 flags.DEFINE_string("latents", None, "their latents.pkl, for its mean and deviation; default: beside the latent model")
-flags.DEFINE_enum("weights", "auto", CHOICES, "of denoiser and latent model: the average, the last step, or by auto the "
-                  "average, but for a denoiser's that has not forgotten its random start")  # fmt: skip
+flags.DEFINE_enum("weights", "auto", CHOICES, "of denoiser and latent model: their average, the last step, or by auto "
+                  "the average, unless a denoiser's still holds much of its random start")  # fmt: skip
 _STAGES = {"config": "checkpoint", "latent_config": "latent_checkpoint"}
 _FROM_CHECKPOINT = ("model.coordinate_convention", "model.encoder_block_norm")
 
 
 def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
+    if int(os.environ.get("RANK", 0)):
+        return  # under torchrun the first process does it
     with readable_errors():
         check_flags(configs)
         runs: list[ReferenceRun] = []

@@ -105,7 +105,8 @@ def read_image_run(path: Path, config: ImageConfig, weights: str = "auto") -> Re
         "encoder: the last step; they average no encoder, and trained the latent model on this one",
         f"not in the checkpoint, taken from the configuration: data.img_size={config.data.img_size}, "
         f"model.knn_neighbours={model.knn_neighbours}, model.uno_dropout, diffusion.*",
-        "norms of the U-Net: epsilon 1e-5; theirs was 1e-3 under mixed precision, which shifts outputs a little",
+        "norms: epsilon 1e-5 throughout; their mixed precision has 1e-3 in those of the U-Net, so that outputs differ "
+        "where activations are small",
     ]
     return ReferenceRun(config, tensors, step, {path.name: file_digest(path)}, notes)
 
@@ -188,9 +189,15 @@ def _checkpoint(path: Path, states: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: {_STEP} is {str(held[_STEP])[:50]!r}; accepted: a number of steps")
     for key in states:
         tensors = held[key].items() if isinstance(held[key], Mapping) else [(None, None)]
-        if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors):
+        if not all(isinstance(name, str) and _is_plain(value) for name, value in tensors):
             raise ValueError(f"{path}: {key} is no state of a network; accepted: tensors by name")
     return held
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a dense tensor of floating-point numbers, which files can hold other kinds of too."""
+    dense = isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+    return dense and value.is_floating_point()
 
 
 def _state(
@@ -212,7 +219,7 @@ def _statistics(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     stochastic encoder, behind their mu and logvar. That mean is zero whatever the latents' own was.
     """
     held = load_plain(path, mmap=True)
-    tensors = isinstance(held, tuple) and all(isinstance(part, torch.Tensor) and part.ndim == 2 for part in held)
+    tensors = isinstance(held, tuple) and all(_is_plain(part) and part.ndim == 2 for part in held)
     if not tensors or len(held) not in (4, 6):
         raise ValueError(f"{path} holds no latents; accepted: the {LATENTS_FILE} of their latent training")
     (mean, std), size = held[-2:], held[0].shape[1]

@@ -149,6 +149,7 @@ def state_from_reference(
     one, or when a tensor is left over that is not known to be without effect.
     """
     _check_layout(layout)
+    _check_grid(module, arrays)
     state, used = {}, set()
     for name, ours in module.state_dict().items():
         translated = _translate(module, name, layout)
@@ -170,7 +171,6 @@ def state_from_reference(
     if unknown:
         listed = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
         raise ValueError(f"the reference state holds tensors that this network has no place for: {listed}")
-    _check_grid(module, arrays)
     return state
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.noise import derive_seed
 from training.acceleration import accelerate
-from training.checkpoint import load_newest_checkpoint, save_checkpoint, save_weights
+from training.checkpoint import checkpoint_steps, load_newest_checkpoint, save_checkpoint, save_weights
 from training.ema import Ema
 from training.precision import Precision
 from training.run_dir import RunDir
@@ -91,7 +91,8 @@ class Trainer:
     def run(self) -> None:
         """Train up to `train.steps`, continuing the newest checkpoint of the run.
 
-        Leaves with status 128 + signal after saving when SIGINT or SIGTERM asks it to stop.
+        Leaves with status 128 + signal after saving when SIGINT or SIGTERM asks it to stop. Raises ValueError when the
+        run has weights but nothing to continue.
         """
         train = self.config.train
         self._resume()
@@ -243,6 +244,12 @@ class Trainer:
         }
 
     def _resume(self) -> None:
+        weights = self.run_dir.path / "weights.safetensors"
+        if weights.exists() and not checkpoint_steps(self.run_dir.checkpoints):
+            raise ValueError(
+                f"{weights} would be overwritten, with no training state to continue (an imported run has none); "
+                "accepted: another run.experiment"
+            )
         state = load_newest_checkpoint(self.run_dir.checkpoints, self.device)
         if state is None:
             return
