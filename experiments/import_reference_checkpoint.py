@@ -1,9 +1,9 @@
 """Turn checkpoints of the authors' code into runs, ready for generate_samples.py and the other commands.
 
     python experiments/import_reference_checkpoint.py \\
-        --config configs/ffhq_256_config.py --config.run.experiment="ffhq_published" \\
+        --config configs/ffhq_256_config.py --config.run.experiment="ffhq_theirs" \\
         --checkpoint=THEIRS/checkpoints/ffhq_mollified_256 \\
-        --latent_config configs/ffhq_latent_config.py --latent_config.run.experiment="ffhq_published_sampler" \\
+        --latent_config configs/ffhq_latent_config.py --latent_config.run.experiment="ffhq_theirs_sampler" \\
         --latent_checkpoint=THEIRS/checkpoints/ffhq_mollified_256_sampler
 
 Either stage may be left out. A checkpoint is a file, or the folder in which their code keeps it: checkpoint.pkl,

@@ -100,8 +100,8 @@ def read_image_run(path: Path, config: ImageConfig, weights: str = "auto") -> Re
     notes = [
         f"stored by {backend}: model.coordinate_convention={model.coordinate_convention}, "
         f"model.encoder_block_norm={str(model.encoder_block_norm).lower()}",
-        f"denoiser: {'their average' if averaged else 'the last step'}; {start:.2g} of their average is the random "
-        "network that it started from",
+        f"denoiser: {'their average' if averaged else 'the last step'}; {100 * start:.3f} % of their average is the "
+        "random network that it started from",
         "encoder: the last step; they average no encoder, and trained the latent model on this one",
         f"not in the checkpoint, taken from the configuration: data.img_size={config.data.img_size}, "
         f"model.knn_neighbours={model.knn_neighbours}, model.uno_dropout, diffusion.*",
