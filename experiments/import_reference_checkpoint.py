@@ -24,7 +24,14 @@ from absl import flags
 
 from configs.flags import Command, readable_errors
 from configs.schema import ImageConfig, LatentConfig
-from generation.reference_runs import CHOICES, ReferenceRun, read_image_run, read_latent_run, write_runs
+from generation.reference_runs import (
+    CHOICES,
+    ReferenceRun,
+    read_image_run,
+    read_latent_run,
+    refuse_existing,
+    write_runs,
+)
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("checkpoint", None, "the authors' autoencoder, with --config: checkpoint.pkl, or its folder")
@@ -42,6 +49,7 @@ def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
         return  # under torchrun the first process does it
     with readable_errors():
         check_flags(configs)
+        refuse_existing(list(configs.values()))  # before gigabytes are read
         runs: list[ReferenceRun] = []
         if "config" in configs:
             runs.append(read_image_run(Path(FLAGS.checkpoint), configs["config"], FLAGS.weights))

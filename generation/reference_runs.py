@@ -145,17 +145,19 @@ def read_latent_run(path: Path, latents: Path | None, config: LatentConfig, weig
     return ReferenceRun(config, LatentPrior(config, model, mean, std).to_tensors(), held[_STEP], files, notes)
 
 
-def write_runs(runs: Sequence[ReferenceRun]) -> None:
-    """Write the folder of each run, which appears whole or not at all.
+def refuse_existing(configs: Sequence[ImageConfig | LatentConfig]) -> None:
+    """Raise ValueError when the folder of one of these runs exists, or two are the same."""
+    paths = [run_path(config) for config in configs]
+    for i, path in enumerate(paths):
+        if path.exists():
+            raise ValueError(f"{path} exists; accepted: another run.experiment or run.root_dir")
+        if path.resolve() in [other.resolve() for other in paths[:i]]:
+            raise ValueError(f"{path}: both runs would be kept there; accepted: two values of run.experiment")
 
-    Raises:
-        ValueError: when one of the folders exists, or two are the same.
-    """
-    for i, run in enumerate(runs):
-        if run.path.exists():
-            raise ValueError(f"{run.path} exists; accepted: another run.experiment or run.root_dir")
-        if any(run.path.resolve() == other.path.resolve() for other in runs[:i]):
-            raise ValueError(f"{run.path}: both runs would be kept there; accepted: two values of run.experiment")
+
+def write_runs(runs: Sequence[ReferenceRun]) -> None:
+    """Write the folder of each run, which appears whole or not at all. Raises ValueError as `refuse_existing`."""
+    refuse_existing([run.config for run in runs])
     unfinished = [run.path.with_name(f".{run.path.name}.{os.getpid()}.tmp") for run in runs]
     try:
         for run, folder in zip(runs, unfinished):

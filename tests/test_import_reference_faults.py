@@ -11,7 +11,8 @@ import torch
 
 import micro
 from generation.reference_runs import read_image_run, read_latent_run, write_runs
-from reference_files import COMMAND, SQUARE, image_arguments, latent_arguments, write_theirs
+from models.factory import build_latent_model
+from reference_files import COMMAND, SQUARE, checkpoint, image_arguments, latent_arguments, named, write_theirs
 from test_commands import fails
 
 
@@ -159,6 +160,10 @@ def test_wrong_commands_end_in_one_line_and_write_nothing(theirs, tmp_path):
     fails([COMMAND, *image, "--config.model.coordinate_convention=cell_centred"], "accepted: reference, for this")
     # One stage that is right does not save the other.
     fails([COMMAND, *image, *latent_arguments(there, theirs / "latent", {"model.hid_channels": 8})], "'in_layer.")
+    small = build_latent_model(micro.latent(there).model, 5)
+    torch.save(checkpoint(500, {}, named(small)), tmp_path / "latent_checkpoint.pkl")
+    torch.save(tuple(part[:, :5] for part in LATENTS), tmp_path / "latents.pkl")
+    fails([COMMAND, *image, *latent_arguments(there, tmp_path)], "draws latents of size 5; accepted: 6, as --c")
     assert not there.exists()
     (there / "image").mkdir(parents=True)
     (there / "image" / "config.json").write_text("{}")
