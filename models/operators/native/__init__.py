@@ -24,7 +24,7 @@ from models.triton_support import kernels_for
 # benchmarks/operators.py. In C it always is; Triton's part follows from counted instructions (a list costs as much as
 # a lattice at about half) and awaits its measurement.
 _TRITON_UP_TO = 1 / 2
-_PAIRS_UP_TO = 1 / 4
+_PAIRS_UP_TO = 1 / 5
 
 
 @dataclass(frozen=True, eq=False)
