@@ -39,11 +39,13 @@ def norm_modulate_mlp(
     shift: torch.Tensor | None,
     mlp: nn.Sequential,
     chunk_points: int = 0,
+    overwrite: bool = False,
 ) -> torch.Tensor:
     """x + mlp(norm(x)·scale + shift), mlp of a linear layer to 2C channels, GELU, and a linear layer back.
 
     x: (B, M, C). scale, shift: (B, C), of `Modulation`. chunk_points: points of each image to compute at once where no
-    gradient is wanted and nothing is fused, which bounds what is held between the layers; 0 for all. Returns (B, M, C).
+    gradient is wanted and nothing is fused, which bounds what is held between the layers; 0 for all. overwrite: x is
+    not needed afterwards; where no gradient is wanted the result may then take its place. Returns (B, M, C).
     """
     fused, dtype = _engine(x), _product_type(x)
     if fused is None or not fused.supports_mlp(x, dtype):
@@ -54,6 +56,10 @@ def norm_modulate_mlp(
             return out
         return x + mlp(norm_modulate(x, norm, scale, shift))
     weights = (mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias)
+    if overwrite and not torch.is_grad_enabled() and x.device.type == "cpu" and x.is_contiguous():
+        # Fresh memory for a large lattice costs a CPU as much time as the arithmetic.
+        fused.norm_modulate_mlp_(x, norm.weight, norm.bias, scale, shift, *weights, eps=norm.eps)
+        return x
     return fused.norm_modulate_mlp(x, norm.weight, norm.bias, scale, shift, *weights, norm.eps, dtype)
 
 

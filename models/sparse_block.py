@@ -92,14 +92,22 @@ class SparseBlock(nn.Module):
     ) -> torch.Tensor:
         """x, skip: (B, M, C); e: (B, time_dim); z: (B, z_dim). Returns (B, M, C)."""
         if self.skip is not None:
-            of_x, of_skip = self.skip.weight.chunk(2, dim=1)
-            x = F.linear(x, of_x, self.skip.bias) + F.linear(skip, of_skip)  # spares joining them first
+            x = self._joined(x, skip)
         if self.norm1 is None:
             c = self._integral(x, plan)
             return x + c + self.mlp(c)
         h = norm_modulate(x, self.norm1, *self.modulation1.vectors(e, z))
         x = self._integral(h, plan, residual=x)
-        return norm_modulate_mlp(x, self.norm2, *self.modulation2.vectors(e, z), self.mlp, self.chunk_points)
+        return norm_modulate_mlp(x, self.norm2, *self.modulation2.vectors(e, z), self.mlp, self.chunk_points, True)
+
+    def _joined(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        """The skip layer of [x, skip], spared being laid side by side first."""
+        of_x, of_skip = self.skip.weight.chunk(2, dim=1)
+        x = F.linear(x, of_x, self.skip.bias)
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            return x + F.linear(skip, of_skip)
+        x.flatten(0, 1).addmm_(skip.flatten(0, 1), of_skip.t())
+        return x
 
     def _integral(self, h: torch.Tensor, plan: Plan, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Eq. (20), or with a nonlinear kernel a case of eq. (18), at the points."""

@@ -105,3 +105,11 @@ def test_what_the_kernels_take():
         assert not cpu_pointwise.supports(torch.zeros(shape))
     assert not cpu_pointwise.supports(torch.zeros(2, 3, 64, dtype=torch.float64))
     assert not cpu_pointwise.supports_mlp(torch.zeros(2, 3, 64), torch.bfloat16)
+
+
+@torch.no_grad()
+def test_in_place_gives_the_same_bits():
+    x, *parameters = inputs(2, 130, 48, True)
+    expected = fused(x, *parameters)
+    cpu_pointwise.norm_modulate_mlp_(x, *parameters, eps=EPS)
+    assert torch.equal(x, expected)

@@ -66,6 +66,12 @@ def norm_modulate_mlp(
     return _mlp(x, *fold(gamma, beta, scale, shift, x.shape[0]), w1, b1, w2, b2, eps)
 
 
+def norm_modulate_mlp_(x: torch.Tensor, *parameters: torch.Tensor | None, eps: float) -> None:
+    """`norm_modulate_mlp` in place, without gradients; x: contiguous. The other arguments are the same."""
+    gamma, beta, scale, shift, *mlp = parameters
+    _call_mlp(x, *fold(gamma, beta, scale, shift, x.shape[0]), *mlp, eps, out=x)
+
+
 @lru_cache
 def _number(value: float) -> torch.Tensor:
     return torch.tensor([value], dtype=torch.float32)
@@ -110,10 +116,15 @@ def _mlp(
     eps: float,
 ) -> torch.Tensor:
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    _call_mlp(x, scale, shift, w1, b1, w2, b2, eps, out)
+    return out
+
+
+def _call_mlp(x, scale, shift, w1, b1, w2, b2, eps, out) -> None:
+    """The kernel, which has read a row before it writes it: out may be x."""
     tensors = (scale, shift, w1.t(), b1, w2.t(), b2)
     sizes = (*x.shape, *_parts(*x.shape[:2]))
     compiled.call("infty_mlp", x, *(t.contiguous() for t in tensors), _number(eps), *sizes, out)
-    return out
 
 
 @torch.library.custom_op("infty_diff::mlp_cpu_backward", mutates_args=())
