@@ -96,7 +96,7 @@ def _forward(
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
     x, kernel = x.contiguous(), kernel.contiguous()
-    out = torch.empty_like(x)
+    out = compiled.empty(*x.shape)
     scale, residual = scale.contiguous(), None if residual is None else residual.contiguous()
     sizes = (x.shape[0] * x.shape[1], len(ends), x.shape[2])
     compiled.call("infty_forward", x, kernel, scale, residual, ends, rows, taps, *sizes, out)
@@ -110,20 +110,27 @@ def _(x, kernel, scale, ends, rows, taps, residual):
 
 @torch.library.custom_op("infty_diff::depthwise_cpu_backward", mutates_args=())
 def _backward(
-    g: torch.Tensor, x: torch.Tensor, kernel: torch.Tensor, ends: torch.Tensor, rows: torch.Tensor, taps: torch.Tensor
+    gradient: torch.Tensor,
+    scale: torch.Tensor,
+    x: torch.Tensor,
+    kernel: torch.Tensor,
+    ends: torch.Tensor,
+    rows: torch.Tensor,
+    taps: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients with respect to x and kernel from g = scale · (gradient of out)."""
-    g, x, kernel = g.contiguous(), x.contiguous(), kernel.contiguous()
+    """Gradients with respect to x and kernel."""
+    x, kernel = x.contiguous(), kernel.contiguous()
+    g = torch.mul(gradient, scale, out=compiled.empty(*x.shape))
     (num_taps, channels), points = kernel.shape, x.shape[0] * x.shape[1]
     chunk = max(_CHUNK, -(-points // _MOST_CHUNKS))
-    dx, partial = torch.empty_like(x), kernel.new_zeros(-(-points // chunk), num_taps, channels)
+    dx, partial = compiled.empty(*x.shape), kernel.new_zeros(-(-points // chunk), num_taps, channels)
     sizes = (points, len(ends), channels, num_taps, chunk)
     compiled.call("infty_backward", g, x, kernel, ends, rows, taps, *sizes, dx, partial)
     return dx, partial.sum(0)
 
 
 @_backward.register_fake
-def _(g, x, kernel, ends, rows, taps):
+def _(gradient, scale, x, kernel, ends, rows, taps):
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(kernel)
 
 
@@ -135,7 +142,7 @@ def _setup_context(ctx, inputs, output):
 
 def _differentiate(ctx, gradient):
     x, kernel, scale, *lists = ctx.saved_tensors
-    dx, dkernel = _backward(gradient * scale, x, kernel, *lists)
+    dx, dkernel = _backward(gradient, scale, x, kernel, *lists)
     return dx, dkernel, None, None, None, None, gradient if ctx.has_residual else None
 
 

@@ -85,7 +85,7 @@ def _parts(batch: int, points: int) -> tuple[int, int]:
 
 @torch.library.custom_op("infty_diff::norm_affine_cpu", mutates_args=())
 def _norm_affine(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
-    x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    x, out = x.contiguous(), compiled.empty(*x.shape)
     compiled.call("infty_norm_modulate", x, scale.contiguous(), shift.contiguous(), _number(eps), *x.shape, out)
     return out
 
@@ -97,7 +97,7 @@ def _norm_affine_backward(
     dh, x, scale, shift = dh.contiguous(), x.contiguous(), scale.contiguous(), shift.contiguous()
     batch, points, channels = x.shape
     parts, chunk = _parts(batch, points)
-    dx, sums = torch.empty_like(x), x.new_zeros(2, batch, parts, channels)
+    dx, sums = compiled.empty(*x.shape), x.new_zeros(2, batch, parts, channels)
     sizes = (batch, points, channels, parts, chunk)
     compiled.call("infty_norm_modulate_backward", dh, x, scale, shift, _number(eps), *sizes, dx, sums[0], sums[1])
     dscale, dshift = sums.sum(2).unbind()
@@ -115,7 +115,7 @@ def _mlp(
     b2: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
-    x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    x, out = x.contiguous(), compiled.empty(*x.shape)
     _call_mlp(x, scale, shift, w1, b1, w2, b2, eps, out)
     return out
 
@@ -144,7 +144,7 @@ def _mlp_backward(
     parts, chunk = _parts(batch, points)
     shapes = (w1.shape, w2.shape, b1.shape, (channels,), (channels,), (channels,))
     lengths = [torch.Size(shape).numel() for shape in shapes]
-    dx, sums = torch.empty_like(x), x.new_zeros(batch, parts, sum(lengths))
+    dx, sums = compiled.empty(*x.shape), x.new_zeros(batch, parts, sum(lengths))
     tensors = (t.contiguous() for t in (scale, shift, w1.t(), b1, w1, w2))
     sizes = (batch, points, channels, parts, chunk)
     compiled.call("infty_mlp_backward", dout, x, *tensors, _number(eps), *sizes, dx, sums)

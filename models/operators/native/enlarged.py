@@ -138,7 +138,7 @@ def _compiled(
     band, threads = min(band or _BAND, rows), torch.get_num_threads()
     blocks = (2 * kernel_size + 1 + band) * _COLUMNS + extent[1] - 1 + kernel_size**2
     work = torch.empty(threads, blocks * _LANES)
-    out = x.new_empty(batch, rows, width, channels)
+    out = compiled.empty(batch, rows, width, channels)
     sizes = (batch, height, width, channels, kernel_size, first_row, rows, band)
     compiled.call("infty_enlarged", x, weight, scale, residual, out, *sizes, *axes, threads, work, work.shape[1])
     return out
