@@ -243,9 +243,7 @@ def measure(setting: Setting, op: str, size: int, ratio: float) -> Iterator[dict
         yield _result(row, setting, size, ratio, best, times)
 
 
-def _result(
-    row: Row, setting: Setting, size: int, ratio: float, best: str, times: dict[str, Timing]
-) -> dict[str, Any]:
+def _result(row: Row, setting: Setting, size: int, ratio: float, best: str, times: dict[str, Timing]) -> dict[str, Any]:
     ours, theirs = times["ours"], times[best]
     return {
         "op": row.op,
