@@ -123,7 +123,11 @@ def test_pictures_change_with_the_mask_of_the_same_name(root, tmp_path):
 def test_an_interrupted_command_says_so_and_keeps_what_it_made(root, tmp_path):
     many = command("generate_recons", root, f"--out_dir={tmp_path}", "--split=train", "--num_images=20")
     started = subprocess.Popen(
-        [sys.executable, *many, "--sampling_steps=250"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [sys.executable, *many, "--sampling_steps=250"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored by what a shell runs in background
     )
     while started.poll() is None and not kept(tmp_path):
         time.sleep(0.05)
