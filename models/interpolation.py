@@ -8,6 +8,7 @@ rows, U_h × U_w grid, K entries per output.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         rows, weights = ctx.saved_tensors
         readers, order = rows.flatten().sort(stable=True)
-        ends = torch.searchsorted(readers, torch.arange(ctx.source_rows + 1, device=rows.device))
+        numbers = torch.arange(ctx.source_rows + 1, dtype=rows.dtype, device=rows.device)
+        ends = torch.searchsorted(readers, numbers)
         dx = F.embedding_bag(
             order.div(rows.shape[1], rounding_mode="floor"),
             gradient.contiguous(),
@@ -64,7 +66,9 @@ class _Gather(torch.autograd.Function):
 
 def _batched(batch: int, source_rows: int, index: torch.Tensor, weights: torch.Tensor) -> WeightedGather:
     """From row numbers within one item (B or 1, Q, K) to those within the batch."""
-    first = torch.arange(batch, device=index.device) * source_rows
+    if batch == 1:
+        return WeightedGather(1, index.flatten(0, 1), weights.flatten(0, 1))
+    first = torch.arange(batch, dtype=index.dtype, device=index.device) * source_rows
     rows = (index + first[:, None, None]).flatten(0, 1)  # (BQ, K)
     return WeightedGather(batch, rows, weights.expand(batch, -1, -1).flatten(0, 1))
 
@@ -86,6 +90,15 @@ def grid_to_points(
     points: Points, batch: int, grid: Size, convention: CoordinateConvention, device: torch.device
 ) -> WeightedGather:
     """Grid features (B, U_h·U_w, C) to points (B, M, C): bilinear, read where the convention says."""
+    geometry = (grid, convention, device)
+    reads = _full_lattice_reads(points.size, *geometry) if points.index is None else _bilinear_reads(points, *geometry)
+    return _batched(batch, grid[0] * grid[1], *reads)
+
+
+def _bilinear_reads(
+    points: Points, grid: Size, convention: CoordinateConvention, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The four nodes around each point and their weights: (B or 1, M, 4) each."""
     rows, cols = points.rows_cols(device)  # (B or 1, M) each
     rows = convention.pixel_coordinate(rows, points.size[0])
     cols = convention.pixel_coordinate(cols, points.size[1])
@@ -94,7 +107,16 @@ def grid_to_points(
     col, col_weight = _linear_taps(x, grid[1], convention)
     index = row.unsqueeze(3) * grid[1] + col.unsqueeze(2)  # (B or 1, M, 2, 2)
     weights = row_weight.unsqueeze(3) * col_weight.unsqueeze(2)
-    return _batched(batch, grid[0] * grid[1], index.flatten(2), weights.flatten(2))
+    return index.flatten(2), weights.flatten(2)
+
+
+@lru_cache(maxsize=2)
+def _full_lattice_reads(
+    size: Size, grid: Size, convention: CoordinateConvention, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_bilinear_reads` of a full lattice, which every step of a sampler asks for; nodes int32 to take less memory."""
+    index, weights = _bilinear_reads(Points(size), grid, convention, device)
+    return index.int(), weights
 
 
 def _linear_taps(position: torch.Tensor, n: int, convention: CoordinateConvention) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,20 +12,28 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.layers import modulate
-from models.operators.native import cpu_pointwise
+from models.operators.native import cpu_pointwise, memory
 from models.triton_support import kernels_for
 
 
 def norm_modulate(
-    x: torch.Tensor, norm: nn.LayerNorm, scale: torch.Tensor | None, shift: torch.Tensor | None
+    x: torch.Tensor,
+    norm: nn.LayerNorm,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    spare: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """norm(x)·scale + shift; where fused, in the type of autocast.
 
-    x: (B, …, C). scale, shift: (B, C), of `Modulation`. Returns the shape of x.
+    x: (B, …, C). scale, shift: (B, C), of `Modulation`. spare: of `spare_memory`, taken by the result where no gradient
+    is wanted. Returns the shape of x.
     """
     # Under torch.compile, the compiler fuses the formula, and with it what comes before and after.
     fused = None if torch.compiler.is_compiling() else _engine(x)
     if fused is not None and fused.supports(points := x.flatten(1, -2)):  # (B, M, C)
+        if spare is not None and _reuses(x) and _reuses(spare):
+            fused.norm_modulate_into(spare, points, norm.weight, norm.bias, scale, shift, eps=norm.eps)
+            return spare
         h = fused.norm_modulate(points, norm.weight, norm.bias, scale, shift, norm.eps, _product_type(x))
         return h.view(x.shape)
     h = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
@@ -56,11 +64,36 @@ def norm_modulate_mlp(
             return out
         return x + mlp(norm_modulate(x, norm, scale, shift))
     weights = (mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias)
-    if overwrite and not torch.is_grad_enabled() and x.device.type == "cpu" and x.is_contiguous():
-        # Fresh memory for a large lattice costs a CPU as much time as the arithmetic.
+    if overwrite and _reuses(x):
         fused.norm_modulate_mlp_(x, norm.weight, norm.bias, scale, shift, *weights, eps=norm.eps)
         return x
     return fused.norm_modulate_mlp(x, norm.weight, norm.bias, scale, shift, *weights, norm.eps, dtype)
+
+
+def join(x: torch.Tensor, skip: torch.Tensor, layer: nn.Linear, overwrite: bool = False) -> torch.Tensor:
+    """layer([x, skip]), spared being laid side by side first.
+
+    x, skip: (B, M, C). layer: of 2C channels to C. overwrite: as for `norm_modulate_mlp`. Returns (B, M, C).
+    """
+    if overwrite and _reuses(x) and cpu_pointwise.supports_mlp(x, _product_type(x)):
+        cpu_pointwise.join_(x, skip, layer.weight, layer.bias)
+        return x
+    of_x, of_skip = layer.weight.chunk(2, dim=1)
+    return F.linear(x, of_x, layer.bias) + F.linear(skip, of_skip)
+
+
+def spare_memory(h: torch.Tensor) -> torch.Tensor | None:
+    """Memory like h (B, M, C) for the results of `norm_modulate`, where it takes it.
+
+    Fresh memory for a large lattice costs a CPU as much time as the arithmetic.
+    """
+    return memory.empty(*h.shape) if _reuses(h) and cpu_pointwise.supports(h) else None
+
+
+def _reuses(x: torch.Tensor) -> bool:
+    """Whether a result may be written where x is; only on a CPU does that save anything."""
+    eager = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return eager and x.device.type == "cpu" and x.is_contiguous()
 
 
 def _engine(x: torch.Tensor) -> ModuleType | None:

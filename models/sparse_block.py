@@ -15,7 +15,7 @@ from diffusion.coordinates import Size
 from models.kernels import ContinuousKernel
 from models.layers import Modulation
 from models.operators.base import Backend, Plan
-from models.pointwise import norm_modulate, norm_modulate_mlp
+from models.pointwise import join, norm_modulate, norm_modulate_mlp
 
 KERNELS = ("linear", "nonlinear", "continuous")
 
@@ -89,31 +89,30 @@ class SparseBlock(nn.Module):
         skip: torch.Tensor | None = None,
         e: torch.Tensor | None = None,
         z: torch.Tensor | None = None,
+        spare: torch.Tensor | None = None,
+        overwrite: bool = False,
     ) -> torch.Tensor:
-        """x, skip: (B, M, C); e: (B, time_dim); z: (B, z_dim). Returns (B, M, C)."""
+        """x, skip: (B, M, C); e: (B, time_dim); z: (B, z_dim). Returns (B, M, C).
+
+        Where no gradient is wanted, memory may be used again: spare, of `models.pointwise.spare_memory`, and with
+        overwrite x and skip, which are then not needed afterwards.
+        """
         if self.skip is not None:
-            x = self._joined(x, skip)
+            x, spare, overwrite = join(x, skip, self.skip, overwrite), skip if overwrite else spare, True
         if self.norm1 is None:
             c = self._integral(x, plan)
             return x + c + self.mlp(c)
-        h = norm_modulate(x, self.norm1, *self.modulation1.vectors(e, z))
-        x = self._integral(h, plan, residual=x)
+        h = norm_modulate(x, self.norm1, *self.modulation1.vectors(e, z), spare)
+        x = self._integral(h, plan, residual=x, overwrite=overwrite)
         return norm_modulate_mlp(x, self.norm2, *self.modulation2.vectors(e, z), self.mlp, self.chunk_points, True)
 
-    def _joined(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        """The skip layer of [x, skip], spared being laid side by side first."""
-        of_x, of_skip = self.skip.weight.chunk(2, dim=1)
-        x = F.linear(x, of_x, self.skip.bias)
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-            return x + F.linear(skip, of_skip)
-        x.flatten(0, 1).addmm_(skip.flatten(0, 1), of_skip.t())
-        return x
-
-    def _integral(self, h: torch.Tensor, plan: Plan, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def _integral(
+        self, h: torch.Tensor, plan: Plan, residual: torch.Tensor | None = None, overwrite: bool = False
+    ) -> torch.Tensor:
         """Eq. (20), or with a nonlinear kernel a case of eq. (18), at the points."""
         kernel = self.kernel
         if isinstance(kernel, ContinuousKernel):
             kernel = kernel(plan.points.size, plan.extent)
         elif self.second_kernel is not None:
             h, kernel = F.gelu(self.backend.conv(h, kernel, plan, self.groups)), self.second_kernel
-        return self.backend.conv(h, kernel, plan, self.groups, residual=residual)
+        return self.backend.conv(h, kernel, plan, self.groups, residual, overwrite)

@@ -19,6 +19,7 @@ from models.conv_uno import GridSpec, GridUNet
 from models.layers import sinusoidal_features
 from models.operators import get_backend
 from models.operators.base import Plan, lattice_extent
+from models.pointwise import spare_memory
 from models.sparse_block import SparseBlock
 
 
@@ -119,8 +120,9 @@ class SparseDescent(nn.Module):
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """x: (B, M, C). Returns the output (B, M, F) of every block, and node features (B, U, U, G)."""
         h, skips = self.linear_in(x), []  # (B, M, F)
+        spare = spare_memory(h)
         for block in self.down_blocks:
-            h = block(h, plan, e=e, z=z)
+            h = block(h, plan, e=e, z=z, spare=spare, overwrite=not skips)
             skips.append(h)
         # Weights sum to one, so the projection may follow the average: it then runs on U² nodes instead of M points.
         return skips, self.to_grid(nodes.enter(h))  # (B, U, U, F) -> (B, U, U, G)
@@ -170,7 +172,8 @@ class SparseUNet(SparseDescent):
         skips, grid = self.descend(x, plan, nodes, e, z)
         h = F.linear(self.grid(grid, e, z, nodes.pyramid), self.from_grid.weight)  # (B, U, U, G) -> (B, U, U, F)
         # The bias comes after reading: weights at a border may sum to less than one.
-        h = nodes.leave(h) + self.from_grid.bias.to(h.dtype)  # (B, M, F)
+        h, bias = nodes.leave(h), self.from_grid.bias.to(h.dtype)  # (B, M, F)
+        h = h + bias if torch.is_grad_enabled() else h.add_(bias)
         for block in self.up_blocks:
-            h = block(h, plan, skip=skips.pop(), e=e, z=z)  # (B, M, F)
+            h = block(h, plan, skip=skips.pop(), e=e, z=z, overwrite=True)  # (B, M, F)
         return self.linear_out(h)

@@ -113,3 +113,24 @@ def test_in_place_gives_the_same_bits():
     expected = fused(x, *parameters)
     cpu_pointwise.norm_modulate_mlp_(x, *parameters, eps=EPS)
     assert torch.equal(x, expected)
+
+
+@torch.no_grad()
+def test_normalising_into_spare_memory_gives_the_same_bits():
+    x, *parameters = inputs(2, 130, 48, False)
+    out = torch.full_like(x, torch.nan)
+    cpu_pointwise.norm_modulate_into(out, x, *parameters, eps=EPS)
+    assert torch.equal(out, fused(x, *parameters))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("batch", "points", "channels"), [(2, 101, 16), (1, 1, 128), (3, 50, 80), (2, 1200, 64)])
+def test_joining_is_the_linear_layer_of_both(batch, points, channels):
+    torch.manual_seed(0)
+    x, skip = torch.randn(2, batch, points, channels)
+    layer = torch.nn.Linear(2 * channels, channels)
+    expected = F.linear(torch.cat([x, skip], dim=2).double(), layer.weight.double(), layer.bias.double())
+    kept = skip.clone()
+    cpu_pointwise.join_(x, skip, layer.weight, layer.bias)
+    torch.testing.assert_close(x.double(), expected, rtol=0, atol=3e-6 * expected.abs().max().item())
+    assert torch.equal(skip, kept)

@@ -57,6 +57,31 @@ def test_equals_the_direct_convolution(case, dtype, engine):
     assert_close(enlarged(x, weight, extent), direct(x, weight, extent), dtype)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_result_may_take_the_place_of_the_residual(case, dtype, engine):
+    size, channels, k, extent = case
+    x, weight, scale, residual = draw(size, channels, k, dtype)
+    kept, expected = x.clone(), enlarged(x, weight, extent, scale, residual)
+    assert torch.equal(enlarged(x, weight, extent, scale, residual, overwrite=True), expected)
+    assert torch.equal(x, kept)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(compiled.library() is None, reason="needs a C compiler")
+def test_bands_and_threads_change_no_bit_of_the_compiled_product():
+    x, weight, scale, residual = draw((50, 41), 40, 7)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count, band in ((1, None), (2, None), (3, 7), (16, None), (1, 50)):
+            torch.set_num_threads(count)
+            results.append(enlarged(x, weight, (13, 11), scale, residual, band=band))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_some_rows_are_those_of_all(dtype, engine):
     x, weight, scale, residual = draw((19, 11), 6, 5, dtype)

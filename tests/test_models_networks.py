@@ -69,6 +69,20 @@ def test_all_points_in_any_order_are_the_full_lattice(sparse, size):
     torch.testing.assert_close(coder(shuffled_x, shuffled), coder(x, full), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["native", "torch_dense"])
+@pytest.mark.parametrize(("size", "count"), [((8, 8), None), ((7, 11), 30), ((24, 40), None)])
+def test_memory_used_again_changes_no_number(backend, size, count):
+    """Without gradients, results take the place of what is not needed any more: twice the same, and x untouched."""
+    network = denoiser(sparse=SparseSpec(channels=16, num_blocks=3, kernel_size=5, backend=backend))
+    points = Points(size) if count is None else random_points(2, size, count)
+    x, t, z = inputs(2, points)
+    kept, expected = x.clone(), network(x, points, t, z)
+    with torch.no_grad():
+        found = [network(x, points, t, z) for _ in range(2)]
+    assert torch.equal(*found) and torch.equal(x, kept)
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize(
     ("batch", "size", "count"), [(1, (8, 8), 17), (2, (5, 9), 44), (1, (13, 6), 3), (3, (1, 5), 5)]

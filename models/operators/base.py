@@ -125,6 +125,15 @@ def check_features(
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; float64 mixes with no other precision")
 
 
+def add_residual(out: torch.Tensor, residual: torch.Tensor | None, overwrite: bool) -> torch.Tensor:
+    """residual + out, or out without one; the arguments are those of `Backend.conv`."""
+    if residual is None:
+        return out
+    if overwrite and not torch.is_grad_enabled() and residual.dtype == out.dtype:
+        return residual.add_(out)
+    return residual + out
+
+
 class Backend(Protocol):
     """A way to compute the convolution above; all back ends give the same numbers up to rounding."""
 
@@ -135,11 +144,18 @@ class Backend(Protocol):
         ...
 
     def conv(
-        self, x: torch.Tensor, weight: torch.Tensor, plan: Plan, groups: int, residual: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        plan: Plan,
+        groups: int,
+        residual: torch.Tensor | None = None,
+        overwrite: bool = False,
     ) -> torch.Tensor:
         """out of the module's equation, plus `residual` if given: (B, M, C) to (B, M, C_out).
 
         `weight` (C_out, C/groups, k, k) is the kernel of the training lattice; the back end resamples it to
-        `plan.extent`, unless that is its extent already.
+        `plan.extent`, unless that is its extent already. overwrite: the residual is not needed afterwards; where no
+        gradient is wanted the result may take its place.
         """
         ...

@@ -17,7 +17,14 @@ from typing import Any, ClassVar
 import torch
 
 from diffusion.coordinates import Points, Size
-from models.operators.base import Plan, check_features, check_points, inverse_density, resample_kernel
+from models.operators.base import (
+    Plan,
+    add_residual,
+    check_features,
+    check_points,
+    inverse_density,
+    resample_kernel,
+)
 from models.operators.torch_dense import TorchDenseBackend
 
 # Part of the largest number; TF32, which libraries use for float32 on GPUs, stays below, a wrong order far above.
@@ -101,6 +108,7 @@ class LibraryBackend(ABC):
         plan: LibraryPlan,
         groups: int,
         residual: torch.Tensor | None = None,
+        overwrite: bool = False,
     ) -> torch.Tensor:
         check_features(x, weight, plan, groups, residual)
         self._check_support(x, weight, groups)
@@ -117,7 +125,7 @@ class LibraryBackend(ABC):
             else:
                 out = self._convolve(rows, kernel, plan, depthwise)
         out = out.to(dtype).unflatten(0, (plan.batch, -1)) * plan.inverse_density.to(dtype)  # (B, M, C_out)
-        return out if residual is None else residual + out
+        return add_residual(out, residual, overwrite)
 
     def _check_support(self, x: torch.Tensor, weight: torch.Tensor, groups: int) -> None:
         if groups != 1 and not groups == x.shape[2] == weight.shape[0]:

@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from diffusion.coordinates import Points, Size
-from models.operators.base import Plan, check_features, check_points, inverse_density, resample_kernel
+from models.operators.base import (
+    Plan,
+    add_residual,
+    check_features,
+    check_points,
+    inverse_density,
+    resample_kernel,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +45,13 @@ class TorchDenseBackend:
         return DensePlan(points, batch, extent, inverse_density(points, extent, kernel_size, device))
 
     def conv(
-        self, x: torch.Tensor, weight: torch.Tensor, plan: DensePlan, groups: int, residual: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        plan: DensePlan,
+        groups: int,
+        residual: torch.Tensor | None = None,
+        overwrite: bool = False,
     ) -> torch.Tensor:
         check_features(x, weight, plan, groups, residual)
         (height, width), channels, rows = plan.points.size, x.shape[2], plan.lattice_rows
@@ -51,5 +64,4 @@ class TorchDenseBackend:
         out = out.permute(0, 2, 3, 1).reshape(plan.batch, height * width, -1)  # (B, HW, C_out)
         if rows is not None:
             out = out.flatten(0, 1).index_select(0, rows).unflatten(0, (plan.batch, -1))  # (B, M, C_out)
-        out = out * plan.inverse_density.to(out.dtype)
-        return out if residual is None else residual + out
+        return add_residual(out * plan.inverse_density.to(out.dtype), residual, overwrite)

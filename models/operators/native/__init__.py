@@ -54,7 +54,13 @@ class NativeBackend:
         return NativePlan(points, batch, extent, inverse_density(points, extent, kernel_size, device))
 
     def conv(
-        self, x: torch.Tensor, weight: torch.Tensor, plan: NativePlan, groups: int, residual: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        plan: NativePlan,
+        groups: int,
+        residual: torch.Tensor | None = None,
+        overwrite: bool = False,
     ) -> torch.Tensor:
         check_features(x, weight, plan, groups, residual)
         engine = _engine(x, weight, plan, groups)
@@ -62,10 +68,12 @@ class NativeBackend:
             image = x.unflatten(1, plan.points.size)  # (B, H, W, C)
             image_residual = None if residual is None else residual.to(x.dtype).view(image.shape)
             scale = plan.inverse_density.view(plan.points.size)
-            out = enlarged.enlarged(image, weight.squeeze(1), plan.extent, scale, image_residual)
+            out = enlarged.enlarged(
+                image, weight.squeeze(1), plan.extent, scale, image_residual, overwrite=overwrite
+            )
             return out.flatten(1, 2)
         if engine is None:
-            return self._dense.conv(x, weight, plan, groups, residual)
+            return self._dense.conv(x, weight, plan, groups, residual, overwrite)
         taps = resample_kernel(weight, plan.extent).flatten(1).t()  # (C, 1, k', k') -> (K, C)
         taps = taps.to(torch.promote_types(taps.dtype, torch.float32))
         return engine.depthwise(x, taps, plan.inverse_density, plan.neighbours(engine), residual)

@@ -28,7 +28,6 @@ _OPTIONS = (
     ("-O3", "-fopenmp"),
     ("-O3",),
 )
-_LARGE = 1 << 23  # bytes; a few large pages
 
 
 @lru_cache(maxsize=1)
@@ -52,17 +51,6 @@ def library() -> ctypes.CDLL | None:
 def call(name: str, *arguments: torch.Tensor | int | None) -> None:
     """Call a kernel with the addresses of contiguous CPU tensors (None: a null pointer) and 64-bit integers."""
     getattr(library(), name)(*map(_argument, arguments))
-
-
-def empty(*shape: int) -> torch.Tensor:
-    """Memory for a float32 tensor, in large pages where the system has them and the tensor is large.
-
-    Else the first touch of so many small pages takes a large lattice as long as the arithmetic.
-    """
-    out = torch.empty(shape, dtype=torch.float32)
-    if out.nbytes >= _LARGE:
-        call("infty_use_large_pages", out, out.nbytes)
-    return out
 
 
 def _argument(value: torch.Tensor | int | None) -> ctypes.c_void_p | ctypes.c_int64:

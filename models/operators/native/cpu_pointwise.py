@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from models.operators.native import compiled
+from models.operators.native import compiled, memory
 from models.operators.native.folding import fold
 
 _LANES, _MOST_CHANNELS = 16, 128  # of pointwise.c
@@ -46,6 +46,12 @@ def norm_modulate(
     return _norm_affine(x, *fold(gamma, beta, scale, shift, x.shape[0]), eps).to(dtype)
 
 
+def norm_modulate_into(out: torch.Tensor, x: torch.Tensor, *parameters: torch.Tensor | None, eps: float) -> None:
+    """`norm_modulate` written to `out`, without gradients; both contiguous. The parameters are the same."""
+    gamma, beta, scale, shift = parameters
+    _call_norm(x, *fold(gamma, beta, scale, shift, x.shape[0]), eps, out)
+
+
 def norm_modulate_mlp(
     x: torch.Tensor,
     gamma: torch.Tensor,
@@ -72,6 +78,16 @@ def norm_modulate_mlp_(x: torch.Tensor, *parameters: torch.Tensor | None, eps: f
     _call_mlp(x, *fold(gamma, beta, scale, shift, x.shape[0]), *mlp, eps, out=x)
 
 
+def join_(x: torch.Tensor, skip: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    """x ← weight·[x, skip] + bias in place, without gradients.
+
+    x: (B, M, C), contiguous, accepted by `supports`. skip: like x. weight: (C, 2C). bias: (C,).
+    """
+    channels = x.shape[2]
+    tensors = (skip.contiguous(), weight.t().contiguous(), bias.contiguous())
+    compiled.call("infty_join", x, *tensors, x.numel() // channels, channels)
+
+
 @lru_cache
 def _number(value: float) -> torch.Tensor:
     return torch.tensor([value], dtype=torch.float32)
@@ -85,9 +101,13 @@ def _parts(batch: int, points: int) -> tuple[int, int]:
 
 @torch.library.custom_op("infty_diff::norm_affine_cpu", mutates_args=())
 def _norm_affine(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
-    x, out = x.contiguous(), compiled.empty(*x.shape)
-    compiled.call("infty_norm_modulate", x, scale.contiguous(), shift.contiguous(), _number(eps), *x.shape, out)
+    x, out = x.contiguous(), memory.empty(*x.shape)
+    _call_norm(x, scale, shift, eps, out)
     return out
+
+
+def _call_norm(x, scale, shift, eps, out) -> None:
+    compiled.call("infty_norm_modulate", x, scale.contiguous(), shift.contiguous(), _number(eps), *x.shape, out)
 
 
 @torch.library.custom_op("infty_diff::norm_affine_cpu_backward", mutates_args=())
@@ -97,7 +117,7 @@ def _norm_affine_backward(
     dh, x, scale, shift = dh.contiguous(), x.contiguous(), scale.contiguous(), shift.contiguous()
     batch, points, channels = x.shape
     parts, chunk = _parts(batch, points)
-    dx, sums = compiled.empty(*x.shape), x.new_zeros(2, batch, parts, channels)
+    dx, sums = memory.empty(*x.shape), x.new_zeros(2, batch, parts, channels)
     sizes = (batch, points, channels, parts, chunk)
     compiled.call("infty_norm_modulate_backward", dh, x, scale, shift, _number(eps), *sizes, dx, sums[0], sums[1])
     dscale, dshift = sums.sum(2).unbind()
@@ -115,7 +135,7 @@ def _mlp(
     b2: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
-    x, out = x.contiguous(), compiled.empty(*x.shape)
+    x, out = x.contiguous(), memory.empty(*x.shape)
     _call_mlp(x, scale, shift, w1, b1, w2, b2, eps, out)
     return out
 
@@ -144,7 +164,7 @@ def _mlp_backward(
     parts, chunk = _parts(batch, points)
     shapes = (w1.shape, w2.shape, b1.shape, (channels,), (channels,), (channels,))
     lengths = [torch.Size(shape).numel() for shape in shapes]
-    dx, sums = compiled.empty(*x.shape), x.new_zeros(batch, parts, sum(lengths))
+    dx, sums = memory.empty(*x.shape), x.new_zeros(batch, parts, sum(lengths))
     tensors = (t.contiguous() for t in (scale, shift, w1.t(), b1, w1, w2))
     sizes = (batch, points, channels, parts, chunk)
     compiled.call("infty_mlp_backward", dout, x, *tensors, _number(eps), *sizes, dx, sums)

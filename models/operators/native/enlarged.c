@@ -17,7 +17,7 @@ enum { LANES = 16, TOGETHER = 8 };
 #else
 enum { LANES = 8, TOGETHER = 4 };
 #endif
-enum { COLUMNS = 16 };
+enum { COLUMNS = 16, BLOCK = 8 };
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 
 /* U or V: weights (k, extent), of which columns first[i] to first[i + 1] are zero but in the rows i and i + 1. */
@@ -27,7 +27,8 @@ typedef struct {
     const float *weights;
 } axis;
 
-/* What a thread works in: a row of x with its margins, its k filtered and k combined rows, k² taps, sums of a band. */
+/* What a thread works in: a row of x with its margins, its k filtered and k combined rows; and for each slice of
+   channels k² taps and the sums of the rows in reach. */
 typedef struct {
     vec *row, *filtered, *combined, *taps, *sums;
 } scratch;
@@ -43,8 +44,8 @@ static void copy_row(const float *x, int64_t width, int64_t channels, int64_t la
     for (int64_t c = most(start, 0); c < end; c++) memcpy(row + c - start, x + c * channels, lanes * sizeof(float));
 }
 
-/* filtered[i][c] = Σ_t V[i][t] x[c + t], pixels of x being `pitch` floats apart. */
-static void filter_columns(const axis *a, int64_t k, const float *restrict x, int64_t pitch, vec *restrict filtered) {
+/* filtered[i][c] = Σ_t V[i][t] x[c + t]. */
+static void filter_columns(const axis *a, int64_t k, const vec *restrict x, vec *restrict filtered) {
     for (int64_t c0 = 0; c0 < COLUMNS; c0 += TOGETHER) {
         vec here[TOGETHER] = {0}, next[TOGETHER] = {0};
         for (int64_t i = 0; i < k; i++) {
@@ -52,7 +53,7 @@ static void filter_columns(const axis *a, int64_t k, const float *restrict x, in
             const int64_t end = i + 1 < k ? a->first[i + 1] : 0;
             for (int64_t t = a->first[i]; t < end; t++)
                 for (int c = 0; c < TOGETHER; c++) {
-                    const vec value = *(const vec *)(x + (c0 + t + c) * pitch);
+                    const vec value = x[c0 + t + c];
                     here[c] += weights[t] * value;
                     next[c] += weights[a->extent + t] * value;
                 }
@@ -92,56 +93,100 @@ static void spread_rows(const axis *a, int64_t k, const vec *restrict combined, 
     }
 }
 
+/* What a task computes, a band of rows × COLUMNS columns: its geometry, and the lattices. */
+typedef struct {
+    const float *x, *scale, *residual;
+    float *out;
+    int64_t height, width, channels, k, first_row, rows;
+    axis vertical, horizontal;
+} problem;
+
+/* Rows `first` to `last` of image b in the columns and lanes from (column, channel) on: scale and add their sums. */
+static void write_rows(const problem *p, int64_t b, int64_t first, int64_t last, int64_t column, int64_t channel,
+                       const vec *sums) {
+    const int64_t lanes = least(LANES, p->channels - channel), columns = least(COLUMNS, p->width - column);
+    for (int64_t y = first; y < last; y++, sums += COLUMNS)
+        for (int64_t c = 0; c < columns; c++) {
+            const int64_t pixel = y * p->width + column + c, image = b * p->height * p->width;
+            const float *sum = (const float *)(sums + c), factor = p->scale ? p->scale[pixel] : 1;
+            const float *add = p->residual ? p->residual + (image + pixel) * p->channels + channel : 0;
+            const int64_t row = b * p->rows + y - p->first_row;
+            float *to = p->out + (row * p->width + column + c) * p->channels + channel;
+            for (int64_t lane = 0; lane < lanes; lane++) to[lane] = factor * sum[lane] + (add ? add[lane] : 0);
+        }
+}
+
+/* Add rows y to y + count of x to the sums of the rows from `base` on that lie before `end`. The hardware does not
+   foresee reads of lines that are a pixel apart. */
+static void add_rows(const problem *p, int64_t b, int64_t y, int64_t count, int64_t base, int64_t end, int64_t column,
+                     int64_t channel, const vec *taps, vec *sums, const scratch *s) {
+    const int64_t up = p->vertical.extent / 2, left = p->horizontal.extent / 2, span = COLUMNS + 2 * left;
+    const int64_t lanes = least(LANES, p->channels - channel), pitch = p->width * p->channels;
+    const int inside = lanes == LANES && column >= left && column - left + span <= p->width;
+    for (; count; count--, y++) {
+        const float *row = p->x + (b * p->height + y) * pitch + channel, *first = row + (column - left) * p->channels;
+        if (inside) {
+            for (int64_t c = 0; c < span; c++) s->row[c] = *(const vec *)(first + c * p->channels);
+            const int64_t ahead = least(BLOCK, p->height - 1 - y) * pitch;
+            for (int64_t c = 0; c < span; c++) __builtin_prefetch(first + ahead + c * p->channels);
+        } else
+            copy_row(row, p->width, p->channels, lanes, column - left, span, s->row);
+        filter_columns(&p->horizontal, p->k, s->row, s->filtered);
+        combine(p->k, taps, s->filtered, s->combined);
+        if (p->residual && y >= up)
+            for (int64_t c = column; c < least(column + COLUMNS, p->width); c++)
+                __builtin_prefetch(p->residual + ((b * p->height + y - up) * p->width + c) * p->channels + channel);
+        const int64_t reach = y + up - base;
+        spread_rows(&p->vertical, p->k, s->combined, reach, most(y + up - end + 1, 0),
+                    least(reach + 1, p->vertical.extent), sums);
+    }
+}
+
+/* A band of rows `start` to `end`, BLOCK rows of x and LANES channels at a time: the sums of a slice of channels stay in
+   the first cache meanwhile, and x comes once from memory for all slices. */
+static void task(const problem *p, int64_t b, int64_t start, int64_t end, int64_t column, const scratch *s) {
+    const int64_t up = p->vertical.extent / 2, held = p->vertical.extent + BLOCK - 1, size = held * COLUMNS;
+    const int64_t slices = (p->channels + LANES - 1) / LANES, last = least(end + up, p->height);
+    int64_t base = start;
+    memset(s->sums, 0, slices * size * sizeof(vec));
+    for (int64_t y = most(start - up, 0); y < last; y += BLOCK) {
+        const int64_t next = least(y + BLOCK, last), done = next == last ? end : most(next - up, base);
+        for (int64_t slice = 0; slice < slices; slice++) {
+            vec *sums = s->sums + slice * size;
+            add_rows(p, b, y, next - y, base, end, column, slice * LANES, s->taps + slice * p->k * p->k, sums, s);
+            write_rows(p, b, base, done, column, slice * LANES, sums);
+            const int64_t freed = (done - base) * COLUMNS;
+            memmove(sums, sums + freed, (size - freed) * sizeof(vec));
+            memset(sums + size - freed, 0, freed * sizeof(vec));
+        }
+        base = done;
+    }
+}
+
 /* x, residual: (batch, height, width, channels); kernel: (channels, k, k); scale: (height, width); out: (batch, rows,
-   width, channels), the rows from first_row on. scale and residual may be null. work: `share` floats for each thread. */
+   width, channels), the rows from first_row on. scale and residual may be null, and residual may be out. work: `share`
+   floats for each thread. */
 void infty_enlarged(const float *x, const float *kernel, const float *scale, const float *residual, float *out,
                     int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t k, int64_t first_row,
                     int64_t rows, int64_t band, int64_t vertical_extent, const int64_t *vertical_first,
                     const float *vertical_weights, int64_t horizontal_extent, const int64_t *horizontal_first,
                     const float *horizontal_weights, int64_t threads, float *work, int64_t share) {
-    const axis vertical = {vertical_extent, vertical_first, vertical_weights};
-    const axis horizontal = {horizontal_extent, horizontal_first, horizontal_weights};
-    const int64_t up = vertical_extent / 2, left = horizontal_extent / 2, span = COLUMNS + 2 * left;
+    const problem p = {x, scale, residual, out, height, width, channels, k, first_row, rows,
+                       {vertical_extent, vertical_first, vertical_weights},
+                       {horizontal_extent, horizontal_first, horizontal_weights}};
     const int64_t bands = (rows + band - 1) / band, tiles = (width + COLUMNS - 1) / COLUMNS;
-    const int64_t slices = (channels + LANES - 1) / LANES, tasks = batch * bands * tiles * slices;
+    const int64_t span = COLUMNS + horizontal_extent - 1, slices = (channels + LANES - 1) / LANES;
 #pragma omp parallel for num_threads(threads)
     for (int64_t thread = 0; thread < threads; thread++) {
-        vec *mine = (vec *)(work + thread * share);
-        const scratch s = {mine, mine + span, mine + span + k * COLUMNS, mine + span + 2 * k * COLUMNS,
-                           mine + span + 2 * k * COLUMNS + k * k};
-        for (int64_t task = thread; task < tasks; task += threads) {
-            const int64_t channel = task % slices * LANES, lanes = least(LANES, channels - channel);
-            const int64_t column = task / slices % tiles * COLUMNS, columns = least(COLUMNS, width - column);
-            const int64_t start = first_row + task / slices / tiles % bands * band;
-            const int64_t end = least(start + band, first_row + rows), b = task / slices / tiles / bands;
-            for (int64_t lane = 0; lane < LANES; lane++)
-                for (int64_t tap = 0; tap < k * k; tap++)
-                    ((float *)(s.taps + tap))[lane] = lane < lanes ? kernel[(channel + lane) * k * k + tap] : 0;
-            memset(s.sums, 0, (end - start) * COLUMNS * sizeof(vec));
-
-            const int inside = lanes == LANES && column >= left && column - left + span <= width;
-            for (int64_t y = most(start - up, 0); y < least(end + up, height); y++) {
-                const float *row = x + (b * height + y) * width * channels + channel;
-                if (inside && y + 1 < height) /* the hardware does not foresee one line per pixel */
-                    for (int64_t c = 0; c < span; c++)
-                        __builtin_prefetch(row + (width + column - left + c) * channels);
-                if (!inside) copy_row(row, width, channels, lanes, column - left, span, s.row);
-                filter_columns(&horizontal, k, inside ? row + (column - left) * channels : (float *)s.row,
-                               inside ? channels : LANES, s.filtered);
-                combine(k, s.taps, s.filtered, s.combined);
-                const int64_t reach = y + up - start;
-                spread_rows(&vertical, k, s.combined, reach, most(reach - (end - start) + 1, 0),
-                            least(reach + 1, vertical_extent), s.sums);
-            }
-
-            for (int64_t y = start; y < end; y++)
-                for (int64_t c = column; c < column + columns; c++) {
-                    const float *sum = (float *)(s.sums + (y - start) * COLUMNS + c - column);
-                    const float factor = scale ? scale[y * width + c] : 1;
-                    const float *add = residual ? residual + ((b * height + y) * width + c) * channels + channel : 0;
-                    float *to = out + ((b * rows + y - first_row) * width + c) * channels + channel;
-                    for (int64_t lane = 0; lane < lanes; lane++) to[lane] = factor * sum[lane] + (add ? add[lane] : 0);
-                }
+        vec *row = (vec *)(work + thread * share), *filtered = row + span, *combined = filtered + k * COLUMNS;
+        const scratch s = {row, filtered, combined, combined + k * COLUMNS, combined + k * COLUMNS + slices * k * k};
+        for (int64_t channel = 0; channel < slices * LANES; channel++)
+            for (int64_t tap = 0; tap < k * k; tap++)
+                ((float *)(s.taps + channel / LANES * k * k + tap))[channel % LANES] =
+                    channel < channels ? kernel[channel * k * k + tap] : 0;
+        for (int64_t number = thread; number < batch * bands * tiles; number += threads) {
+            const int64_t start = first_row + number / tiles % bands * band;
+            task(&p, number / tiles / bands, start, least(start + band, first_row + rows), number % tiles * COLUMNS, &s);
         }
     }
 }

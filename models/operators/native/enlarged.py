@@ -20,11 +20,12 @@ import torch.nn.functional as F
 
 from diffusion.coordinates import Size
 from models.operators.base import resample_kernel
-from models.operators.native import compiled
+from models.operators.native import compiled, memory
 from models.triton_support import kernels_for
 
 _BAND = 256  # rows on a CPU: those above and below, which a band computes again, are then few
-_COLUMNS = _LANES = 16  # of a task in enlarged.c
+_TASKS = 4  # of each thread, at least, so that none waits long for the last
+_COLUMNS, _BLOCK, _LANES = 16, 8, 16  # of enlarged.c
 
 
 def pays(kernel_size: int, extent: Size) -> bool:
@@ -42,12 +43,14 @@ def enlarged(
     first_row: int = 0,
     rows: int | None = None,
     band: int | None = None,
+    overwrite: bool = False,
 ) -> torch.Tensor:
     """out of the module's equation, with zeros outside the lattice: (B, rows, W, C) in the dtype of x.
 
     x: (B, H, W, C). weight: (C, k, k), of the training lattice. extent: (k'_h, k'_w), odd, of any size. scale: float32
     (H, W) or (H·W,); residual: like x; None for neither. first_row, rows: the rows of out to compute, by default all.
-    band: how many at a time, by default what the device does well. Sums are taken in float32, for float64 in float64.
+    band: how many at a time, by default what the device does well. overwrite: residual is not needed afterwards; the
+    result of all rows may take its place. Sums are taken in float32, for float64 in float64.
     Raises ValueError for other shapes, and where a gradient is required: no backward pass is defined.
     """
     _, height, width, channels = x.shape
@@ -68,7 +71,16 @@ def enlarged(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, residual)):
         raise ValueError("the enlarged convolution has no gradient; compute it in torch.no_grad() or convolve directly")
     scale = None if scale is None else scale.view(height, width)
+    if overwrite and rows == height and residual is not None and residual.is_contiguous() and _in_c(x, kernel_size):
+        # Fresh memory for a large lattice costs a CPU as much time as the arithmetic.
+        return _compiled(x, first_row, rows, weight, extent, scale, residual, band, out=residual)
     return _enlarged(x, weight, extent, scale, residual, first_row, rows, band)
+
+
+def _in_c(x: torch.Tensor, kernel_size: int) -> bool:
+    """Whether `_compiled` may be called as it is, outside of an operator."""
+    available = x.device.type == "cpu" and compiled.library() is not None and not torch.compiler.is_compiling()
+    return available and kernel_size > 1 and x.dtype == torch.float32
 
 
 @torch.library.custom_op("infty_diff::enlarged", mutates_args=())
@@ -126,8 +138,9 @@ def _compiled(
     scale: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     band: int | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """In C (`enlarged.c`), for float32."""
+    """In C (`enlarged.c`), for float32. out: where the result goes, which may be residual."""
     (batch, height, width, channels), kernel_size = x.shape, weight.shape[-1]
     x, weight = x.contiguous(), weight.float().contiguous()
     scale, residual = (None if tensor is None else tensor.contiguous() for tensor in (scale, residual))
@@ -135,10 +148,15 @@ def _compiled(
     for side in extent:
         first = torch.tensor(segments(kernel_size, side))
         axes += [side, first, interpolation(kernel_size, side, x.device)]
-    band, threads = min(band or _BAND, rows), torch.get_num_threads()
-    blocks = (2 * kernel_size + 1 + band) * _COLUMNS + extent[1] - 1 + kernel_size**2
+    threads, columns = torch.get_num_threads(), -(-width // _COLUMNS)
+    # Bands compute the rows around them again: no more than the threads need, and each higher than its surroundings.
+    bands = min(-(-_TASKS * threads // (batch * columns)), rows // (2 * extent[0]))
+    band = min(band or -(-rows // max(bands, 1)), rows)
+    slices = -(-channels // _LANES)
+    held = (extent[0] + _BLOCK - 1) * _COLUMNS + kernel_size**2  # of a slice
+    blocks = (2 * kernel_size + 1) * _COLUMNS + extent[1] - 1 + slices * held
     work = torch.empty(threads, blocks * _LANES)
-    out = compiled.empty(batch, rows, width, channels)
+    out = memory.empty(batch, rows, width, channels) if out is None else out
     sizes = (batch, height, width, channels, kernel_size, first_row, rows, band)
     compiled.call("infty_enlarged", x, weight, scale, residual, out, *sizes, *axes, threads, work, work.shape[1])
     return out

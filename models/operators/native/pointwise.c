@@ -169,6 +169,19 @@ void infty_norm_modulate_backward(const float *dh, const float *x, const float *
     }
 }
 
+/* x becomes X x + S skip + b for rows (count, channels); w: (2 channels, channels), the transposes of X and S. */
+void infty_join(float *x, const float *skip, const float *w, const float *b, int64_t count, int64_t channels) {
+#pragma omp parallel for
+    for (int64_t first = 0; first < count; first += ROWS) {
+        const int64_t rows = count - first < ROWS ? count - first : ROWS, at = first * channels;
+        BUFFER(sum, MOST_CHANNELS);
+        for (int64_t i = 0; i < rows; i++) memcpy(sum + i * channels, b, channels * sizeof(float));
+        product(rows, channels, channels, x + at, channels, 1, w, channels, sum, channels);
+        product(rows, channels, channels, skip + at, channels, 1, w + channels * channels, channels, sum, channels);
+        memcpy(x + at, sum, rows * channels * sizeof(float));
+    }
+}
+
 /* out = x + W2 gelu(W1 h + b1) + b2; w1: (channels, hidden), w2: (hidden, channels), the transposes of the layers'. */
 void infty_mlp(const float *x, const float *scale, const float *shift, const float *w1, const float *b1,
                const float *w2, const float *b2, const float *eps, int64_t images, int64_t points, int64_t channels,
