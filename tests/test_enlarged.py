@@ -119,15 +119,32 @@ def test_is_opaque_to_the_compiler():
     x, weight, scale, residual = draw((6, 7), 4, 3)
     arguments = (x, weight, (5, 5), scale, residual, 1, 4, None)
     torch.library.opcheck(torch.ops.infty_diff.enlarged.default, arguments)
+    x.requires_grad_()
+    torch.library.opcheck(torch.ops.infty_diff.enlarged.default, (x, weight, (5, 5), scale, residual, 0, 6, None))
 
 
-def test_gradients_and_wrong_shapes_are_refused():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_are_those_of_the_direct_convolution(case, dtype, engine):
+    size, channels, k, extent = case
+    x, weight, scale, residual = draw(size, channels, k, dtype)
+    dout = torch.randn_like(x)
+    for factor, added in ((scale, residual), (None, None)):
+        inputs = [t.detach().clone().requires_grad_() for t in (x, added) if t is not None]
+        out = enlarged(inputs[0], weight, extent, factor, *inputs[1:])
+        exact = [t.detach().double().requires_grad_() for t in inputs]
+        expected = torch.autograd.grad(direct(exact[0], weight, extent, factor, *exact[1:]), exact, dout.double())
+        for found, wanted in zip(torch.autograd.grad(out, inputs, dout), expected):
+            assert_close(found, wanted, dtype)
+
+
+def test_other_gradients_and_wrong_shapes_are_refused():
     x, weight, scale, residual = draw((6, 7), 4, 3)
-    with pytest.raises(ValueError, match="gradient"):
-        enlarged(x, weight.requires_grad_(), (5, 5))
-    with torch.no_grad():
-        enlarged(x, weight, (5, 5))
-    weight = weight.detach()
+    for arguments, rows in (((x, weight.clone().requires_grad_()), 6), ((x.clone().requires_grad_(), weight), 4)):
+        with pytest.raises(ValueError, match="no gradient of its kernel or of some rows"):
+            enlarged(*arguments, (5, 5), rows=rows)
+        with torch.no_grad():
+            enlarged(*arguments, (5, 5), rows=rows)
     for arguments, options, message in [
         ((x, weight[1:], (5, 5)), {}, "weight is of shape"),
         ((x, weight, (4, 5)), {}, r"extent is \(4, 5\)"),

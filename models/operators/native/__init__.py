@@ -88,7 +88,7 @@ def _engine(x: torch.Tensor, weight: torch.Tensor, plan: NativePlan, groups: int
         # Only the gradient of the kernel is slow in dense arithmetic, and what grows with the resolution.
         resampled = tuple(weight.shape[-2:]) != tuple(plan.extent)
         cheaper = resampled and enlarged.pays(weight.shape[-1], plan.extent)
-        return enlarged if cheaper and not (training and x.requires_grad) else None
+        return enlarged if cheaper else None
     density = plan.points.count / (plan.points.size[0] * plan.points.size[1])
     if x.dtype != torch.float64:
         if x.device.type == "cpu" and compiled.library() is not None:

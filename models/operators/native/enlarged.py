@@ -1,4 +1,4 @@
-"""The depthwise convolution of a full lattice with an enlarged kernel, as a product of low rank; for inference.
+"""The depthwise convolution of a full lattice with an enlarged kernel, as a product of low rank, for trained kernels.
 
 At a lattice finer than that of training, kernels k × k are resampled to k'_h × k'_w (`resample_kernel`). Resampling is
 linear interpolation along each axis, K' = Uᵀ K V with U (k, k'_h) and V (k, k'_w), so that
@@ -6,8 +6,9 @@ linear interpolation along each axis, K' = Uᵀ K V with U (k, k'_h) and V (k, k
     out(p) = scale(p) · Σ_i Σ_t U[i, t] · Σ_j K[i, j] · Σ_s V[j, s] · x(p + (t, s) − (k'_h // 2, k'_w // 2)), + residual
 
 is k short filters along rows, k² multiplications and k short filters along columns: 2 k'_h + k² + 2 k'_w multiply-adds,
-as U and V have two nonzeros per column, instead of k'_h·k'_w. The lattice is worked off in bands of rows, which bounds
-what is held besides x and out. Letters: B batch, C channels, H × W lattice, k kernel side, k' extent.
+as U and V have two nonzeros per column, instead of k'_h·k'_w. The gradient of x is the same with K turned by 180°, as U
+and V are symmetric. The lattice is worked off in bands of rows, which bounds what is held besides x and out. Letters:
+B batch, C channels, H × W lattice, k kernel side, k' extent.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ def enlarged(
     x: (B, H, W, C). weight: (C, k, k), of the training lattice. extent: (k'_h, k'_w), odd, of any size. scale: float32
     (H, W) or (H·W,); residual: like x; None for neither. first_row, rows: the rows of out to compute, by default all.
     band: how many at a time, by default what the device does well. overwrite: residual is not needed afterwards; the
-    result of all rows may take its place. Sums are taken in float32, for float64 in float64.
-    Raises ValueError for other shapes, and where a gradient is required: no backward pass is defined.
+    result of all rows may take its place. Sums are taken in float32, for float64 in float64. Differentiable in x and
+    residual where all rows are computed.
+    Raises ValueError for other shapes, and where any other gradient is required.
     """
     _, height, width, channels = x.shape
     kernel_size = weight.shape[-1]
@@ -68,10 +70,12 @@ def enlarged(
         raise ValueError(f"rows {first_row} to {first_row + rows} are not those of a lattice of {height}")
     if band is not None and band < 1:
         raise ValueError(f"band is {band}; it must be at least 1")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, residual)):
-        raise ValueError("the enlarged convolution has no gradient; compute it in torch.no_grad() or convolve directly")
+    wanted = any(t is not None and t.requires_grad for t in (x, residual))
+    if torch.is_grad_enabled() and (weight.requires_grad or (wanted and rows < height)):
+        raise ValueError("the enlarged convolution has no gradient of its kernel or of some rows; convolve directly")
     scale = None if scale is None else scale.view(height, width)
-    if overwrite and rows == height and residual is not None and residual.is_contiguous() and _in_c(x, kernel_size):
+    replaces = overwrite and rows == height and residual is not None and residual.is_contiguous()
+    if replaces and not torch.is_grad_enabled() and _in_c(x, kernel_size):
         # Fresh memory for a large lattice costs a CPU as much time as the arithmetic.
         return _compiled(x, first_row, rows, weight, extent, scale, residual, band, out=residual)
     return _enlarged(x, weight, extent, scale, residual, first_row, rows, band)
@@ -111,6 +115,22 @@ def _enlarged(
 @_enlarged.register_fake
 def _(x, weight, extent, scale, residual, first_row, rows, band):
     return x.new_empty(x.shape[0], rows, *x.shape[2:])
+
+
+def _save(ctx, inputs, output):
+    _, weight, ctx.extent, scale, residual, _, _, ctx.band = inputs
+    ctx.save_for_backward(weight, scale)
+    ctx.has_residual = residual is not None
+
+
+def _gradients(ctx, gradient):
+    weight, scale = ctx.saved_tensors
+    scaled = gradient if scale is None else gradient * scale.unsqueeze(2).to(gradient.dtype)
+    dx = _enlarged(scaled, weight.flip(1, 2), ctx.extent, None, None, 0, gradient.shape[1], ctx.band)
+    return dx, None, None, None, gradient if ctx.has_residual else None, None, None, None
+
+
+_enlarged.register_autograd(_gradients, setup_context=_save)
 
 
 @lru_cache(maxsize=64)
