@@ -116,6 +116,12 @@ class ModelConfig:
     chunk_points: int = option(
         262144, "points whose MLPs are computed at once when sampling, where they are not fused; 0 = all", low=0
     )
+    tile_points: int = option(
+        16777216,
+        "points of an image whose features are held at once when sampling; larger images go tile by tile, which takes "
+        "more time; 0 = all",
+        low=0,
+    )
     uno_res: int = option(128, "side of the grid of the inner U-Net", low=1)
     uno_base_channels: int = option(128, "channels of the finest U-Net level", low=1)
     uno_mults: tuple = option((1, 2, 4, 8, 8), "channel multiplier of each U-Net level")

@@ -11,7 +11,7 @@ Letters: B batch, C channels, M points, U side of the grid, N nodes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -19,8 +19,9 @@ from itertools import pairwise
 import torch
 
 from diffusion.coordinates import CoordinateConvention, Points
-from models.interpolation import WeightedGather, grid_to_points, points_to_grid
+from models.interpolation import WeightedGather, batched, grid_to_points, nearest_weights, points_to_grid
 from models.point_conv import Stencil, stencil_between
+from models.windows import Window
 
 SUBSETS = ("random", "equidistant")
 _LAST = torch.iinfo(torch.int64).max
@@ -45,6 +46,25 @@ class GridNodes:
     def leave(self, nodes: torch.Tensor) -> torch.Tensor:
         """Features at the nodes (B, U, U, C) to points (B, M, C)."""
         return grid_to_points(*self._geometry, self._convention, self._device)(nodes.flatten(1, 2))
+
+    def enter_pieces(self, pieces: Iterable[tuple[Window, torch.Tensor]]) -> torch.Tensor:
+        """`enter` for a full lattice in pieces: windows that cover it, and features (B, points, C) in each."""
+        points, batch, grid = self._geometry
+        ids, weights = nearest_weights(points, grid, self._neighbours, self._convention, self._device)  # (1, Q, K)
+        ids, read = ids.flatten(), None  # (QK,)
+        rows, cols = ids.div(points.size[1], rounding_mode="floor"), ids.remainder(points.size[1])
+        for window, h in pieces:
+            read = h.new_empty(batch, len(ids), h.shape[2]) if read is None else read
+            inside = (window.top <= rows) & (rows < window.bottom) & (window.left <= cols) & (cols < window.right)
+            read[:, inside] = h[:, (rows[inside] - window.top) * window.size[1] + cols[inside] - window.left]
+        places = torch.arange(len(ids), device=ids.device).view_as(weights)
+        return batched(batch, len(ids), places, weights)(read).unflatten(1, grid)
+
+    def leave_at(self, nodes: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """`leave` at some pixels of a full lattice, int64 (M,), alone."""
+        points, batch, grid = self._geometry
+        some = Points(points.size, ids.unsqueeze(0))
+        return grid_to_points(some, batch, grid, self._convention, self._device)(nodes.flatten(1, 2))
 
 
 @dataclass(frozen=True, eq=False)

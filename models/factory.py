@@ -21,6 +21,7 @@ def _sparse_spec(config: ModelConfig) -> SparseSpec:
         backend=config.backend,
         kernel=config.kernel,
         chunk_points=config.chunk_points,
+        tile_points=config.tile_points,
     )
 
 

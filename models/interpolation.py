@@ -64,11 +64,11 @@ class _Gather(torch.autograd.Function):
         return dx, None, None
 
 
-def _batched(batch: int, source_rows: int, index: torch.Tensor, weights: torch.Tensor) -> WeightedGather:
-    """From row numbers within one item (B or 1, Q, K) to those within the batch."""
+def batched(batch: int, rows_per_item: int, index: torch.Tensor, weights: torch.Tensor) -> WeightedGather:
+    """The gather from rows `index` (B or 1, Q, K), counted within an item, and weights of the same shape."""
     if batch == 1:
         return WeightedGather(1, index.flatten(0, 1), weights.flatten(0, 1))
-    first = torch.arange(batch, dtype=index.dtype, device=index.device) * source_rows
+    first = torch.arange(batch, dtype=index.dtype, device=index.device) * rows_per_item
     rows = (index + first[:, None, None]).flatten(0, 1)  # (BQ, K)
     return WeightedGather(batch, rows, weights.expand(batch, -1, -1).flatten(0, 1))
 
@@ -80,10 +80,16 @@ def points_to_grid(
 
     Raises ValueError when there are fewer than K points.
     """
-    rows, squared = nearest_rows(points, grid, neighbours, convention, device)  # (B or 1, Q, K)
+    return batched(batch, points.count, *nearest_weights(points, grid, neighbours, convention, device))
+
+
+def nearest_weights(
+    points: Points, grid: Size, neighbours: int, convention: CoordinateConvention, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The places of the nearest points in their list and the weights of `points_to_grid`: (B or 1, Q, K) each."""
+    rows, squared = nearest_rows(points, grid, neighbours, convention, device)
     weights = 1 / squared.clamp(min=_CLOSEST)
-    weights = weights / weights.sum(2, keepdim=True)
-    return _batched(batch, points.count, rows, weights)
+    return rows, weights / weights.sum(2, keepdim=True)
 
 
 def grid_to_points(
@@ -92,7 +98,7 @@ def grid_to_points(
     """Grid features (B, U_h·U_w, C) to points (B, M, C): bilinear, read where the convention says."""
     geometry = (grid, convention, device)
     reads = _full_lattice_reads(points.size, *geometry) if points.index is None else _bilinear_reads(points, *geometry)
-    return _batched(batch, grid[0] * grid[1], *reads)
+    return batched(batch, grid[0] * grid[1], *reads)
 
 
 def _bilinear_reads(

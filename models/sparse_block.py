@@ -81,6 +81,11 @@ class SparseBlock(nn.Module):
             if isinstance(table, nn.Parameter):
                 nn.init.uniform_(table, -bound, bound)
 
+    @property
+    def convolutions(self) -> int:
+        """How many of them follow one another."""
+        return 1 if self.second_kernel is None else 2
+
     def forward(
         self,
         x: torch.Tensor,
@@ -112,7 +117,7 @@ class SparseBlock(nn.Module):
         """Eq. (20), or with a nonlinear kernel a case of eq. (18), at the points."""
         kernel = self.kernel
         if isinstance(kernel, ContinuousKernel):
-            kernel = kernel(plan.points.size, plan.extent)
+            kernel = kernel(plan.lattice or plan.points.size, plan.extent)
         elif self.second_kernel is not None:
             h, kernel = F.gelu(self.backend.conv(h, kernel, plan, self.groups)), self.second_kernel
         return self.backend.conv(h, kernel, plan, self.groups, residual, overwrite)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from diffusion.coordinates import Points, Size
+from models import tiled
 from models.conv_uno import GridEncoder, GridSpec
 from models.sparse_unet import SparseDescent, SparseSpec
 
@@ -54,8 +55,12 @@ class SparseEncoder(SparseDescent):
         A stochastic encoder returns an `Encoding` with z = mu + exp(logvar/2)·noise, noise (B, D) standard normal;
         without noise z is mu. Raises ValueError when shapes do not fit or there are fewer points than neighbours.
         """
-        plan, nodes = self.plan(x, points), self.nodes(x, points)
-        _, grid = self.descend(x, plan, nodes)
+        self.check(x, points)
+        nodes = self.nodes(x, points)
+        if self.in_tiles(points):
+            grid = tiled.descend(self, x, points.size, nodes)
+        else:
+            _, grid = self.descend(x, self.plan(x, points), nodes)
         h = self.grid(grid, nodes.pyramid).mean(dim=(1, 2))  # (B, U', U', D) -> (B, D)
         z = self.linear_out(h)
         if self.mu is None:

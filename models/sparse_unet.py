@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusion.coordinates import CONVENTIONS, CoordinateConvention, Points, Size
+from models import tiled
 from models.coarse_nodes import GridNodes, PointNodes
 from models.conv_uno import GridSpec, GridUNet
 from models.layers import sinusoidal_features
@@ -33,6 +34,8 @@ class SparseSpec:
     kernel is, in `models.sparse_block.KERNELS`.
     convention: name in `diffusion.coordinates.CONVENTIONS`. backend: name in `models.operators.BACKENDS`, or "auto".
     chunk_points: points whose MLPs are computed at once where no gradient is wanted, 0 for all.
+    tile_points: most points of a full lattice whose features are held at once where no gradient is wanted and the nodes
+    are a grid, 0 for all.
     """
 
     channels: int
@@ -44,6 +47,7 @@ class SparseSpec:
     backend: str = "auto"
     kernel: str = "linear"
     chunk_points: int = 0
+    tile_points: int = 0
 
     def __post_init__(self):
         if self.convention not in CONVENTIONS:
@@ -94,14 +98,23 @@ class SparseDescent(nn.Module):
         """What the coordinate of a pixel is, for this network."""
         return CONVENTIONS[self.sparse_spec.convention]
 
-    def plan(self, x: torch.Tensor, points: Points) -> Plan:
-        """What all sparse blocks share in a forward pass. Raises ValueError when x and points do not fit."""
+    def check(self, x: torch.Tensor, points: Points) -> None:
+        """Raise ValueError when x and points do not fit."""
         expected = (x.shape[0] if points.index is None else points.index.shape[0], points.count, self.in_channels)
         if tuple(x.shape) != expected:
             raise ValueError(f"x has shape {tuple(x.shape)}; these points and this network need {expected}")
+
+    def plan(self, x: torch.Tensor, points: Points) -> Plan:
+        """What all sparse blocks share in a forward pass."""
         kernel_size = self.sparse_spec.kernel_size
         extent = lattice_extent(kernel_size, points.size, self.train_size)
         return self.backend.plan(points, x.shape[0], extent, kernel_size, x.device)
+
+    def in_tiles(self, points: Points) -> bool:
+        """Whether functions known at these points are too large to be held at once."""
+        limit = self.sparse_spec.tile_points
+        large = points.index is None and 0 < limit < points.count and self.grid_spec.nodes == "grid"
+        return large and not torch.is_grad_enabled()
 
     def nodes(self, x: torch.Tensor, points: Points) -> GridNodes | PointNodes:
         """The nodes of the inner network for points with features x (B, M, C)."""
@@ -167,8 +180,12 @@ class SparseUNet(SparseDescent):
             given = None if z is None else tuple(z.shape)
             wanted = None if self.z_dim is None else (x.shape[0], self.z_dim)
             raise ValueError(f"z is {given}; this denoiser needs {wanted}")
-        plan, nodes = self.plan(x, points), self.nodes(x, points)
+        self.check(x, points)
+        nodes = self.nodes(x, points)
         e = self.time_mlp(sinusoidal_features(t, self.time_dim).to(self.linear_in.weight.dtype))  # (B, time_dim)
+        if self.in_tiles(points):
+            return tiled.evaluate(self, x, points.size, nodes, e, z)
+        plan = self.plan(x, points)
         skips, grid = self.descend(x, plan, nodes, e, z)
         h = F.linear(self.grid(grid, e, z, nodes.pyramid), self.from_grid.weight)  # (B, U, U, G) -> (B, U, U, F)
         # The bias comes after reading: weights at a border may sum to less than one.

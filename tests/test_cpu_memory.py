@@ -50,17 +50,30 @@ class TestLarge:
         assert torch.equal(x.grad, torch.full((LARGE,), 2.0))
 
     def test_sizes_far_from_a_block_do_not_take_it(self):
-        address = memory.empty(4 * LARGE).data_ptr()
-        small = memory.empty(LARGE)
-        assert small.data_ptr() != address
-        assert memory.empty(4 * LARGE - 5).data_ptr() == address
+        large, small = memory.empty(4 * LARGE), memory.empty(LARGE)
+        addresses = large.data_ptr(), small.data_ptr()
+        del large, small
+        assert memory.empty(LARGE).data_ptr() == addresses[1]
+        assert memory.empty(4 * LARGE - 5).data_ptr() == addresses[0]
 
     def test_blocks_that_nobody_takes_are_given_back(self, monkeypatch):
         monkeypatch.setattr(memory, "_PATIENCE", 3)
         memory.empty(8 * LARGE)
-        kept = [memory.empty(LARGE) for _ in range(5)]
+        for count in range(1, 6):
+            kept = [memory.empty(LARGE) for _ in range(count)]
         del kept
         assert memory.release() == 5 * 4 * LARGE
+
+    def test_no_more_is_held_than_was_once_in_use(self):
+        sizes = [LARGE, 2 * LARGE, 4 * LARGE, 8 * LARGE]
+        for size in sizes * 3:  # one at a time, none of which fits another's block
+            memory.empty(size)
+        assert memory.release() <= 4 * 8 * LARGE
+        together = [memory.empty(size) for size in sizes]
+        addresses = {x.data_ptr() for x in together}
+        del together
+        for size in sizes:
+            assert memory.empty(size).data_ptr() in addresses
 
     def test_release_leaves_tensors_alone(self):
         x = memory.empty(LARGE).fill_(7.0)

@@ -12,7 +12,7 @@ at the lattice in use.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -78,12 +78,16 @@ def inverse_density(points: Points, extent: Size, kernel_size: int, device: torc
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What the blocks of one forward pass share: points, kernel extent, and k²/count as float32 (B or 1, M, 1)."""
+    """What the blocks of one forward pass share: points, kernel extent, and k²/count as float32 (B or 1, M, 1).
+
+    lattice: that of which the points' is a part, if it is one; it says how far apart pixels are.
+    """
 
     points: Points
     batch: int
     extent: Size
     inverse_density: torch.Tensor
+    lattice: Size | None = field(default=None, kw_only=True)
 
 
 def check_points(points: Points, batch: int, device: torch.device) -> None:

@@ -1,0 +1,111 @@
+"""The networks on full lattices too large to hold at once: tile by tile, with the same result.
+
+A convolution with a window of k' pixels knows its result ⌊k'/2⌋ pixels away from the edge of what it is given, or up to
+the edge where that is the lattice's. So a tile is computed from a window larger by that much for each convolution still
+to come, as a lattice of its own, and shrinks to what is known after each block. The grid in the middle needs all tiles
+before any can go on; features are not kept meanwhile but computed again.
+
+Letters: B batch, C channels, H × W lattice, U side of the grid, F channels of the sparse level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from diffusion.coordinates import Points, Size
+from models.coarse_nodes import GridNodes
+from models.operators.base import lattice_extent
+from models.sparse_block import SparseBlock
+from models.windows import Window, tiling
+
+if TYPE_CHECKING:
+    from models.sparse_unet import SparseDescent, SparseUNet
+
+
+def descend(
+    network: SparseDescent,
+    x: torch.Tensor,
+    lattice: Size,
+    nodes: GridNodes,
+    e: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Features (B, U, U, G) of the grid from the function x (B, H·W, C) on a lattice; as `SparseDescent.descend`."""
+    reach, blocks = _reach(network, lattice), len(network.down_blocks)
+    margin = _times(blocks, reach)
+
+    def pieces() -> Iterator[tuple[Window, torch.Tensor]]:
+        for tile in tiling(lattice, margin, network.sparse_spec.tile_points):
+            *_, (at, h) = _down(network, x, lattice, tile.grown(margin, lattice), e, z)
+            yield tile, tile.cut(h, at)
+
+    return network.to_grid(nodes.enter_pieces(pieces()))
+
+
+def evaluate(
+    network: SparseUNet,
+    x: torch.Tensor,
+    lattice: Size,
+    nodes: GridNodes,
+    e: torch.Tensor,
+    z: torch.Tensor | None,
+) -> torch.Tensor:
+    """The denoiser's prediction (B, H·W, C_out) for x (B, H·W, C) on a lattice."""
+    grid = network.grid(descend(network, x, lattice, nodes, e, z), e, z, None)
+    grid = F.linear(grid, network.from_grid.weight)
+    image = None
+    blocks = len(network.down_blocks) + len(network.up_blocks)
+    margin = _times(blocks, _reach(network, lattice))
+    for tile in tiling(lattice, margin, network.sparse_spec.tile_points):
+        skips = list(_down(network, x, lattice, tile.grown(margin, lattice), e, z))
+        at = skips[-1][0]
+        h = nodes.leave_at(grid, at.ids(lattice[1], x.device)) + network.from_grid.bias.to(grid.dtype)
+        for block in network.up_blocks:
+            held, skip = skips.pop()
+            h, at = _step(network, block, h, at, lattice, skip=at.cut(skip, held), e=e, z=z, overwrite=True)
+        part = network.linear_out(tile.cut(h, at)).unflatten(1, tile.size)
+        image = part.new_empty(len(x), *lattice, part.shape[3]) if image is None else image
+        image[:, tile.top : tile.bottom, tile.left : tile.right] = part
+    return image.flatten(1, 2)
+
+
+def _down(
+    network: SparseDescent,
+    x: torch.Tensor,
+    lattice: Size,
+    at: Window,
+    e: torch.Tensor | None,
+    z: torch.Tensor | None,
+) -> Iterator[tuple[Window, torch.Tensor]]:
+    """What each block on the way in makes of a window of x, and the window in which that is known."""
+    whole = Window(0, lattice[0], 0, lattice[1])
+    h = network.linear_in(at.cut(x, whole))
+    for block in network.down_blocks:
+        h, at = _step(network, block, h, at, lattice, e=e, z=z)
+        yield at, h
+
+
+def _step(
+    network: SparseDescent, block: SparseBlock, h: torch.Tensor, at: Window, lattice: Size, **others: Any
+) -> tuple[torch.Tensor, Window]:
+    spec = network.sparse_spec
+    extent = lattice_extent(spec.kernel_size, lattice, network.train_size)
+    plan = network.backend.plan(Points(at.size), h.shape[0], extent, spec.kernel_size, h.device)
+    known = at.shrunk(_reach(network, lattice), lattice)
+    return known.cut(block(h, replace(plan, lattice=lattice), **others), at), known
+
+
+def _reach(network: SparseDescent, lattice: Size) -> Size:
+    """How far a block sees, along each axis."""
+    spec = network.sparse_spec
+    extent = lattice_extent(spec.kernel_size, lattice, network.train_size)
+    return _times(network.down_blocks[0].convolutions, (extent[0] // 2, extent[1] // 2))
+
+
+def _times(factor: int, margin: Size) -> Size:
+    return factor * margin[0], factor * margin[1]
