@@ -5,6 +5,9 @@
 
 The run is kept in <run.root_dir>/<run.experiment>: config.json, metrics.jsonl, images/, checkpoints/ and
 weights.safetensors (averaged weights for sampling). The same command continues an interrupted run.
+
+On several GPUs: torchrun --standalone --nproc_per_node=8 train_inf_ae_diffusion.py …, which share the train.batch_size
+images of each step. A run may be continued with another number of GPUs.
 """
 
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import torch
 
 from configs.flags import Command, readable_errors
+from configs.processes import Processes
 from configs.schema import ImageConfig
 from data.datasets import open_dataset
 from training.image_stage import ImageStage
@@ -20,7 +24,7 @@ from training.run_dir import RunDir
 from training.trainer import Trainer
 
 
-def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
+def main(configs: dict[str, Any], _: dict[str, list[str]], processes: Processes) -> None:
     config: ImageConfig = configs["config"]
     with readable_errors():
         precision = Precision.create(pick_device(config.run.device), config.train.amp, config.train.amp_dtype)
@@ -28,9 +32,9 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         train_set = open_dataset(config.data, "train")
         val_set = open_dataset(config.data, "val") if config.data.val_ratio else train_set
         torch.manual_seed(config.run.seed)  # the initial weights
-        stage = ImageStage(config, train_set, val_set, precision)
-        Trainer(config, stage, run_dir, precision).run()
+        stage = ImageStage(config, train_set, val_set, precision, processes)
+        Trainer(config, stage, run_dir, precision, processes).run()
 
 
 if __name__ == "__main__":
-    Command(__doc__, {"config": ImageConfig}).run(main)
+    Command(__doc__, {"config": ImageConfig}).run_in_all(main)

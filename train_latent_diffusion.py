@@ -6,6 +6,9 @@
 
 The autoencoder is rebuilt as its run stored it; `--decoder_config` says where the run and its images are. Encodings are
 computed once and kept beside the autoencoder. The same command continues an interrupted run.
+
+On several GPUs: torchrun --standalone --nproc_per_node=8 train_latent_diffusion.py …, which share the encoding, and the
+train.batch_size latents of each step. A run may be continued with another number of GPUs.
 """
 
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 import torch
 
 from configs.flags import Command, readable_errors
+from configs.processes import Processes
 from configs.schema import ImageConfig, LatentConfig
 from configs.stored import relocate
 from generation.encodings import load_or_encode
@@ -23,7 +27,7 @@ from training.run_dir import RunDir, run_path
 from training.trainer import Trainer
 
 
-def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
+def main(configs: dict[str, Any], overridden: dict[str, list[str]], processes: Processes) -> None:
     config: LatentConfig = configs["config"]
     image_run = run_path(configs["decoder_config"])
     with readable_errors():
@@ -31,11 +35,11 @@ def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
         run_dir = RunDir(config, resume=config.train.load_checkpoint)
         decoder = InftyDiff.from_runs(image_run, device=config.run.device)
         image_config = relocate(decoder.config, configs["decoder_config"], overridden["decoder_config"], str(image_run))
-        latents = load_or_encode(decoder, image_config.data, image_run)
+        latents = load_or_encode(decoder, image_config.data, image_run, processes)
         torch.manual_seed(config.run.seed)  # the initial weights
-        stage = LatentStage(config, latents, decoder, precision)
-        Trainer(config, stage, run_dir, precision).run()
+        stage = LatentStage(config, latents, decoder, precision, processes)
+        Trainer(config, stage, run_dir, precision, processes).run()
 
 
 if __name__ == "__main__":
-    Command(__doc__, {"config": LatentConfig, "decoder_config": ImageConfig}).run(main)
+    Command(__doc__, {"config": LatentConfig, "decoder_config": ImageConfig}).run_in_all(main)

@@ -206,7 +206,7 @@ class StepTimer:
         With a loss scaler gradients may overflow: it then lowers the scale.
         """
         may_overflow = self.trainer.scaler.is_enabled()
-        loss = self.trainer.sums["loss"].item()
+        loss = self.trainer.means.sums["loss"].item()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}; times of such a step mean nothing")
         for network, module in self.trainer.stage.modules.items():

@@ -19,6 +19,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import ConfigDict
 
+from configs.processes import Processes, leave
 from configs.schema import ImageConfig, LatentConfig
 from configs.validate import ConfigError, freeze, nearest
 
@@ -48,20 +49,33 @@ class Command:
     def run(self, main: Callable[[dict[str, Any], dict[str, list[str]]], None]) -> None:
         """Parse `sys.argv`, print the resolved configuration under --dry_run, else call `main(configs, overridden)`.
 
-        `configs` holds the frozen configurations by flag name, `overridden` the fields set on the command line.
+        `configs` holds the frozen configurations by flag name, `overridden` the fields set on the command line. Under
+        torchrun the first process calls `main`, and the others wait.
         """
+        self.run_in_all(lambda *given, processes: main(*given) if processes.is_first else None)
+
+    def run_in_all(self, main: Callable[..., None]) -> None:
+        """As `run`, but under torchrun all processes call `main(configs, overridden, processes=…)`."""
+        with readable_errors():
+            processes = Processes.from_environment()
 
         def body(_: list[str]) -> None:
-            logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+            level = logging.INFO if processes.is_first else logging.WARNING
+            logging.basicConfig(level=level, format="%(message)s", force=True)
             if flags.FLAGS.dry_run:
-                print(json.dumps({name: asdict(config) for name, config in self.configs.items()}, indent=2))
+                if processes.is_first:
+                    print(json.dumps({name: asdict(config) for name, config in self.configs.items()}, indent=2))
                 return
             try:
-                main(self.configs, self.overridden)
-            except KeyboardInterrupt:
-                leave(["interrupted; the same command goes on from here"], status=130)
+                main(self.configs, self.overridden, processes=processes)
+            except KeyboardInterrupt:  # met by every process, at any point: too late to agree on anything
+                if processes.is_first:
+                    print("error: interrupted; the same command goes on from here", file=sys.stderr)
+                sys.exit(130)
+            processes.agree()
 
-        app.run(body, flags_parser=self._parse)
+        with processes.connected():
+            app.run(body, flags_parser=lambda argv: self._parse(argv, processes))
 
     def arguments(self, name: str, as_name: str, changes: dict[str, Any]) -> list[str]:
         """A configuration as it was given, with changes, for the command line of a command that calls it `as_name`."""
@@ -69,9 +83,10 @@ class Command:
         fields = [*overrides, *changes.items()]
         return [f"--{as_name}={file}", *(f"--{as_name}.{path}={value}" for path, value in fields)]
 
-    def _parse(self, argv: list[str]) -> list[str]:
+    def _parse(self, argv: list[str], processes: Processes) -> list[str]:
         if any(arg in ("--help", "-h", "-help") for arg in argv):
-            print(self._help())
+            if processes.is_first:
+                print(self._help())
             sys.exit(0)
         faults, rest = [], argv[:1]
         config_files, overrides = _split(argv[1:], self.stages, rest, faults)
@@ -130,13 +145,6 @@ def stages(argv: Sequence[str]) -> dict[str, type[ImageConfig] | type[LatentConf
 
 
 _EXAMPLES = {ImageConfig: "configs/ffhq_256_config.py", LatentConfig: "configs/ffhq_latent_config.py"}
-
-
-def leave(faults: list[str], status: int = 2) -> None:
-    """Print one line per fault on standard error and exit with `status`."""
-    for fault in faults:
-        print(f"error: {fault}", file=sys.stderr)
-    sys.exit(status)
 
 
 @contextlib.contextmanager

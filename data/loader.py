@@ -7,7 +7,7 @@ every step has exactly B images whatever the size of the set, and none is ever d
 
 from __future__ import annotations
 
-import signal
+import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
@@ -42,12 +42,6 @@ def batches(dataset: ImageDataset, batch_size: int, *, seed: int, start_step: in
     Raises:
         ValueError: an argument out of range, or (with data.on_error=raise) a damaged image.
     """
-    if batch_size < 1 or batch_size % world_size:
-        raise ValueError(f"train.batch_size: {batch_size}, accepted are multiples of the {world_size} processes")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank: {rank}, accepted are 0 to {world_size - 1}")
-    if start_step < 0:
-        raise ValueError(f"start_step: {start_step}, accepted are integers >= 0")
     order = _TrainingOrder(len(dataset), batch_size, seed, start_step, flip, rank, world_size)
     return _read(dataset, order, num_workers, pin_memory)
 
@@ -77,10 +71,11 @@ def sequential(dataset: ImageDataset, batch_size: int, *, flip: bool = False, nu
     return _read(dataset, [(part, np.full(len(part), flip)) for part in parts], num_workers, pin_memory)
 
 
-def index_batches(count: int, batch_size: int, *, seed: int, start_step: int = 0) -> Iterator[torch.Tensor]:
-    """The item numbers, int64 (B,), that `batches` would read of a set of `count` items, without end."""
-    for chosen, _ in _TrainingOrder(count, batch_size, seed, start_step, flip=False, rank=0, world_size=1):
-        yield torch.from_numpy(chosen)
+def index_batches(count: int, batch_size: int, *, seed: int, start_step: int = 0, rank: int = 0,
+                  world_size: int = 1) -> Iterator[torch.Tensor]:
+    """The item numbers, int64 (B / world_size,), that `batches` would read of a set of `count` items, without end."""
+    order = _TrainingOrder(count, batch_size, seed, start_step, flip=False, rank=rank, world_size=world_size)
+    return (torch.from_numpy(chosen) for chosen, _ in order)
 
 
 class _TrainingOrder(Sampler):
@@ -88,6 +83,12 @@ class _TrainingOrder(Sampler):
 
     def __init__(self, count: int, batch_size: int, seed: int, start_step: int, flip: bool, rank: int,
                  world_size: int) -> None:
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(f"train.batch_size: {batch_size}, accepted are multiples of the {world_size} processes")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: {rank}, accepted are 0 to {world_size - 1}")
+        if start_step < 0:
+            raise ValueError(f"start_step: {start_step}, accepted are integers >= 0")
         self._count, self._batch_size, self._seed = count, batch_size, seed
         self._start_step, self._flip = start_step, flip
         self._share = batch_size // world_size
@@ -132,9 +133,9 @@ class _Batches(Dataset):
         return torch.where(mirror, batch.flip(-1), batch) if mirrored.any() else batch
 
 
-def _leave_interrupts_to_the_main_process(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; workers must live on until training has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_main_process(_: int) -> None:
+    """Ctrl-C and torchrun's signals reach a whole process group; workers must live on until training has saved."""
+    os.setpgrp()
 
 
 def _read(dataset: ImageDataset, chosen, num_workers: int, pin_memory: bool) -> Iterator[torch.Tensor]:
@@ -142,7 +143,7 @@ def _read(dataset: ImageDataset, chosen, num_workers: int, pin_memory: bool) -> 
     # A generator of its own: the loader would else draw from the global one.
     loader = DataLoader(_Batches(dataset), batch_size=None, sampler=chosen, num_workers=workers,
                         pin_memory=pin_memory and torch.cuda.is_available(), generator=torch.Generator(),
-                        prefetch_factor=4 if workers else None, worker_init_fn=_leave_interrupts_to_the_main_process)
+                        prefetch_factor=4 if workers else None, worker_init_fn=_leave_signals_to_the_main_process)
     for batch in loader:
         if isinstance(batch, ValueError):
             raise batch

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
+
+Seen = tuple[list[int], list[float]]  # steps, and the loss at each
 
 
 class UniformTimesteps:
@@ -36,9 +39,18 @@ class LossAwareTimesteps:
 
     Uniform until every step has been seen `history` times, and with probability `uniform_probability` afterwards, so
     that no step is forgotten. The state lives on the CPU. Source: Nichol & Dhariwal 2021, section 3.3.
+
+    gather: given the steps and losses of this process, returns those of all, in the same order everywhere; the state
+    then is the same in all.
     """
 
-    def __init__(self, num_steps: int, history: int = 10, uniform_probability: float = 0.001) -> None:
+    def __init__(
+        self,
+        num_steps: int,
+        history: int = 10,
+        uniform_probability: float = 0.001,
+        gather: Callable[[Seen], list[Seen]] = lambda own: [own],
+    ) -> None:
         if num_steps < 1 or history < 1 or not 0 < uniform_probability <= 1:
             raise ValueError(
                 f"loss-aware steps: num_steps {num_steps} and history {history} must be at least 1, "
@@ -46,6 +58,7 @@ class LossAwareTimesteps:
             )
         self.num_steps = num_steps
         self.uniform_probability = uniform_probability
+        self._gather = gather
         self._losses = torch.zeros(num_steps, history, dtype=torch.float64)
         self._counts = torch.zeros(num_steps, dtype=torch.int64)
 
@@ -69,13 +82,14 @@ class LossAwareTimesteps:
         return t, (1 / (self.num_steps * probabilities[t])).float()
 
     def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
-        """Record unweighted losses (B,) at steps t (B,), gathered from all processes; waits for the device."""
+        """Record unweighted losses (B,) at steps t (B,), of all processes; waits for the device."""
         length = self._losses.shape[1]
-        for step, loss in zip(t.tolist(), losses.detach().double().tolist(), strict=True):
-            if not math.isfinite(loss):
-                continue  # one overflow must not decide the probabilities
-            self._losses[step, self._counts[step] % length] = loss
-            self._counts[step] += 1
+        for steps, values in self._gather((t.tolist(), losses.detach().double().tolist())):
+            for step, loss in zip(steps, values, strict=True):
+                if not math.isfinite(loss):
+                    continue  # one overflow must not decide the probabilities
+                self._losses[step, self._counts[step] % length] = loss
+                self._counts[step] += 1
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The recent losses float64 (T, history) and how many each step has seen, int64 (T,)."""

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from PIL import Image, ImageDraw
 
+from configs.processes import Processes
 from configs.schema import ImageConfig
 from data.datasets import open_dataset
 from data.pixels import to_float, to_uint8
@@ -97,5 +98,5 @@ def stacked(rows: dict[str, list[Image.Image]]) -> Image.Image:
     return sheet
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and Processes.from_environment().is_first:
     main()

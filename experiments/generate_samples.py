@@ -8,7 +8,6 @@ Image 000007.png depends on seed 7 alone, and shows the same function at every s
 only what is missing is drawn. Under torchrun every process draws its share.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import flags
 
 from configs.flags import Command, readable_errors
+from configs.processes import Processes
 from configs.schema import ImageConfig, LatentConfig
 from generation.folder import FolderOptions, draw_folder, parse_seeds, parse_size
 from generation.infty_diff import SAMPLERS, WEIGHTS, InftyDiff, SamplingOptions
@@ -38,10 +38,9 @@ flags.DEFINE_bool("save_raw", False, "keep the mollified images too, float32 .np
 flags.DEFINE_string("out_dir", None, "folder of the samples; default: samples/SETTINGS in the latent run")
 
 
-def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
+def main(configs: dict[str, Any], _: dict[str, list[str]], processes: Processes) -> None:
     config: LatentConfig = configs["config"]
     latent_run, image_run = run_path(config), run_path(configs["decoder_config"])
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     with readable_errors():
         sampling = SamplingOptions(FLAGS.sampling_steps, FLAGS.sampler, FLAGS.eta, FLAGS.inv_snr)
         seeds = parse_seeds(FLAGS.seeds) if FLAGS.seeds else list(range(FLAGS.num_samples or config.data.fid_samples))
@@ -52,8 +51,9 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         )
         provenance = {"image_run": file_digest(image_run / WEIGHTS), "latent_run": file_digest(latent_run / WEIGHTS)}
         out_dir = Path(FLAGS.out_dir) if FLAGS.out_dir else latent_run / "samples" / folder_name(options)
-        drawn = draw_folder(model, out_dir, seeds[rank::world_size], options, provenance)
-    print(f"{drawn} images drawn, {len(seeds[rank::world_size]) - drawn} were there: {out_dir}")
+        drawn = draw_folder(model, out_dir, seeds, options, provenance, processes)
+    if processes.is_first:
+        print(f"{drawn} images drawn, {len(seeds) - drawn} were there: {out_dir}")
 
 
 def folder_name(options: FolderOptions) -> str:
@@ -66,4 +66,4 @@ def folder_name(options: FolderOptions) -> str:
 
 
 if __name__ == "__main__":
-    Command(__doc__, {"config": LatentConfig, "decoder_config": ImageConfig}).run(main)
+    Command(__doc__, {"config": LatentConfig, "decoder_config": ImageConfig}).run_in_all(main)

@@ -13,7 +13,6 @@ model.encoder_block_norm=false where torchsparse stored the weights. A run that 
 a checkpoint holds is executed, and nothing is written unless all of it could be read.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,6 @@ _FROM_CHECKPOINT = ("model.coordinate_convention", "model.encoder_block_norm")
 
 
 def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
-    if int(os.environ.get("RANK", 0)):
-        return  # under torchrun the first process does it
     with readable_errors():
         check_flags(configs)
         refuse_existing(list(configs.values()))  # before gigabytes are read

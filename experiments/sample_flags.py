@@ -1,6 +1,5 @@
 """What the commands that compare samples with a data set have in common: flags, and the checks before the work."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,7 @@ def define_flags(compared: str) -> None:
 
 
 def compare(configs: dict[str, Any], work: Callable[[ImageConfig | None, Path, torch.device], str]) -> None:
-    """Print what `work` says of the samples, given --config if any; under torchrun the first process does it."""
-    if int(os.environ.get("RANK", 0)):
-        return
+    """Print what `work` says of the samples, given --config if any."""
     with readable_errors():
         config: ImageConfig | None = configs.get("config")
         if not FLAGS.samples:

@@ -1,4 +1,7 @@
-"""The project's commands as parts of an experiment. Each continues where it was, so the experiment does too."""
+"""The project's commands as parts of an experiment. Each continues where it was, so the experiment does too.
+
+Under torchrun the first process of the experiment runs them, each under a torchrun of its own with as many processes.
+"""
 
 import json
 import os
@@ -10,6 +13,7 @@ from pathlib import Path
 import torch
 from absl import flags
 
+from configs.processes import Processes
 from metrics.extractors import EXTRACTORS, open_extractor
 
 FLAGS = flags.FLAGS
@@ -41,7 +45,7 @@ def require_extractor() -> None:
 def run(script: str, *arguments: str) -> float:
     """Run one of the project's commands; leave with its status if it fails. Returns its largest resident set in GB."""
     print("\n$ python", script, *arguments, flush=True)
-    process = subprocess.Popen([sys.executable, str(ROOT / script), *arguments])
+    process = subprocess.Popen([sys.executable, *_launcher(), str(ROOT / script), *arguments])
     try:
         _, status, usage = os.wait4(process.pid, 0)
     except KeyboardInterrupt:  # the command got it too, and saves before it leaves
@@ -50,6 +54,11 @@ def run(script: str, *arguments: str) -> float:
     if process.returncode:
         sys.exit(process.returncode if process.returncode > 0 else 128 - process.returncode)
     return usage.ru_maxrss * _RSS_UNIT / 1e9
+
+
+def _launcher() -> list[str]:
+    processes = Processes.from_environment().world_size
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
 
 
 def sample(out_dir: Path, model: Sequence[str], *options: str) -> None:

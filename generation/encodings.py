@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from configs.processes import ALONE, Processes
 from configs.schema import DataConfig
+from data.base import ImageDataset
 from data.datasets import open_dataset
 from data.latents import LatentSet
 from data.loader import sequential
@@ -22,7 +26,7 @@ log = logging.getLogger(__name__)
 _BATCH = 32
 
 
-def load_or_encode(model: InftyDiff, data: DataConfig, image_run: Path) -> LatentSet:
+def load_or_encode(model: InftyDiff, data: DataConfig, image_run: Path, processes: Processes = ALONE) -> LatentSet:
     """Encode the training images and their mirror images, or read them from the cache.
 
     The cache is `<image_run>/latents/<key>.safetensors`; the key is a digest of the weights' file and of the data
@@ -32,29 +36,47 @@ def load_or_encode(model: InftyDiff, data: DataConfig, image_run: Path) -> Laten
         model: the autoencoder.
         data: which images; its training split is encoded, mirrored too where training mirrored.
         image_run: the folder of the autoencoder's run.
+        processes: this process and those that share the work; all get the whole set.
     """
     dataset = open_dataset(data, "train")
     key = {"weights": file_digest(image_run / WEIGHTS), "data": dataset.fingerprint(), "flips": data.random_flip}
     digest = hashlib.sha256(repr(sorted(key.items())).encode()).hexdigest()
     path = image_run / "latents" / f"{digest[:16]}.safetensors"
-    if path.exists():
-        tensors, header = load_weights(path)
-        if header == key:
-            log.info("latents of %d images from %s", len(dataset), path)
-            return LatentSet.from_tensors({name: tensor.to(model.device) for name, tensor in tensors.items()})
-    views = [_encode(model, dataset, data, flip) for flip in ((False, True) if data.random_flip else (False,))]
-    mu, logvar = (None if parts[0] is None else torch.stack(parts, dim=1) for parts in zip(*views))
-    latents = LatentSet.create(mu, logvar)
-    save_weights(path, latents.to_tensors(), key)
-    return latents
+    latents = _cached(path, key)
+    if processes.agree(int(latents is None)):
+        views = [_encode(model, dataset, data, flip, processes) for flip in (False, True)[: 1 + data.random_flip]]
+        mu, logvar = (None if parts[0] is None else torch.stack(parts, dim=1) for parts in zip(*views))
+        latents = LatentSet.create(mu, logvar)
+        if processes.is_first:
+            save_weights(path, latents.to_tensors(), key)
+    else:
+        log.info("latents of %d images from %s", len(dataset), path)
+    return LatentSet.from_tensors({name: tensor.to(model.device) for name, tensor in latents.to_tensors().items()})
 
 
-def _encode(model: InftyDiff, dataset, data: DataConfig, flip: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One view of the data set: mu (N, D), and logvar of a stochastic encoder or None."""
-    count = -(-len(dataset) // _BATCH)
+def _cached(path: Path, key: dict[str, Any]) -> LatentSet | None:
+    """The set that the cache holds for `key`, or None."""
+    if not path.exists():
+        return None
+    tensors, header = load_weights(path)
+    return LatentSet.from_tensors(tensors) if header == key else None
+
+
+def _encode(
+    model: InftyDiff, dataset: ImageDataset, data: DataConfig, flip: bool, processes: Processes
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One view of the data set: mu (N, D), and logvar of a stochastic encoder or None, on the CPU.
+
+    Each process takes consecutive batches, the same as one process alone would: sizes of batches change the rounding.
+    """
+    total = -(-len(dataset) // _BATCH)
+    first, last = (total * rank // processes.world_size for rank in (processes.rank, processes.rank + 1))
+    share = range(first * _BATCH, min(last * _BATCH, len(dataset)))
+    batches = sequential(dataset, _BATCH, flip=flip, num_workers=data.num_workers, indices=share)
     name = "encoding mirrored images" if flip else "encoding images"
     parts = []
-    for images in tqdm(sequential(dataset, _BATCH, flip=flip, num_workers=data.num_workers), name, count, disable=None):
-        parts.append(model.encode_distribution(to_float(images)))
-    mu, logvar = zip(*parts)
+    for images in tqdm(batches, name, last - first, disable=None if processes.is_first else True):
+        mu, logvar = model.encode_distribution(to_float(images))
+        parts.append((mu.cpu(), None if logvar is None else logvar.cpu()))
+    mu, logvar = zip(*itertools.chain.from_iterable(processes.gather(parts)))
     return torch.cat(mu), None if logvar[0] is None else torch.cat(logvar)

@@ -16,6 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+from configs.processes import ALONE, Processes
 from data.pixels import to_float, to_uint8
 from diffusion.coordinates import Size
 from diffusion.process import DiffusionProcess
@@ -45,7 +46,12 @@ class FolderOptions:
 
 
 def draw_folder(
-    model: InftyDiff, out_dir: Path, seeds: list[int], options: FolderOptions, provenance: dict[str, Any]
+    model: InftyDiff,
+    out_dir: Path,
+    seeds: list[int],
+    options: FolderOptions,
+    provenance: dict[str, Any],
+    processes: Processes = ALONE,
 ) -> int:
     """Draw the images that `out_dir` lacks as `{seed:06d}.png`; return how many were drawn.
 
@@ -55,6 +61,7 @@ def draw_folder(
         seeds: the images wanted.
         options: size, sampler, steps.
         provenance: what identifies the model, for `manifest.json`.
+        processes: this process and those that share the work.
     Raises:
         ValueError: when the folder was made with other settings or another model.
     """
@@ -62,17 +69,24 @@ def draw_folder(
     check_steps(model.process, options.sampling.steps, "sampling_steps")
     if model.prior is not None and options.latent_steps is not None:
         check_steps(model.prior.process, options.latent_steps, "latent_sampling_steps")
-    claim_folder(out_dir, "manifest.json", {"settings": settings, "model": provenance})
-    missing = [seed for seed in seeds if not _is_done(out_dir, seed, options)]
+
+    def claim() -> list[int]:
+        claim_folder(out_dir, "manifest.json", {"settings": settings, "model": provenance})
+        return [seed for seed in seeds if not _is_done(out_dir, seed, options)]
+
+    missing = processes.from_first(claim)
+    share = missing[processes.rank :: processes.world_size]
     # One at a time costs a CPU nothing, and makes the files equal bit for bit whatever is drawn beside them; a GPU
     # needs batches, whose size changes the rounding of its products.
     together = 1 if model.device.type == "cpu" else options.batch_size
-    with tqdm(total=len(seeds), initial=len(seeds) - len(missing), unit="image", disable=None) as bar:
-        for start in range(0, len(missing), together):
-            batch = missing[start : start + together]
+    with tqdm(total=len(share), unit="image", disable=None if processes.is_first else True) as bar:
+        for start in range(0, len(share), together):
+            batch = share[start : start + together]
             _draw_batch(model, out_dir, batch, options)
             bar.update(len(batch))
-    contact_sheet(out_dir, options.size)
+    processes.agree()  # all images are there
+    if processes.is_first:
+        contact_sheet(out_dir, options.size)
     return len(missing)
 
 

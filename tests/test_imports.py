@@ -28,13 +28,14 @@ ALLOWED = {
     "models": {"models", "diffusion", "configs", "torch", "flash_attn", "numpy", "torchsparse", "spconv",
                "warpconvnet", "triton"},
     "data": {"data", "torch", "numpy", "PIL", "tqdm", "lmdb"},
-    "configs": {"configs", "ml_collections", "absl"},
+    "configs": {"configs", "torch", "ml_collections", "absl"},
     "generation": {"generation", "configs", "data", "diffusion", "models", "training", "torch", "numpy", "PIL", "tqdm"},
     "training": {"training", "configs", "data", "diffusion", "generation", "models", "torch", "torchvision",
                  "safetensors", "tqdm", "wandb"},
 }  # fmt: skip
-TRAINER = {"configs.schema", "diffusion.noise", "training.acceleration", "training.checkpoint", "training.ema",
-           "training.precision", "training.run_dir"}  # fmt: skip
+TRAINER = {"configs.processes", "configs.schema", "diffusion.noise", "training.acceleration", "training.checkpoint",
+           "training.ema", "training.means", "training.parallel", "training.precision", "training.run_dir",
+           "training.signals"}  # fmt: skip
 
 
 def imports(file: Path) -> set[str]:

@@ -163,12 +163,6 @@ def test_signal_during_pictures_does_not_wait_for_them(tmp_path):
     assert drawn == [2] and checkpoint_steps(trainer.run_dir.checkpoints) == [2]
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match="WORLD_SIZE=4: accepted: 1"):
-        RunDir(micro.image(tmp_path), resume=True)
-
-
 def state(step: int) -> dict:
     return {"step": step, "modules": {"a": torch.arange(5000.0) + step}, "text": "x", "none": None, "list": [1, 2.0]}
 

@@ -28,21 +28,30 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write the training state of `step` atomically and delete all but the newest `keep`."""
-    path = folder / f"step_{step:08d}.pt"
+    path = _path(folder, step)
     write_atomic(path, lambda temporary: torch.save(state, temporary))
     for old in checkpoint_steps(folder)[keep:]:
-        (folder / f"step_{old:08d}.pt").unlink(missing_ok=True)
+        _path(folder, old).unlink(missing_ok=True)
     return path
+
+
+def load_checkpoint(folder: Path, step: int, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Return the training state of `step`; ValueError when it is missing or damaged."""
+    return load_plain(_path(folder, step), device)
 
 
 def load_newest_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
     """Return the newest readable training state, or None; a damaged one is named in a warning and passed over."""
     for step in checkpoint_steps(folder):
         try:
-            return load_plain(folder / f"step_{step:08d}.pt", device)
+            return load_checkpoint(folder, step, device)
         except ValueError as error:
             log.warning("checkpoint %s; using the one before it", error)
     return None
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}.pt"
 
 
 def load_plain(path: Path, device: torch.device | str = "cpu", *, mmap: bool = False) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from configs.processes import ALONE, Processes
 from configs.schema import ImageConfig
 from data.base import ImageDataset
 from data.loader import batches
@@ -30,12 +31,18 @@ class ImageStage:
         config: the stage's configuration.
         train_set, val_set: images; pictures show reconstructions of the first of `val_set`.
         precision: device and autocast type.
+        processes: this process and those that train with it.
     """
 
     def __init__(
-        self, config: ImageConfig, train_set: ImageDataset, val_set: ImageDataset, precision: Precision
+        self,
+        config: ImageConfig,
+        train_set: ImageDataset,
+        val_set: ImageDataset,
+        precision: Precision,
+        processes: Processes = ALONE,
     ) -> None:
-        self.config, self.train_set, self.precision = config, train_set, precision
+        self.config, self.train_set, self.precision, self.processes = config, train_set, precision, processes
         self.device = precision.device
         self.process = build_image_process(config)
         self.process.respaced(config.train.plot_sampling_steps)  # a wrong subset must not wait for the first picture
@@ -44,11 +51,12 @@ class ImageStage:
             "encoder": build_encoder(config.model, config.data.channels, config.size).to(self.device),
         }
         loss_aware = config.diffusion.schedule_sampler == "loss-second-moment"
-        self.timesteps = (LossAwareTimesteps if loss_aware else UniformTimesteps)(config.diffusion.steps)
+        steps = config.diffusion.steps
+        self.timesteps = LossAwareTimesteps(steps, gather=processes.gather) if loss_aware else UniformTimesteps(steps)
         self.shown = to_float(torch.stack([val_set[i % len(val_set)] for i in range(config.train.sample_size)]))
 
     def batches(self, start_step: int) -> Iterator[torch.Tensor]:
-        """Yield uint8 images (B, C, H, W) of every step from `start_step` on."""
+        """Yield this process's uint8 images (B, C, H, W) of every step from `start_step` on."""
         data, seed = self.config.data, self.config.run.seed
         return batches(
             self.train_set,
@@ -57,6 +65,8 @@ class ImageStage:
             start_step=start_step,
             flip=data.random_flip,
             num_workers=data.num_workers,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
             pin_memory=self.device.type == "cuda",
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from configs.processes import ALONE, Processes
 from configs.schema import LatentConfig
 from data.latents import LatentSet
 from data.loader import index_batches
@@ -28,12 +29,20 @@ class LatentStage:
         latents: encodings of the images and their mirror images.
         decoder: the stage-one model, for pictures.
         precision: device and autocast type.
+        processes: this process and those that train with it.
     Raises:
         ValueError: when data.test_ratio leaves no latent to train on.
     """
 
-    def __init__(self, config: LatentConfig, latents: LatentSet, decoder: InftyDiff, precision: Precision) -> None:
-        self.config, self.decoder, self.device = config, decoder, precision.device
+    def __init__(
+        self,
+        config: LatentConfig,
+        latents: LatentSet,
+        decoder: InftyDiff,
+        precision: Precision,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.config, self.decoder, self.device, self.processes = config, decoder, precision.device, processes
         decoder.process.respaced(config.train.plot_sampling_steps)  # a wrong subset must not wait for the first picture
         self.model = build_latent_model(config.model, latents.dim).to(self.device)
         self.modules: dict[str, nn.Module] = {"latent_model": self.model}
@@ -47,15 +56,21 @@ class LatentStage:
         self.prior = self._prior(self.model)
         self.process = self.prior.process
         loss_aware = config.diffusion.schedule_sampler == "loss-second-moment"
-        self.timesteps = (LossAwareTimesteps if loss_aware else UniformTimesteps)(config.diffusion.steps)
+        steps = config.diffusion.steps
+        self.timesteps = LossAwareTimesteps(steps, gather=processes.gather) if loss_aware else UniformTimesteps(steps)
 
     def _prior(self, model: nn.Module) -> LatentPrior:
         return LatentPrior(self.config, model, self.mean, self.std)
 
     def batches(self, start_step: int) -> Iterator[torch.Tensor]:
-        """Yield the int64 numbers (B,) of the latents of every step from `start_step` on."""
+        """Yield the int64 numbers (B,) of this process's latents of every step from `start_step` on."""
         return index_batches(
-            self.train_set.count, self.config.train.batch_size, seed=self.config.run.seed, start_step=start_step
+            self.train_set.count,
+            self.config.train.batch_size,
+            seed=self.config.run.seed,
+            start_step=start_step,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
         )
 
     def loss(self, numbers: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

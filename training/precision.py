@@ -5,16 +5,30 @@ from dataclasses import dataclass
 
 import torch
 
+from configs.processes import Processes
+
 
 def pick_device(name: str) -> torch.device:
-    """Return the device for `run.device` = "auto" | "cpu" | "cuda".
+    """Return the device for `run.device` = "auto" | "cpu" | "cuda"; under torchrun each process has a GPU of its own.
 
     Raises:
-        ValueError: when CUDA is asked for and not available.
+        ValueError: when CUDA is asked for and not available, or has fewer devices than torchrun started processes.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device='cuda': no CUDA device is visible to PyTorch; accepted: auto, cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    processes, count = Processes.from_environment(), torch.cuda.device_count()
+    if processes.world_size == 1:
+        return torch.device("cuda")
+    if processes.local_rank >= count:
+        raise ValueError(
+            f"LOCAL_RANK: beyond the {count} CUDA devices visible to PyTorch; accepted: torchrun "
+            f"--nproc_per_node={count} or less, or run.device=cpu"
+        )
+    device = torch.device("cuda", processes.local_rank)
+    torch.cuda.set_device(device)  # for kernels and streams that go to the current device
+    return device
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ def run_path(config: ImageConfig | LatentConfig) -> Path:
 class RunDir:
     """Files of one run under `<run.root_dir>/<run.experiment>/`.
 
-    Nothing is written before `start`.
+    Nothing is written before `start`. Of several processes the first alone calls it, and what follows it.
 
     Args:
         config: the frozen configuration.
@@ -38,10 +37,6 @@ class RunDir:
         self.plain_config: dict[str, Any] = json.loads(json.dumps(asdict(config)))  # as JSON stores it
         self.path = run_path(config)
         self.checkpoints = self.path / "checkpoints"
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError(
-                f"WORLD_SIZE={os.environ['WORLD_SIZE']}: accepted: 1; training takes one process, one device"
-            )
         stored = self.path / "config.json"
         if stored.exists():
             if not resume:

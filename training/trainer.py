@@ -1,13 +1,14 @@
-"""The training loop of both stages.
+"""The training loop of both stages, in one process or in several that train together.
 
-Everything random in step k follows from (run.seed, k) alone, so a resumed run draws what the uninterrupted
-one would have drawn, and a state needs no random-number state beside its step.
+Everything random in step k follows from (run.seed, k), and with several processes from the number of each, so a resumed
+run draws what the uninterrupted one would have drawn, and a state needs no random-number state beside its step.
 """
 
+import contextlib
+import itertools
 import logging
 import math
 import platform
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -17,13 +18,23 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from configs.processes import ALONE, Processes
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.noise import derive_seed
 from training.acceleration import accelerate
-from training.checkpoint import checkpoint_steps, load_newest_checkpoint, save_checkpoint, save_weights
+from training.checkpoint import (
+    checkpoint_steps,
+    load_checkpoint,
+    load_newest_checkpoint,
+    save_checkpoint,
+    save_weights,
+)
 from training.ema import Ema
+from training.means import Means
+from training.parallel import data_parallel
 from training.precision import Precision
 from training.run_dir import RunDir
+from training.signals import Signals
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +45,7 @@ class Stage(Protocol):
     modules: dict[str, nn.Module]
 
     def batches(self, start_step: int) -> Iterator[torch.Tensor]:
-        """Yield the batch of every step from `start_step` on, without end."""
+        """Yield this process's share of the batch of every step from `start_step` on, without end."""
 
     def loss(self, batch: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the mean loss of a batch and further scalars to log."""
@@ -53,10 +64,6 @@ class Stage(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class _StopDrawing(Exception):
-    """A signal arrived while pictures were drawn."""
-
-
 class Trainer:
     """Optimiser, averages, checkpoints and reports around a `Stage`.
 
@@ -65,11 +72,20 @@ class Trainer:
         stage: networks, data and loss.
         run_dir: where the run is kept.
         precision: device and autocast type.
+        processes: this process and those that train with it. The first alone writes, reports and draws pictures.
     """
 
-    def __init__(self, config: ImageConfig | LatentConfig, stage: Stage, run_dir: RunDir, precision: Precision) -> None:
+    def __init__(
+        self,
+        config: ImageConfig | LatentConfig,
+        stage: Stage,
+        run_dir: RunDir,
+        precision: Precision,
+        processes: Processes = ALONE,
+    ) -> None:
         self.config, self.stage, self.run_dir, self.precision = config, stage, run_dir, precision
-        self.device = precision.device
+        self.device, self.processes = precision.device, processes
+        self.parallel = data_parallel(stage, processes, self.device)
         optim = config.optimizer
         self.optimizer = torch.optim.AdamW(
             [p for module in stage.modules.values() for p in module.parameters()],
@@ -83,77 +99,73 @@ class Trainer:
         accelerate(stage.modules, config.train, self.device)
         self.generator = torch.Generator(self.device)
         self.step = 0
-        self.sums: dict[str, torch.Tensor] = {}  # of the scalars since the last log line, kept on the device
-        self.summed = 0
-        self._signal: int | None = None
-        self._drawing = False
+        self.means = Means(processes)
+        self.signals = Signals()
 
     def run(self) -> None:
         """Train up to `train.steps`, continuing the newest checkpoint of the run.
 
-        Leaves with status 128 + signal after saving when SIGINT or SIGTERM asks it to stop. Raises ValueError when the
-        run has weights but nothing to continue.
+        Leaves with status 128 + signal after saving when SIGINT or SIGTERM asks it, or any process that trains with it,
+        to stop. Raises ValueError when the run has weights but nothing to continue.
         """
-        train = self.config.train
+        train, first = self.config.train, self.processes.is_first
         self._resume()
-        self.run_dir.start(self.step)
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        bar = tqdm(total=train.steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True)
+        batches = itertools.islice(self.stage.batches(self.step), max(train.steps - self.step, 0))
+        if first:
+            self.run_dir.start(self.step)
+        bar = tqdm(
+            total=train.steps, initial=self.step, unit="step", disable=None if first else True, dynamic_ncols=True
+        )
         clock, clock_step = time.perf_counter(), self.step
-        try:
-            batches = self.stage.batches(self.step)
-            while self.step < train.steps and self._signal is None:
-                self.train_step(next(batches))
+        with self.signals, contextlib.closing(self.run_dir), bar:
+            while True:
+                batch = next(batches, None)  # before they agree: what one cannot read stops all of them
+                stop = self.processes.agree(self.signals.number)
+                if stop or batch is None:
+                    break
+                self.train_step(batch)
                 bar.update()
-                if self.step % train.plot_graph_steps == 0:
-                    self._check_finite()  # waits for the device, so the clock is read after the work is done
-                    seconds = time.perf_counter() - clock
-                    self._report(bar, (self.step - clock_step) * train.batch_size / seconds)
-                    clock, clock_step = time.perf_counter(), self.step
                 done = self.step == train.steps
+                if self.step % train.plot_graph_steps == 0:
+                    means = self._shared_means()  # waits for the device, so the clock is read after the work is done
+                    seconds = time.perf_counter() - clock
+                    if first:
+                        self._report(bar, means, (self.step - clock_step) * train.batch_size / seconds)
+                    self.means.clear()
+                    clock, clock_step = time.perf_counter(), self.step
                 if self.step % train.plot_samples_steps == 0 or done:
-                    self._save_pictures()
+                    if first:
+                        self._save_pictures()
                     clock, clock_step = time.perf_counter(), self.step
                 if self.step % train.checkpoint_steps == 0 or done:
                     self._save()
-            if self._signal is not None:
+            if stop:
                 self._save()
-        finally:
-            bar.close()
-            self.run_dir.close()
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        if self._signal is not None:
-            log.info("stopped by signal %d at step %d; the same command continues", self._signal, self.step)
-            sys.exit(128 + self._signal)
-
-    def _on_signal(self, number: int, _: Any) -> None:
-        self._signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
-        if self._drawing:
-            raise _StopDrawing
+                self.processes.agree()  # the others wait for the first, whose state it is that counts
+        if stop:
+            log.info("stopped by signal %d at step %d; the same command continues", stop, self.step)
+            sys.exit(128 + stop)
 
     def _save_pictures(self) -> None:
-        """Draw and write the pictures of this step; a signal cuts it short, as they may take minutes."""
-        self._drawing = True
-        try:
+        """Draw and write the pictures of this step, unless a signal cuts it short."""
+        with self.signals.cutting_short():
             self.run_dir.save_images(self.step, self.stage.pictures(self.ema.modules))
-        except _StopDrawing:
-            log.info("pictures of step %d were not finished", self.step)
-        finally:
-            self._drawing = False
+            return
+        log.info("pictures of step %d were not finished", self.step)
 
     def train_step(self, batch: torch.Tensor) -> None:
         """One step of the optimiser on `batch` (uint8 images, or latents), and of the averages where they fall due."""
         train, optim = self.config.train, self.config.optimizer
-        seed = derive_seed(self.config.run.seed, "step", self.step)
+        own = (self.processes.rank,) if self.processes.world_size > 1 else ()
+        seed = derive_seed(self.config.run.seed, "step", self.step, *own)
         self.generator.manual_seed(seed)
         torch.manual_seed(seed)  # dropout draws from the global generator
         for group in self.optimizer.param_groups:
             group["lr"] = optim.learning_rate * min(1.0, (self.step + 1) / max(optim.warmup_steps, 1))
 
         with self.precision.autocast():
-            loss, scalars = self.stage.loss(batch.to(self.device, non_blocking=True), self.generator)
+            loss_of = self.parallel or self.stage.loss
+            loss, scalars = loss_of(batch.to(self.device, non_blocking=True), self.generator)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -166,7 +178,7 @@ class Trainer:
         self.step += 1
         if self.step % train.ema_update_every == 0:
             self.ema.update()
-        self._accumulate(
+        self.means.add(
             {
                 "loss": loss.detach(),
                 "grad_norm": norm,
@@ -180,14 +192,7 @@ class Trainer:
         limit = self.config.train.gradient_clip or math.inf
         return nn.utils.clip_grad_norm_(module.parameters(), limit, foreach=True)
 
-    def _accumulate(self, scalars: dict[str, torch.Tensor]) -> None:
-        for name, value in scalars.items():
-            self.sums[name] = self.sums[name] + value.double() if name in self.sums else value.double()
-        self.summed += 1
-
-    def _report(self, bar: tqdm, images_per_second: float) -> None:
-        means = {name: (total / self.summed).item() for name, total in self.sums.items()}
-        self.sums, self.summed = {}, 0
+    def _report(self, bar: tqdm, means: dict[str, float], images_per_second: float) -> None:
         metrics = {
             "step": self.step,
             "images": self.step * self.config.train.batch_size,
@@ -211,16 +216,22 @@ class Trainer:
         else:
             bar.set_postfix(loss=f"{means['loss']:.4f}", grad=f"{means['grad_norm']:.3f}")
 
-    def _check_finite(self) -> None:
-        loss = self.sums["loss"].item() if self.sums else 0.0
+    def _shared_means(self) -> dict[str, float]:
+        """The means since the last log line, the same in all processes; FloatingPointError for a loss not finite."""
+        self.means.share()
+        means = self.means.read()
+        loss = means.get("loss", 0.0)
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss} at step {self.step}; the last checkpoint is intact: "
                 "continue with a smaller optimizer.learning_rate or train.amp=false"
             )
+        return means
 
     def _save(self) -> None:
-        self._check_finite()
+        self._shared_means()
+        if not self.processes.is_first:
+            return
         state = {
             "step": self.step,
             "modules": {name: module.state_dict() for name, module in self.stage.modules.items()},
@@ -228,8 +239,8 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "stage": self.stage.state_dict(),
-            "sums": self.sums,
-            "summed": self.summed,
+            "sums": self.means.sums,
+            "summed": self.means.count,
             **self._header(),
         }
         save_checkpoint(self.run_dir.checkpoints, self.step, state, self.config.train.keep_checkpoints)
@@ -244,20 +255,26 @@ class Trainer:
         }
 
     def _resume(self) -> None:
-        weights = self.run_dir.path / "weights.safetensors"
-        if weights.exists() and not checkpoint_steps(self.run_dir.checkpoints):
-            raise ValueError(
-                f"{weights} would be overwritten, with no training state to continue (an imported run has none); "
-                "accepted: another run.experiment"
-            )
-        state = load_newest_checkpoint(self.run_dir.checkpoints, self.device)
-        if state is None:
+        """Continue the newest checkpoint; which that is, the first process says, as it alone removes old ones."""
+        state = self._newest() if self.processes.is_first else None
+        step = self.processes.from_first(lambda: None if state is None else state["step"])
+        if step is None:
             return
+        state = state or load_checkpoint(self.run_dir.checkpoints, step, self.device)
         for name, module in self.stage.modules.items():
             module.load_state_dict(state["modules"][name])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.stage.load_state_dict(state["stage"])
-        self.step, self.sums, self.summed = state["step"], state["sums"], state["summed"]
+        self.step, self.means.sums, self.means.count = state["step"], state["sums"], state["summed"]
         log.info("continuing %s at step %d", self.run_dir.path, self.step)
+
+    def _newest(self) -> dict[str, Any] | None:
+        weights = self.run_dir.path / "weights.safetensors"
+        if weights.exists() and not checkpoint_steps(self.run_dir.checkpoints):
+            raise ValueError(
+                f"{weights} would be overwritten, with no training state to continue (an imported run has none); "
+                "accepted: another run.experiment"
+            )
+        return load_newest_checkpoint(self.run_dir.checkpoints, self.device)

@@ -1,0 +1,41 @@
+"""One training step on the devices of several processes."""
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from configs.processes import Processes
+
+# Processes agree before each step, so they enter it together; apart from that they differ in how long they compile.
+_TIMEOUT = timedelta(hours=1)
+
+
+class _Loss(nn.Module):
+    """The loss of a stage as a module, so that `DistributedDataParallel` can follow its gradients."""
+
+    def __init__(self, stage: Any) -> None:
+        super().__init__()
+        self.networks = nn.ModuleDict(stage.modules)
+        self._stage = stage
+
+    def forward(self, batch: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self._stage.loss(batch, generator)
+
+
+def data_parallel(stage: Any, processes: Processes, device: torch.device) -> DistributedDataParallel | None:
+    """The loss of a `Stage` whose backward pass leaves in every process the mean of the gradients of all of them.
+
+    The stage keeps its networks, which from now on have the weights of the first process. Returns None for a process
+    alone, whose gradients are complete.
+    """
+    if processes.world_size == 1:
+        return None
+    processes.agree()  # faults so far are told here; what follows cannot be left alone
+    group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    return DistributedDataParallel(
+        _Loss(stage), process_group=group, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
