@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import micro
+from configs.processes import ALONE
 from data.datasets import open_dataset
 from data.latents import LatentSet
 from generation.infty_diff import InftyDiff
@@ -26,11 +27,11 @@ from training.trainer import Trainer
 CPU = Precision(torch.device("cpu"), None)
 
 
-def image_trainer(root, changes=None) -> Trainer:
+def image_trainer(root, changes=None, processes=ALONE) -> Trainer:
     config = micro.image(root, changes)
     torch.manual_seed(config.run.seed)
-    stage = ImageStage(config, open_dataset(config.data, "train"), open_dataset(config.data, "val"), CPU)
-    return Trainer(config, stage, RunDir(config, resume=True), CPU)
+    stage = ImageStage(config, open_dataset(config.data, "train"), open_dataset(config.data, "val"), CPU, processes)
+    return Trainer(config, stage, RunDir(config, resume=True), CPU, processes)
 
 
 def latent_trainer(root, changes=None) -> Trainer:

@@ -36,6 +36,4 @@ def data_parallel(stage: Any, processes: Processes, device: torch.device) -> Dis
         return None
     processes.agree()  # faults so far are told here; what follows cannot be left alone
     group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
-    return DistributedDataParallel(
-        _Loss(stage), process_group=group, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    return DistributedDataParallel(_Loss(stage), process_group=group, gradient_as_bucket_view=True)

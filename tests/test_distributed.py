@@ -1,0 +1,319 @@
+"""Several processes: they train as one would on all their images, share work, stop, fail and continue together.
+
+Real processes exchange real messages (gloo, on a CPU).
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.multiprocessing import spawn
+
+import micro
+from configs.flags import readable_errors
+from configs.processes import Processes
+from data.loader import batches
+from diffusion.noise import derive_seed
+from generation.encodings import load_or_encode
+from generation.folder import draw_folder
+from generation.infty_diff import InftyDiff
+from test_generation import build, folder_options
+from test_training import everything, image_trainer, metrics
+from training.checkpoint import checkpoint_steps, load_newest_checkpoint
+from training.precision import pick_device
+
+ROOT = Path(__file__).parents[1]
+COUNT = 2
+CASES = {
+    "plain": {"data.num_images": 72},
+    "all_parts": {
+        "train.batch_size": 8, "diffusion.schedule_sampler": "loss-second-moment", "diffusion.steps": 2,
+        "train.plot_sampling_steps": "2", "model.stochastic_encoding": True, "model.learn_sigma": True,
+        "train.plot_graph_steps": 2, "model.uno_dropout": 0.3, "train.recompute": True,
+    },
+}  # fmt: skip
+
+
+def environment(rank: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": COUNT, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def work(rank: int, port: int, root: Path) -> None:
+    """What two processes do for the tests below, in one start of them."""
+    os.environ.update(environment(rank, port))
+    torch.set_num_threads(1)
+    processes, kept = Processes.from_environment(), {}
+    with processes.connected():
+        for name, changes in CASES.items():
+            whole = image_trainer(root / name / "whole", changes, processes)
+            whole.run()
+            image_trainer(root / name / "parts", {**changes, "train.steps": 3}, processes).run()
+            second = image_trainer(root / name / "parts", changes, processes)
+            second.run()
+            kept[name] = {"weights": weights(whole), "resumed": weights(second), "stage": whole.stage.state_dict()}
+        image_trainer(root / "grown", processes=processes).run()
+        for seeds in ([4], [0, 1, 2, 4]):
+            draw_folder(build(root), root / "samples", seeds, folder_options(), {}, processes)
+        kept["faults"] = {fault.__name__: outcome(fault, root, processes) for fault in (share, image, loss)}
+    torch.save(kept, root / f"process_{rank}.pt")
+
+
+def share(root: Path, processes: Processes) -> None:
+    """Images that two processes cannot share."""
+    image_trainer(root / "share", {"train.batch_size": 5}, processes).run()
+
+
+def image(root: Path, processes: Processes) -> None:
+    """A second batch that one process cannot read."""
+
+    def damaged(start_step: int) -> Iterator[torch.Tensor]:
+        yield torch.zeros(2, 3, 16, 12, dtype=torch.uint8)
+        raise ValueError("17.png is damaged")
+
+    trainer = image_trainer(root / "image", processes=processes)
+    if not processes.is_first:
+        trainer.stage.batches = damaged
+    trainer.run()
+
+
+def loss(root: Path, processes: Processes) -> None:
+    """A loss that overflows in one process."""
+    trainer = image_trainer(root / "loss", processes=processes)
+    plain = trainer.stage.loss
+
+    def overflowing(*given) -> tuple[torch.Tensor, dict]:
+        value, scalars = plain(*given)
+        return value * torch.inf, scalars
+
+    if not processes.is_first:
+        trainer.stage.loss = overflowing
+    trainer.run()
+
+
+def outcome(fault: Callable[[Path, Processes], None], root: Path, processes: Processes) -> tuple[int, str]:
+    """The status a process leaves with, and what it says."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as left, readable_errors():
+        fault(root, processes)
+    return left.value.code, "".join(line for line in said.getvalue().splitlines(True) if "error" in line)
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {f"{n}.{k}": v for n, module in trainer.stage.modules.items() for k, v in module.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("distributed")
+    image_trainer(root / "grown", {"train.steps": 3}).run()
+    spawn(work, (free_port(), root), COUNT)
+    return root
+
+
+def kept(root: Path, part: str) -> list[dict]:
+    return [torch.load(root / f"process_{rank}.pt")[part] for rank in range(COUNT)]
+
+
+def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_processes_train_as_one_on_the_mean_of_their_gradients(root, tmp_path, case):
+    """Against both halves of each batch one after the other, their gradients averaged and clipped by hand."""
+    first, second = kept(root, case)
+    assert differing(first["weights"], second["weights"]) == []
+    trainer = image_trainer(tmp_path, CASES[case])
+    stage, config = trainer.stage, trainer.config
+    parameters = {name: list(module.parameters()) for name, module in stage.modules.items()}
+    optimizer = torch.optim.AdamW(
+        [p for group in parameters.values() for p in group], config.optimizer.learning_rate,
+        (config.optimizer.adam_beta1, config.optimizer.adam_beta2), weight_decay=config.optimizer.weight_decay,
+    )  # fmt: skip
+    seen, update = [], stage.timesteps.update
+    stage.timesteps.update = lambda t, losses: seen.append((t, losses))
+    images = batches(stage.train_set, config.train.batch_size, seed=config.run.seed, flip=config.data.random_flip)
+    logged = []
+    for step in range(config.train.steps):
+        optimizer.zero_grad()
+        logged.append(0.0)
+        for rank, half in enumerate(next(images).chunk(COUNT)):
+            seed = derive_seed(config.run.seed, "step", step, rank)
+            torch.manual_seed(seed)
+            loss, _ = stage.loss(half, torch.Generator().manual_seed(seed))
+            (loss / COUNT).backward()
+            logged[-1] += loss.item() / COUNT
+        for values in seen:
+            update(*values)
+        seen.clear()
+        for group in parameters.values():
+            norm = torch.cat([p.grad.flatten() for p in group]).norm()
+            for p in group:
+                p.grad *= min(1.0, config.train.gradient_clip / norm.item())
+        optimizer.step()
+    for name, value in weights(trainer).items():
+        torch.testing.assert_close(first["weights"][name], value, rtol=1e-4, atol=2e-5)
+    for mine, theirs in ((stage.state_dict(), other["stage"]) for other in (first, second)):
+        for name, value in mine["timesteps"].items():
+            torch.testing.assert_close(theirs["timesteps"][name], value, rtol=1e-4, atol=0)
+    lines = [json.loads(line) for line in metrics_file(root / case / "whole").read_text().splitlines()]
+    every = config.train.plot_graph_steps
+    means = [sum(logged[i : i + every]) / every for i in range(0, len(logged), every)]
+    assert [line["loss"] for line in lines] == pytest.approx(means, rel=1e-4)
+    assert lines[-1]["images"] == config.train.steps * config.train.batch_size
+
+
+def metrics_file(root: Path) -> Path:
+    return root / "micro" / "metrics.jsonl"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_their_run_resumes_exactly_and_continues_alone(root, case):
+    for process in kept(root, case):
+        assert differing(process["weights"], process["resumed"]) == []
+    whole, parts = (image_trainer(root / case / name, CASES[case]) for name in ("whole", "parts"))
+    assert differing(everything(whole), everything(parts)) == []
+    assert metrics(whole) == metrics(parts) and checkpoint_steps(parts.run_dir.checkpoints) == [6, 3]
+    before = everything(parts)
+    alone = image_trainer(root / case / "parts", {**CASES[case], "train.steps": 8})
+    alone._resume()
+    name = next(iter(weights(alone)))
+    assert torch.equal(weights(alone)[name], before[f"/modules/{name.replace('.', '/', 1)}"])
+    alone.run()
+    assert [line["step"] for line in metrics(alone)][-1] == 8 and checkpoint_steps(alone.run_dir.checkpoints) == [8, 6]
+
+
+def test_a_run_of_one_process_continues_in_two(root):
+    assert load_newest_checkpoint(root / "grown" / "micro" / "checkpoints")["step"] == 6
+    lines = [json.loads(line) for line in metrics_file(root / "grown").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def stage_one(root: Path, changes: dict | None = None) -> list[str]:
+    fields = micro.overrides(root, micro.IMAGE, {"run.experiment": "micro", **(changes or {})})
+    return ["train_inf_ae_diffusion.py", "--config", "configs/ffhq_256_config.py", *micro.arguments("config", fields)]
+
+
+def stage_two(root: Path) -> list[str]:
+    fields = micro.overrides(root, micro.LATENT, {"run.experiment": "sampler"})
+    decoder = {"run.root_dir": root, "run.experiment": "micro"}
+    return ["train_latent_diffusion.py", "--config", "configs/ffhq_latent_config.py",
+            *micro.arguments("config", fields), "--decoder_config", "configs/ffhq_256_config.py",
+            *micro.arguments("decoder_config", decoder)]  # fmt: skip
+
+
+def together(command: list[str]) -> list[tuple[int, str]]:
+    """Status and errors of each process of a command."""
+    port = free_port()
+    started = [
+        subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True, stderr=subprocess.PIPE,
+                         env={**os.environ, **environment(rank, port)}) for rank in range(COUNT)
+    ]  # fmt: skip
+    return [(process.wait(timeout=120), process.stderr.read()) for process in started]
+
+
+def test_encodings_are_shared_out(root):
+    """The cache is the file that one process writes, and stage two trains on it."""
+    run = root / "plain" / "whole" / "micro"
+    done = together(stage_two(run.parent))
+    assert [status for status, _ in done] == [0, 0], done
+    lines = (run.parent / "sampler" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    (cache,) = (run / "latents").glob("*.safetensors")
+    found = cache.read_bytes()
+    cache.unlink()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    decoder = InftyDiff.from_runs(run, device="cpu")
+    latents = load_or_encode(decoder, decoder.config.data, run)
+    torch.set_num_threads(threads)
+    assert len(latents) == 72 and cache.read_bytes() == found
+
+
+def test_samples_are_shared_out(root, tmp_path):
+    """Fewer samples than processes at first, then the rest; each as one process draws it."""
+    seeds = [0, 1, 2, 4]
+    assert draw_folder(build(tmp_path), root / "samples", seeds, folder_options(), {}) == 0
+    assert draw_folder(build(tmp_path), tmp_path, seeds, folder_options(), {}) == 4
+    for name in [f"{seed:06d}.png" for seed in seeds] + ["contact_sheet.png"]:
+        assert (root / "samples" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_a_fault_of_any_ends_all_with_one_line_of_the_first(root):
+    first, second = kept(root, "faults")
+    assert first["share"] == (2, "error: train.batch_size: 5, accepted are multiples of the 2 processes\n")
+    assert first["image"] == (2, "error: process 1: 17.png is damaged\n")
+    assert first["loss"][0] == 1 and re.fullmatch(r"error: the loss is (inf|nan) at step 1; .*\n", first["loss"][1])
+    assert second == {name: (status, "") for name, (status, _) in first.items()}
+    assert not (root / "share").exists()
+
+
+def test_a_fault_of_the_command_line_is_said_once(tmp_path):
+    (first, said), (second, silent) = together(stage_one(tmp_path, {"model.nf": 0}))
+    assert (first, second) == (2, 2)
+    assert [line for line in said.splitlines() if "error" in line] == ["error: config.model.nf=0: accepted: int >= 1"]
+    assert "error" not in silent and "Traceback" not in said + silent
+
+
+def test_malformed_variables_and_missing_devices_are_one_line(monkeypatch):
+    for name, value in environment(1, 0).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert pick_device("auto") == torch.device("cuda", 1) == taken[0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="LOCAL_RANK: beyond the 1 CUDA devices"):
+        pick_device("auto")
+    assert pick_device("cpu") == torch.device("cpu")
+    for changes, said in (({"LOCAL_RANK": "one"}, "LOCAL_RANK='one'"), ({"RANK": "2"}, "RANK=2, WORLD_SIZE=2")):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=said):
+            for name, value in changes.items():
+                patch.setenv(name, value)
+            Processes.from_environment()
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(ValueError, match="WORLD_SIZE=''"):
+        Processes.from_environment()
+
+
+def test_a_signal_to_torchrun_saves_one_state_that_continues(tmp_path):
+    """Decoding processes get it too; the next command has another end, which does not shape the run."""
+    endless = {name: 100_000 for name in ("train.steps", "train.checkpoint_steps", "train.plot_samples_steps")}
+    endless |= {"data.in_memory": "never", "data.num_workers": 1}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={COUNT}"]
+    log = tmp_path / "micro" / "metrics.jsonl"
+    process = subprocess.Popen([*torchrun, *stage_one(tmp_path, endless)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while process.poll() is None and time.monotonic() < deadline and not (log.exists() and log.stat().st_size):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    (state,) = (tmp_path / "micro" / "checkpoints").iterdir()
+    step = int(re.fullmatch(r"step_(\d+)\.pt", state.name)[1])
+    assert step > 0 and torch.load(state)["step"] == step
+    assert f"stopped by signal 15 at step {step}" in errors and errors.count("stopped by") == 1
+    done = together(stage_one(tmp_path, {**endless, "train.steps": step + 2}))
+    assert [status for status, _ in done] == [0, 0], done
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(1, step + 3))
