@@ -22,8 +22,8 @@ T = TypeVar("T")
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _FAULT = 1 << 30  # above every number that processes agree on
 # One process may wait for another's pictures or samples however long they take; should one end, torchrun ends all.
-_TIMEOUT = timedelta(days=30)
-_PATIENCE = timedelta(minutes=1)  # of a process with a fault, until the others listen
+_TIMEOUT = timedelta(days=7)
+_PATIENCE = timedelta(minutes=10)  # of a process with a fault, until the others listen
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,9 @@ class Processes:
         except RuntimeError as error:
             _print([f"process {self.rank} lost the others: {' '.join(str(error).split())}"])
             sys.exit(1)
-        return _leave_together([], 0) if agreed == _FAULT else agreed
+        if agreed == _FAULT:
+            _leave_together([], 0)
+        return agreed
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes by rank; they must pickle."""

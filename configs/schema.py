@@ -61,7 +61,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     steps: int = option(1_000_000, "total optimiser steps", low=1)
-    batch_size: int = option(32, "images per step", low=1)
+    batch_size: int = option(32, "images per step, over all processes", low=1)
     amp: bool = option(True, "mixed precision on a GPU (always off on a CPU)")
     amp_dtype: str = option(
         "auto",
@@ -88,7 +88,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class LatentTrainConfig(TrainConfig):
-    batch_size: int = option(256, "latents per step", low=1)
+    batch_size: int = option(256, "latents per step, over all processes", low=1)
     plot_samples_steps: int = option(20000, "steps between sample pictures", low=1)
     calculate_test_loss_steps: int = option(10000, "steps between evaluations on held-out latents", low=1)
     test_loss_repeats: int = option(10, "noise draws per held-out latent in an evaluation", low=1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.functions import FunctionImages
-from data.loader import batches, sequential
+from data.loader import batches, index_batches, sequential
 
 
 class Numbered:
@@ -104,6 +104,13 @@ def test_ranks_share_each_global_batch(world_size):
     parts = [take(5, Numbered(10), 6, seed=2, start_step=1, rank=r, world_size=world_size) for r in range(world_size)]
     for batch, shares in zip(whole, zip(*parts)):
         assert torch.equal(batch, torch.cat(shares))
+
+
+def test_numbers_of_latents_are_shared_alike():
+    whole = take(5, Numbered(10), 6, seed=2, start_step=1, flip=False)
+    parts = [index_batches(10, 6, seed=2, start_step=1, rank=r, world_size=2) for r in range(2)]
+    for batch, *shares in zip(whole, *parts):
+        assert torch.cat(shares).tolist() == numbers(batch)
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
