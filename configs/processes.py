@@ -85,8 +85,7 @@ class Processes:
         try:
             agreed = _largest(number, _TIMEOUT)
         except RuntimeError as error:
-            _print([f"process {self.rank} lost the others: {' '.join(str(error).split())}"])
-            sys.exit(1)
+            _leave_alone([f"lost the others: {' '.join(str(error).split())}"], 1)
         if agreed == _FAULT:
             _leave_together([], 0)
         return agreed
@@ -121,11 +120,16 @@ def leave(faults: list[str], status: int = 2) -> NoReturn:
         try:
             _largest(_FAULT, _PATIENCE)
         except RuntimeError:
-            _print([f"process {dist.get_rank()}: {fault}" for fault in faults])
-            os._exit(status)  # an orderly end would wait for the others, too
+            _leave_alone(faults, status)
         _leave_together(faults, status)
     _print(faults)
     sys.exit(status)
+
+
+def _leave_alone(faults: list[str], status: int) -> NoReturn:
+    """Leave at once: an orderly end would wait for the others, who do not come."""
+    _print([f"process {dist.get_rank()}: {fault}" for fault in faults])
+    os._exit(status)
 
 
 def _leave_together(faults: list[str], status: int) -> NoReturn:
