@@ -32,6 +32,8 @@ class _Pool:
         """Memory that comes back when nothing refers to what is returned any more."""
         with self._lock:
             self._requests += 1
+            while self._free and self._requests - self._free[0][0] > _PATIENCE:
+                self._free.pop(0)
             block = self._fitting(nbytes) or self._new(nbytes)
             self._in_use += len(block)
             self._most_in_use = max(self._most_in_use, self._in_use)
@@ -64,7 +66,7 @@ class _Pool:
         size = -(-nbytes // _PAGE) * _PAGE
         room = max(self._most_in_use, self._in_use + size) - self._in_use - size  # for free blocks
         held = sum(len(block) for _, block in self._free)
-        while self._free and (held > room or self._requests - self._free[0][0] > _PATIENCE):
+        while held > room:
             held -= len(self._free.pop(0)[1])
         block = mmap.mmap(-1, size, **_MAPPED)
         if hasattr(mmap, "MADV_HUGEPAGE"):
