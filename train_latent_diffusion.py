@@ -18,7 +18,6 @@ import torch
 from configs.flags import Command, readable_errors
 from configs.processes import Processes
 from configs.schema import ImageConfig, LatentConfig
-from configs.stored import relocate
 from generation.encodings import load_or_encode
 from generation.infty_diff import InftyDiff
 from training.latent_stage import LatentStage
@@ -33,9 +32,9 @@ def main(configs: dict[str, Any], overridden: dict[str, list[str]], processes: P
     with readable_errors():
         precision = Precision.create(pick_device(config.run.device), config.train.amp, config.train.amp_dtype)
         run_dir = RunDir(config, resume=config.train.load_checkpoint)
-        decoder = InftyDiff.from_runs(image_run, device=config.run.device)
-        image_config = relocate(decoder.config, configs["decoder_config"], overridden["decoder_config"], str(image_run))
-        latents = load_or_encode(decoder, image_config.data, image_run, processes)
+        given = configs["decoder_config"], overridden["decoder_config"]
+        decoder = InftyDiff.from_runs(image_run, device=config.run.device, given=given)
+        latents = load_or_encode(decoder, decoder.config.data, image_run, processes)
         torch.manual_seed(config.run.seed)  # the initial weights
         stage = LatentStage(config, latents, decoder, precision, processes)
         Trainer(config, stage, run_dir, precision, processes).run()

@@ -9,7 +9,6 @@ from absl import flags
 from tqdm import tqdm
 
 from configs.schema import ImageConfig
-from configs.stored import relocate
 from diffusion.coordinates import Size
 from generation.folder import check_steps, parse_size
 from generation.infty_diff import SAMPLERS, WEIGHTS, InftyDiff, SamplingOptions
@@ -47,17 +46,18 @@ def requested_size() -> Size | None:
     return parse_size(FLAGS.sample_img_size) if FLAGS.sample_img_size else None
 
 
-def open_model(config: ImageConfig, sampling: SamplingOptions, latent_run: Path | None = None) -> InftyDiff:
-    """The model of a run, which must have the steps of `sampling`."""
-    model = InftyDiff.from_runs(run_path(config), latent_run, config.run.device)
+def open_model(
+    config: ImageConfig, overridden: list[str], sampling: SamplingOptions, latent_run: Path | None = None
+) -> InftyDiff:
+    """The model of a run, which must have the steps of `sampling`; overridden: fields set on the command line."""
+    model = InftyDiff.from_runs(run_path(config), latent_run, config.run.device, (config, overridden))
     check_steps(model.process, sampling.steps, "sampling_steps")
     return model
 
 
-def open_images(model: InftyDiff, config: ImageConfig, overridden: list[str], size: Size) -> Inputs:
+def open_images(model: InftyDiff, size: Size) -> Inputs:
     """The images of the flags, fitted to `size`."""
-    data = relocate(model.config, config, overridden, str(run_path(config))).data
-    return open_inputs(FLAGS.input, data, size, FLAGS.num_images, FLAGS.split)
+    return open_inputs(FLAGS.input, model.config.data, size, FLAGS.num_images, FLAGS.split)
 
 
 def open_results(

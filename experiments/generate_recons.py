@@ -43,8 +43,8 @@ def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
             )
         sampling = edit.sampling_options()
         distance = load_lpips(FLAGS.lpips, FLAGS.lpips_weights) if FLAGS.lpips else None
-        model = edit.open_model(config, sampling)
-        inputs = edit.open_images(model, config, overridden["config"], edit.requested_size() or model.config.size)
+        model = edit.open_model(config, overridden["config"], sampling)
+        inputs = edit.open_images(model, edit.requested_size() or model.config.size)
         size = tuple(inputs.images.shape[-2:])
         settings = {"size": list(size), "seed": FLAGS.seed, "lpips": FLAGS.lpips, "lpips_weights": FLAGS.lpips_weights}
         results = edit.open_results("recons", config, sampling, settings)

@@ -54,11 +54,11 @@ def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
             raise ValueError("--mask, --box: accepted: exactly one of them")
         if FLAGS.see_hole and len(seeds) > 1 and not FLAGS.eta and FLAGS.sampler != "ddpm":
             raise ValueError(f"--seeds={FLAGS.seeds}: all equal with --see_hole; accepted: one seed, or --eta above 0")
-        model = edit.open_model(config, sampling)
+        model = edit.open_model(config, overridden["config"], sampling)
         size = edit.requested_size() or model.config.size
         start = parse_step(FLAGS.start_step, model.process.schedule.num_steps)
         options = InpaintOptions(sampling, FLAGS.guidance, FLAGS.plain_guidance, start, FLAGS.see_hole, FLAGS.follow)
-        inputs = edit.open_images(model, config, overridden["config"], size)
+        inputs = edit.open_images(model, size)
         masks = [hole(inputs, i) for i in range(len(inputs.images))]
         settings = {"size": list(size), "mask": FLAGS.mask, "box": FLAGS.box, "paste": FLAGS.paste, **asdict(options)}
         results = edit.open_results("inpaint", config, sampling, settings)

@@ -60,9 +60,9 @@ def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
                              "breaks the way; accepted: ddim or dpmpp, and 0")  # fmt: skip
         if (FLAGS.seeds is None) != (latent_run is None):
             raise ValueError("--seeds, --decoder_config: accepted: both, with --config of the sampler, or neither")
-        model = edit.open_model(config, sampling, latent_run)
+        model = edit.open_model(config, overridden[image], sampling, latent_run)
         size = edit.requested_size() or model.config.size
-        inputs = None if FLAGS.seeds else two_images(edit.open_images(model, config, overridden[image], size))
+        inputs = None if FLAGS.seeds else two_images(edit.open_images(model, size))
         names = [f"seed {seed}" for seed in two_seeds()] if inputs is None else inputs.names[:2]
         made_from = digest(names) if inputs is None else digest(inputs.images[:2])
         settings = {"ends": names, "size": list(size), "steps": FLAGS.steps, "noise": FLAGS.noise,

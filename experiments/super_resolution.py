@@ -45,14 +45,14 @@ def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
         sampling = edit.sampling_options()
         if FLAGS.start_step and not FLAGS.ddim_encoding:
             raise ValueError(f"--start_step={FLAGS.start_step}: accepted: with --ddim_encoding")
-        model = edit.open_model(config, sampling)
+        model = edit.open_model(config, overridden["config"], sampling)
         low = parse_size(FLAGS.input_size, "input_size") if FLAGS.input_size else model.config.size
         size = edit.requested_size() or tuple(round(n * FLAGS.factor) for n in low)
         if size[0] < low[0] or size[1] < low[1]:
             raise ValueError(f"--sample_img_size={FLAGS.sample_img_size}: accepted: at least {low[0]}x{low[1]}")
         last = model.process.schedule.num_steps - 1
         start = parse_step(FLAGS.start_step or str(last), last + 1) if FLAGS.ddim_encoding else None
-        inputs = edit.open_images(model, config, overridden["config"], low)
+        inputs = edit.open_images(model, low)
         settings = {"input_size": list(low), "size": list(size), "seed": FLAGS.seed, "start_step": start}
         results = edit.open_results("super_resolution", config, sampling, settings)
         missing = [i for i, image in enumerate(inputs.images) if results.lacks(inputs.stem(i), digest(image))]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from configs.schema import ImageConfig, LatentConfig
-from configs.stored import config_from
+from configs.stored import config_from, relocate
 from diffusion.coordinates import Points, Size, gather_points, image_to_points, points_to_image
 from diffusion.noise import derive_seed, function_noise
 from diffusion.process import Denoiser
@@ -83,15 +83,28 @@ class InftyDiff:
         self.precision = precision or Precision(self.device, None)
 
     @classmethod
-    def from_runs(cls, image_run: str | Path, latent_run: str | Path | None = None, device: str = "auto") -> InftyDiff:
+    def from_runs(
+        cls,
+        image_run: str | Path,
+        latent_run: str | Path | None = None,
+        device: str = "auto",
+        given: tuple[ImageConfig, list[str]] | None = None,
+    ) -> InftyDiff:
         """Load the averaged weights of a stage-one run, and of a stage-two run if samples are wanted.
 
+        Args:
+            image_run, latent_run: folders of the runs.
+            device: "auto", "cpu" or "cuda".
+            given: configuration of a command line and the fields set there, which count where they do not shape what
+                was trained (`configs.stored.relocate`): the back end, where data are.
         Raises:
-            ValueError: when a folder holds no weights, or the latents of the two runs differ in size.
+            ValueError: when a folder holds no weights, the latents of the two runs differ in size, or `given`
+                contradicts the training.
         """
         where = pick_device(device)
         tensors, header = load_weights(Path(image_run) / WEIGHTS)
         config = config_from(header["config"], ImageConfig, str(image_run))
+        config = config if given is None else relocate(config, *given, str(image_run))
         networks = {
             "encoder": build_encoder(config.model, config.data.channels, config.size),
             "denoiser": build_denoiser(config.model, config.data.channels, config.size),
