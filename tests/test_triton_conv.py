@@ -324,9 +324,6 @@ def test_bad_windows_are_named():
 
 
 def test_compiles_for_an_h100_without_spills(tmp_path):
-    ptxas = pytest.importorskip("triton.backends.nvidia.compiler").get_ptxas(90)
-    if not ptxas or not os.path.exists(ptxas.path):
-        pytest.skip("Triton came without its assembler")
     calls = """
 import torch
 from diffusion.coordinates import Points
