@@ -94,8 +94,9 @@ def gather_kernel(
         tap = (entry & ((1 << BITS) - 1)).to(tl.int32)
         if TRANSPOSED:
             tap = last_tap - tap
+        rows = _rows(x, entry >> BITS, here, channel, exists, scale, C, TRANSPOSED)
         weight = tl.load(taps + tap[:, None] * C + channel[None, :], mask=exists[None, :], other=0.0)
-        total = tl.fma(weight, _rows(x, entry >> BITS, here, channel, exists, scale, C, TRANSPOSED), total)
+        total = tl.fma(weight, rows, total)
     _write(out + first * C, total, point, valid, channel, exists, scale, residual + first * C, C, TRANSPOSED, RESIDUAL)
 
 
@@ -177,7 +178,8 @@ def taps_kernel(
             here = row >= 0
         mask = here[:, :, None] & exists[None, None, :]
         offset = row.to(tl.int64)[:, :, None] * C + channel[None, None, :]
+        weighted = _rows(grad, point, valid, channel, exists, scale, C, True)[None, :, :]
         values = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)  # (TAPS, BLOCK_P, BLOCK_C)
-        total = tl.fma(values, _rows(grad, point, valid, channel, exists, scale, C, True)[None, :, :], total)
+        total = tl.fma(values, weighted, total)
     offset = (tl.program_id(0).to(tl.int64) * kernel_h * kernel_w + tap)[:, None] * C + channel[None, :]
     tl.store(partials + offset, tl.sum(total, 1), mask=known[:, None] & exists[None, :])
