@@ -65,4 +65,4 @@ for k, extent, channels, dtype in ((7, 29, 64, torch.float32), (5, 13, 3, torch.
         tmp_path,
     )
     assert sorted(kernel.name for kernel in kernels) == 2 * ["filter_kernel"] + 2 * ["spread_kernel"]
-    assert all(kernel.spilled == 0 for kernel in kernels), kernels
+    assert all(kernel.fits() for kernel in kernels), kernels

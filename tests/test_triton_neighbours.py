@@ -101,4 +101,4 @@ nearest_present(index, table, axes, 128, 3)
         tmp_path,
     )
     assert [kernel.name for kernel in kernels] == ["nearest_kernel"]
-    assert all(kernel.spilled == 0 for kernel in kernels), kernels
+    assert all(kernel.fits() for kernel in kernels), kernels
