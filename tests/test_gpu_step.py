@@ -29,6 +29,16 @@ VARIANTS = [
 ]
 
 
+def can_pretend() -> bool:
+    """Whether fake tensors on a GPU can be computed with where there is none; PyTorch 2.7 asks the driver."""
+    try:
+        with FakeTensorMode():
+            places = torch.zeros(1, dtype=torch.int64, device="cuda")
+            return torch.zeros(2, device="cuda")[places].device.type == "cuda"
+    except RuntimeError:
+        return False
+
+
 def stage_on_cpu(root, changes) -> ImageStage:
     config = micro.image(root, {**CHANGES, **changes})
     data = open_dataset(config.data, "train")
@@ -45,6 +55,7 @@ def pretend(stage: ImageStage) -> None:
 
 
 @pytest.mark.skipif(HAS_GPU, reason="the step itself runs on the GPU")
+@pytest.mark.skipif(not HAS_GPU and not can_pretend(), reason="fake tensors need a driver in this PyTorch")
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_no_value_is_read_back_before_the_backward_pass(tmp_path, monkeypatch, changes):
     def on_the_host(function):
