@@ -13,8 +13,8 @@ A row compares one operator with one baseline on random data, results having bee
     coordinates  drawing the points, against NumPy's legacy generator on the host, image by image
 
 Both sides take turns in one process; times are medians. max_error is the largest difference from float64 (conv), from
-the baseline (others), over the largest value, of results and gradients. "scaling" tells how the time of an operator
-grows with four times the points at the same ratio.
+the baseline (others), over the largest value, of results and gradients. "scaling" tells how the time of an operator of
+ours grows with four times the points at the same ratio; there the sizes take turns.
 """
 
 import argparse
@@ -261,14 +261,16 @@ def _result(row: Row, setting: Setting, size: int, ratio: float, best: str, time
     }
 
 
-def scaling(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Growth of the time from one size to the double, at the same ratio: four times the points."""
-    times = {(row["op"], row["ratio"], row["size"]): row["ms"] for row in rows}
-    return [
-        {"op": op, "ratio": ratio, "sizes": [size, 2 * size], "growth": times[op, ratio, 2 * size] / ms}
-        for (op, ratio, size), ms in times.items()
-        if (op, ratio, 2 * size) in times
-    ]
+def scaling(setting: Setting, op: str, sizes: list[int], ratio: float) -> Iterator[dict[str, Any]]:
+    """Growth of the time of ours from one size to the double: four times the points."""
+    pairs = [(size, 2 * size) for size in sizes if 2 * size in sizes]
+    rows = {size: OPERATORS[op](setting, size, ratio) for size in sorted({size for pair in pairs for size in pair})}
+    calls = {str(size): row.ours for size, row in rows.items() if row is not None}
+    times = interleaved(calls, setting.device, setting.repeats)
+    for pair in pairs:
+        if calls:
+            few, many = (times[str(size)].ms for size in pair)
+            yield {"op": op, "ratio": ratio, "sizes": list(pair), "ms": [few, many], "growth": many / few}
 
 
 def main() -> None:
@@ -289,7 +291,12 @@ def main() -> None:
         **machine(device),
         **{"dtype": arguments.dtype, "batch": batch, "channels": setting.channels, "kernel": K},
         "rows": rows,
-        "scaling": scaling(rows),
+        "scaling": [
+            growth
+            for op in arguments.ops
+            for ratio in arguments.ratios
+            for growth in scaling(setting, op, arguments.sizes, ratio)
+        ],
     }
     print(operator_table(result))
     if arguments.json:

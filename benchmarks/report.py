@@ -117,8 +117,8 @@ def operator_table(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     lines += [
-        f"{row['op']} at ratio {row['ratio']:g}: {row['growth']:.2f} times the time from side {row['sizes'][0]} to "
-        f"{row['sizes'][1]}, which is four times the points"
+        f"{row['op']} at ratio {row['ratio']:g}, side {row['sizes'][0]} to {row['sizes'][1]}, four times the points: "
+        f"{row['ms'][0]:.2f} ms to {row['ms'][1]:.2f} ms, {row['growth']:.2f} times"
         for row in result["scaling"]
     ]
     return "\n".join(lines)

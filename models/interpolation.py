@@ -120,9 +120,9 @@ def _bilinear_reads(
 def _full_lattice_reads(
     size: Size, grid: Size, convention: CoordinateConvention, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_bilinear_reads` of a full lattice, which every step of a sampler asks for; nodes int32 to take less memory."""
+    """`_bilinear_reads` of a full lattice, which every step of a sampler asks for; int32 if that will do."""
     index, weights = _bilinear_reads(Points(size), grid, convention, device)
-    return index.int(), weights
+    return index.int() if index.numel() < 2**31 else index, weights
 
 
 def _linear_taps(position: torch.Tensor, n: int, convention: CoordinateConvention) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ Letters: B batch, C channels, H × W lattice, U side of the grid, F channels of 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,8 @@ def descend(
 
     def pieces() -> Iterator[tuple[Window, torch.Tensor]]:
         for tile in tiling(lattice, margin, network.sparse_spec.tile_points):
-            *_, (at, h) = _down(network, x, lattice, tile.grown(margin, lattice), e, z)
+            of_blocks = _down(network, x, lattice, tile.grown(margin, lattice), e, z)
+            at, h = deque(of_blocks, maxlen=1).pop()
             yield tile, tile.cut(h, at)
 
     return network.to_grid(nodes.enter_pieces(pieces()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -51,7 +52,8 @@ class Window:
         return (rows[:, None] * width + cols).flatten()
 
 
-def tiling(lattice: Size, margin: Size, budget: int) -> list[Window]:
+@lru_cache(maxsize=16)
+def tiling(lattice: Size, margin: Size, budget: int) -> tuple[Window, ...]:
     """Tiles, row by row, whose windows with this margin hold at most `budget` pixels, of the least pixels in all.
 
     Raises ValueError where even the window around a single pixel is larger.
@@ -69,11 +71,11 @@ def tiling(lattice: Size, margin: Size, budget: int) -> list[Window]:
             f"model.tile_points is {budget}; for a lattice of {lattice[0]}x{lattice[1]} it must be at least {least}"
         )
     rows, cols = min(choices)[1]
-    return [
+    return tuple(
         Window(top, min(top + rows, lattice[0]), left, min(left + cols, lattice[1]))
         for top in range(0, lattice[0], rows)
         for left in range(0, lattice[1], cols)
-    ]
+    )
 
 
 def _parts(n: int) -> list[int]:

@@ -180,6 +180,8 @@ def test_operators_are_compared_with_what_they_replace(operators):
         assert 0 <= row["max_error"] < 1e-4
         assert row["op"] in printed
     assert {(row["op"], row["ratio"]) for row in result["scaling"]} >= {("conv", 1), ("conv", 0.25), ("block", 0.25)}
+    for row in result["scaling"]:
+        assert row["sizes"] == [8, 16] and row["growth"] == pytest.approx(row["ms"][1] / row["ms"][0])
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_tiles_cover_the_lattice_once_and_fit(lattice, margin):
 
 
 def test_a_lattice_that_fits_is_one_tile():
-    assert tiling((20, 30), (5, 5), 600) == [Window(0, 20, 0, 30)]
+    assert tiling((20, 30), (5, 5), 600) == (Window(0, 20, 0, 30),)
 
 
 def test_windows_larger_than_the_budget_are_an_error():
