@@ -18,6 +18,7 @@ ours grows with four times the points at the same ratio; there the sizes take tu
 """
 
 import argparse
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -279,24 +280,16 @@ def main() -> None:
     batch = arguments.batch or (32 if device.type == "cuda" else 4)
     setting = Setting(device, dtype, batch, arguments.channels, arguments.backend, arguments.repeats)
     torch.manual_seed(0)
-    rows = [
-        result
-        for op in arguments.ops
-        for size in arguments.sizes
-        for ratio in arguments.ratios
-        for result in measure(setting, op, size, ratio)
-    ]
+    cases = itertools.product(arguments.ops, arguments.sizes, arguments.ratios)
+    rows = [row for op, size, ratio in cases for row in measure(setting, op, size, ratio)]
+    cases = itertools.product(arguments.ops, arguments.ratios)
+    growths = [growth for op, ratio in cases for growth in scaling(setting, op, arguments.sizes, ratio)]
     result = {
         "benchmark": "operators",
         **machine(device),
         **{"dtype": arguments.dtype, "batch": batch, "channels": setting.channels, "kernel": K},
         "rows": rows,
-        "scaling": [
-            growth
-            for op in arguments.ops
-            for ratio in arguments.ratios
-            for growth in scaling(setting, op, arguments.sizes, ratio)
-        ],
+        "scaling": growths,
     }
     print(operator_table(result))
     if arguments.json:
