@@ -8,7 +8,7 @@ import torch
 from absl import flags
 from tqdm import tqdm
 
-from configs.schema import ImageConfig
+from configs.schema import ImageConfig, LatentConfig
 from diffusion.coordinates import Size
 from generation.folder import check_steps, parse_size
 from generation.infty_diff import SAMPLERS, WEIGHTS, InftyDiff, SamplingOptions
@@ -47,10 +47,17 @@ def requested_size() -> Size | None:
 
 
 def open_model(
-    config: ImageConfig, overridden: list[str], sampling: SamplingOptions, latent_run: Path | None = None
+    config: ImageConfig,
+    overridden: list[str],
+    sampling: SamplingOptions,
+    latent: tuple[LatentConfig, list[str]] | None = None,
 ) -> InftyDiff:
-    """The model of a run, which must have the steps of `sampling`; overridden: fields set on the command line."""
-    model = InftyDiff.from_runs(run_path(config), latent_run, config.run.device, (config, overridden))
+    """The model of a run, which must have the steps of `sampling`.
+
+    overridden: fields of config set on the command line. latent: the same two of the sampler, where one is needed.
+    """
+    latent_run = run_path(latent[0]) if latent else None
+    model = InftyDiff.from_runs(run_path(config), latent_run, config.run.device, (config, overridden), latent)
     check_steps(model.process, sampling.steps, "sampling_steps")
     return model
 

@@ -19,7 +19,6 @@ from absl import flags
 from configs.flags import Command, readable_errors
 from configs.processes import Processes
 from configs.schema import ImageConfig, LatentConfig
-from configs.stored import relocate
 from generation.folder import FolderOptions, draw_folder, parse_seeds, parse_size
 from generation.infty_diff import SAMPLERS, WEIGHTS, InftyDiff, SamplingOptions
 from training.files import file_digest
@@ -46,9 +45,8 @@ def main(configs: dict[str, Any], overridden: dict[str, list[str]], processes: P
         sampling = SamplingOptions(FLAGS.sampling_steps, FLAGS.sampler, FLAGS.eta, FLAGS.inv_snr)
         seeds = parse_seeds(FLAGS.seeds) if FLAGS.seeds else list(range(FLAGS.num_samples or config.data.fid_samples))
         size = parse_size(FLAGS.sample_img_size) if FLAGS.sample_img_size else None
-        given = configs["decoder_config"], overridden["decoder_config"]
-        model = InftyDiff.from_runs(image_run, latent_run, config.run.device, given)
-        relocate(model.prior.config, config, overridden["config"], str(latent_run))  # a contradiction is an error
+        given = [(configs[name], overridden[name]) for name in ("decoder_config", "config")]
+        model = InftyDiff.from_runs(image_run, latent_run, config.run.device, *given)
         options = FolderOptions(
             size or model.config.size, sampling, FLAGS.latent_sampling_steps, FLAGS.sample_batch_size, FLAGS.save_raw
         )

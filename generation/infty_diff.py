@@ -89,17 +89,18 @@ class InftyDiff:
         latent_run: str | Path | None = None,
         device: str = "auto",
         given: tuple[ImageConfig, list[str]] | None = None,
+        latent_given: tuple[LatentConfig, list[str]] | None = None,
     ) -> InftyDiff:
         """Load the averaged weights of a stage-one run, and of a stage-two run if samples are wanted.
 
         Args:
             image_run, latent_run: folders of the runs.
             device: "auto", "cpu" or "cuda".
-            given: configuration of a command line and the fields set there, which count where they do not shape what
-                was trained (`configs.stored.relocate`): the back end, where data are.
+            given, latent_given: configurations of a command line and the fields set there, which count where they do
+                not shape what was trained (`configs.stored.relocate`): the back end, where data are.
         Raises:
-            ValueError: when a folder holds no weights, the latents of the two runs differ in size, or `given`
-                contradicts the training.
+            ValueError: when a folder holds no weights, the latents of the two runs differ in size, or what is
+                given contradicts the training.
         """
         where = pick_device(device)
         tensors, header = load_weights(Path(image_run) / WEIGHTS)
@@ -117,6 +118,8 @@ class InftyDiff:
         if latent_run is not None:
             latent_tensors, latent_header = load_weights(Path(latent_run) / WEIGHTS)
             latent_config = config_from(latent_header["config"], LatentConfig, str(latent_run))
+            if latent_given is not None:
+                latent_config = relocate(latent_config, *latent_given, str(latent_run))
             prior = LatentPrior.from_tensors(latent_config, latent_tensors, where)
             if prior.dim != config.model.z_dim:
                 raise ValueError(

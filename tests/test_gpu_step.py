@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 import micro
 from data.datasets import open_dataset
 from diffusion import subsets
-from models import neighbours
+from models import interpolation, neighbours
 from training.image_stage import ImageStage
 from training.precision import Precision
 from training.run_dir import RunDir
@@ -71,7 +71,7 @@ def test_no_value_is_read_back_before_the_backward_pass(tmp_path, monkeypatch, c
         return table
 
     tables = [(neighbours, name) for name in ("_table", "_nearest_pixels", "_nearest_on_full_lattice")]
-    for module, name in [*tables, (subsets, "_sequence")]:
+    for module, name in [*tables, (interpolation, "_full_lattice_reads"), (subsets, "_sequence")]:
         monkeypatch.setattr(module, name, on_the_host(getattr(module, name)))
     fused = pytest.importorskip("models.operators.native.triton_pointwise")
     monkeypatch.setattr(fused, "_shared_memory", lambda device: 227 * 1024)  # of an H100; asked of the device

@@ -80,7 +80,7 @@ def inverse_density(points: Points, extent: Size, kernel_size: int, device: torc
 class Plan:
     """What the blocks of one forward pass share: points, kernel extent, and k²/count as float32 (B or 1, M, 1).
 
-    lattice: that of which the points' is a part, if it is one; it says how far apart pixels are.
+    lattice: where the points' lattice is a window of a larger one, that one, which says how far apart pixels are.
     """
 
     points: Points
