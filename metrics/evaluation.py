@@ -101,7 +101,8 @@ def table(report: dict[str, Any]) -> str:
     rows = [(report["metric"], _shown(report["fid"]))]
     if "patch_fid" in report:
         rows.append((f"the same of patches, {report['patches_per_image']} an image", _shown(report["patch_fid"])))
-    rows.append(("KID × 1000", f"{1000 * report['kid']:.4f} ± {1000 * report['kid_standard_error']:.4f}"))
+    error = report["kid_standard_error"]
+    rows.append(("KID × 1000", f"{1000 * report['kid']:.4f}" + ("" if error is None else f" ± {1000 * error:.4f}")))
     for name in ("precision", "recall"):
         value = "needs more images" if report[name] is None else f"{report[name]:.4f}"
         rows.append((f"{name} (k = {NEIGHBOURS}, {report['precision_recall_images']} images)", value))
