@@ -126,8 +126,9 @@ def operator_table(result: dict[str, Any]) -> str:
 
 def sampling_table(result: dict[str, Any]) -> str:
     """The result of sampling.py as aligned text."""
+    guided = "guided " if result["rows"][0]["guided"] else ""
     lines = [
-        _circumstances_line(result, f"{result['precision']}, one evaluation"),
+        _circumstances_line(result, f"{result['precision']}, one {guided}evaluation"),
         "",
         f"{'lattice':<12}{'batch':>6}  {'backend':<14}{'ms':>10}{'MB':>9}  {'baseline':<14}{'ms':>10}{'MB':>9}"
         f"{'speedup':>9}{'max error':>11}",

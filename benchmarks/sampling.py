@@ -3,9 +3,10 @@
     python benchmarks/sampling.py --config configs/ffhq_256_config.py --sizes=256,512,1024 --json=PATH
 
 Above it every depthwise kernel is enlarged with the lattice. A row compares the network on model.backend with the same
-network on --baseline, which by default convolves with the enlarged kernel directly. Weights are random: times do not
-depend on them. Both sides take turns; times are medians; peak memory is what one evaluation needs beside the network
-and its input, measured before the times. max_error is the largest difference of the two outputs over the largest value.
+network on --baseline, which by default convolves with the enlarged kernel directly. With --guided an evaluation is one
+of guided inpainting, which computes the gradient of the state too. Weights are random: times do not depend on them.
+Both sides take turns; times are medians; peak memory is what one evaluation needs beside the network and its input,
+measured before the times. max_error is the largest difference of the two outputs over the largest value.
 """
 
 import dataclasses
@@ -18,14 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from absl import flags
+from torch import nn
 
 from benchmarks.interleaved import interleaved
 from benchmarks.report import circumstances, peak_memory, reset_peak_memory, sampling_table
 from configs.flags import Command, readable_errors
 from configs.schema import ImageConfig
-from diffusion.coordinates import Points
+from diffusion.conditioning import Known
 from generation.folder import parse_size
-from models.factory import build_denoiser
+from generation.infty_diff import InftyDiff
+from models.factory import build_denoiser, for_evaluation
 from models.sparse_unet import SparseUNet
 from training.files import write_json
 from training.precision import Precision, pick_device
@@ -33,6 +36,7 @@ from training.precision import Precision, pick_device
 FLAGS = flags.FLAGS
 flags.DEFINE_list("sizes", None, "lattices, e.g. 256,512,768x1024; default: that of training, twice and four times it")
 flags.DEFINE_string("baseline", "torch_dense", "back end to compare with")
+flags.DEFINE_bool("guided", False, "evaluate as guided inpainting does, with the gradient of the state")
 flags.DEFINE_integer("batch", 1, "images", lower_bound=1)
 flags.DEFINE_integer("repeats", 20, "timed evaluations of each", lower_bound=1)
 flags.DEFINE_string("json", None, "file for the result; default: none, the table on standard output alone")
@@ -50,35 +54,48 @@ def networks(config: ImageConfig, backends: list[str], device: torch.device) -> 
             network = build_denoiser(model, config.data.channels, config.size)
         if made:
             network.load_state_dict(made[0].state_dict(), assign=True)
-        made.append(network.eval().requires_grad_(False))
+        made.append(for_evaluation(network))
     return made
 
 
 def evaluation(
-    network: SparseUNet, config: ImageConfig, size: tuple[int, int], batch: int, precision: Precision
+    network: SparseUNet, config: ImageConfig, size: tuple[int, int], batch: int, precision: Precision, guided: bool
 ) -> Callable[[int], torch.Tensor]:
-    """An evaluation at random features of the lattice, times and latents."""
+    """An evaluation as samplers make it, halfway through 100 steps, at random states and latents of the lattice."""
     device, generator = precision.device, torch.Generator().manual_seed(0)
-    x = torch.randn(batch, size[0] * size[1], config.data.channels, generator=generator).to(device)
-    t = torch.full((batch,), 500.0, device=device)
+    x = torch.randn(batch, config.data.channels, *size, generator=generator).to(device)
     z = torch.randn(batch, config.model.z_dim, generator=generator).to(device)
+    step = torch.full((batch,), 50, device=device)
+    model = InftyDiff(config, nn.Identity(), network, precision=precision)  # nothing is encoded
+    denoise = model.denoiser_at(z, size, "100")
+    if guided:
+        mask = torch.ones(size, dtype=torch.bool, device=device)
+        mask[: size[0] // 2] = False
+        denoise = Known(x, mask, model.process.respaced("100"), model.deblur).guided(denoise)
 
+    @torch.no_grad()
     def call(_: int) -> torch.Tensor:
-        with torch.no_grad(), precision.autocast():
-            return network(x, Points(size), t, z)
+        denoised = denoise(x, step)
+        return denoised.gradient if guided else denoised.eps
 
     return call
 
 
 def measure(
-    config: ImageConfig, precision: Precision, sizes: list[tuple[int, int]], baseline: str, batch: int, repeats: int
+    config: ImageConfig,
+    precision: Precision,
+    sizes: list[tuple[int, int]],
+    baseline: str,
+    batch: int,
+    repeats: int,
+    guided: bool = False,
 ) -> list[dict[str, Any]]:
     """One row per lattice. Raises ArithmeticError when the two networks disagree."""
     device = precision.device
     pair = networks(config, [config.model.backend, baseline], device)
     rows = []
     for size in sizes:
-        calls = [evaluation(network, config, size, batch, precision) for network in pair]
+        calls = [evaluation(network, config, size, batch, precision, guided) for network in pair]
         outputs, peaks = [], []
         for call in calls:
             call(0)  # what is kept from one evaluation to the next is not counted
@@ -95,6 +112,7 @@ def measure(
             {
                 "size": list(size),
                 "batch": batch,
+                "guided": guided,
                 "backend": pair[0].backend.name,
                 "ms": ours.ms,
                 "quartiles": [ours.low, ours.high],
@@ -123,7 +141,7 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
             raise ValueError(f"--json={path}: accepted: a file in a folder that exists")
         precision = Precision.create(pick_device(config.run.device), config.train.amp, config.train.amp_dtype)
         result = {"benchmark": "sampling", **circumstances(config, precision)}
-        result["rows"] = measure(config, precision, sizes, FLAGS.baseline, FLAGS.batch, FLAGS.repeats)
+        result["rows"] = measure(config, precision, sizes, FLAGS.baseline, FLAGS.batch, FLAGS.repeats, FLAGS.guided)
         if path:
             write_json(path, result)
     print(sampling_table(result))

@@ -27,7 +27,7 @@ _BATCH = 32
 
 
 def load_or_encode(model: InftyDiff, data: DataConfig, image_run: Path, processes: Processes = ALONE) -> LatentSet:
-    """Encode the training images and their mirror images, or read them from the cache.
+    """Encode the training images and their mirror images in float32, or read them from the cache.
 
     The cache is `<image_run>/latents/<key>.safetensors`; the key is a digest of the weights' file and of the data
     set, so that training on, or changing the images, encodes anew.
@@ -44,7 +44,8 @@ def load_or_encode(model: InftyDiff, data: DataConfig, image_run: Path, processe
     path = image_run / "latents" / f"{digest[:16]}.safetensors"
     latents = _cached(path, key)
     if processes.agree(int(latents is None)):
-        views = [_encode(model, dataset, data, flip, processes) for flip in (False, True)[: 1 + data.random_flip]]
+        full = model.in_full_precision()
+        views = [_encode(full, dataset, data, flip, processes) for flip in (False, True)[: 1 + data.random_flip]]
         mu, logvar = (None if parts[0] is None else torch.stack(parts, dim=1) for parts in zip(*views))
         latents = LatentSet.create(mu, logvar)
         if processes.is_first:
@@ -75,8 +76,9 @@ def _encode(
     batches = sequential(dataset, _BATCH, flip=flip, num_workers=data.num_workers, indices=share)
     name = "encoding mirrored images" if flip else "encoding images"
     parts = []
-    for images in tqdm(batches, name, last - first, disable=None if processes.is_first else True):
-        mu, logvar = model.encode_distribution(to_float(images))
-        parts.append((mu.cpu(), None if logvar is None else logvar.cpu()))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for images in tqdm(batches, name, last - first, disable=None if processes.is_first else True):
+            mu, logvar = model.encode_distribution(to_float(images))
+            parts.append((mu.cpu(), None if logvar is None else logvar.cpu()))
     mu, logvar = zip(*itertools.chain.from_iterable(processes.gather(parts)))
     return torch.cat(mu), None if logvar[0] is None else torch.cat(logvar)

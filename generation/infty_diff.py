@@ -16,7 +16,7 @@ from diffusion.process import Denoiser
 from diffusion.samplers import Callback, Correction, ancestral, ddim, ddim_invert, dpmpp
 from generation.factory import build_image_process
 from generation.latent_prior import LatentPrior
-from models.factory import build_denoiser, build_encoder
+from models.factory import build_denoiser, build_encoder, for_evaluation
 from models.sparse_encoder import SparseEncoder
 from models.sparse_unet import SparseUNet
 from training.checkpoint import load_weights
@@ -113,7 +113,7 @@ class InftyDiff:
         for name, network in networks.items():
             prefix = f"{name}."
             network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-            network.to(where)
+            for_evaluation(network).to(where)
         prior = None
         if latent_run is not None:
             latent_tensors, latent_header = load_weights(Path(latent_run) / WEIGHTS)
@@ -128,6 +128,10 @@ class InftyDiff:
                 )
         precision = Precision.create(where, config.train.amp, config.train.amp_dtype)
         return cls(config, networks["encoder"], networks["denoiser"], prior, precision)
+
+    def in_full_precision(self) -> InftyDiff:
+        """The same networks without autocast."""
+        return InftyDiff(self.config, self.encoder, self.denoiser, self.prior)
 
     @torch.no_grad()
     def encode_distribution(
@@ -268,11 +272,15 @@ class InftyDiff:
         return self.process.mollifier.inverse(x, inv_snr) if self.process.mollifier.kind == "dct" else x
 
     def denoiser_at(self, latents: torch.Tensor, size: Size, steps: str, clip: bool = True) -> Denoiser:
-        """The denoiser of samplers: states (B, C, H, W) and steps t (B,) of the respaced process to estimates."""
+        """The denoiser of samplers: states (B, C, H, W) and steps t (B,) of the respaced process to estimates.
+
+        Gradients are computed where a state requires them, as in guidance, and else not, whatever the caller's mode.
+        """
         points, latents = Points(size), latents.to(self.device)
 
         def network(x_t: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-            with self.precision.autocast():
+            wanted = torch.is_grad_enabled() and x_t.requires_grad
+            with torch.set_grad_enabled(wanted), self.precision.autocast():
                 return points_to_image(self.denoiser(image_to_points(x_t), points, time, latents).float(), size)
 
         return self.process.respaced(steps).denoiser(network, clip)

@@ -10,7 +10,7 @@ from configs.schema import LatentConfig
 from diffusion.noise import derive_seed
 from diffusion.samplers import ancestral
 from generation.factory import build_latent_process
-from models.factory import build_latent_model
+from models.factory import build_latent_model, for_evaluation
 from models.latent_mlp import MLPSkipNet
 
 _MODEL = "latent_model."
@@ -43,7 +43,7 @@ class LatentPrior:
         """Rebuild the prior from the tensors of `to_tensors`."""
         model = build_latent_model(config.model, tensors["mean"].shape[0])
         model.load_state_dict({k.removeprefix(_MODEL): v for k, v in tensors.items() if k.startswith(_MODEL)})
-        return cls(config, model.to(device), tensors["mean"], tensors["std"])
+        return cls(config, for_evaluation(model).to(device), tensors["mean"], tensors["std"])
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of the inference file."""

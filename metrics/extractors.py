@@ -194,7 +194,7 @@ def _random_features(device: torch.device) -> Extractor:
 
 def _encoder(run: str, device: torch.device) -> Extractor:
     """Latents of a trained run's own encoder."""
-    model = InftyDiff.from_runs(run, device=device.type)
+    model = InftyDiff.from_runs(run, device=device.type).in_full_precision()
     size = model.config.size
     return Extractor(
         name="encoder", metric="Fréchet distance of the run's own encoder (not FID_CLIP)",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from configs.schema import LatentModelConfig, ModelConfig
 from diffusion.coordinates import Size
 from models.conv_uno import GridSpec
@@ -79,3 +81,11 @@ def build_latent_model(config: LatentModelConfig, z_dim: int) -> MLPSkipNet:
         dropout=config.dropout,
         out_channels=z_dim * (2 if config.learn_sigma else 1),
     )
+
+
+def for_evaluation(network: nn.Module) -> nn.Module:
+    """The network itself, as loaded weights are used: in evaluation mode, its parameters without gradients.
+
+    Where weights require gradients, operators must take the slower ways that have them.
+    """
+    return network.eval().requires_grad_(False)

@@ -91,12 +91,13 @@ class Modulation(nn.Module):
 
 
 def modulate(h: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
-    """h·scale + shift for h (B, …, C) and vectors of `Modulation`, in the type of h."""
+    """h·scale + shift for h (B, …, C) and vectors of `Modulation`, in the type of h, to which they are not rounded."""
     if scale is None:
         return h
     inner = (1,) * (h.ndim - 2)
-    scale = scale.to(h.dtype).unflatten(1, (*inner, -1))  # (B, 1…, C)
-    return h * scale if shift is None else torch.addcmul(shift.to(h.dtype).unflatten(1, (*inner, -1)), h, scale)
+    scale = scale.unflatten(1, (*inner, -1))  # (B, 1…, C)
+    out = h * scale if shift is None else torch.addcmul(shift.unflatten(1, (*inner, -1)), h, scale)
+    return out.to(h.dtype)
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:

@@ -212,10 +212,12 @@ def test_wrong_results_are_not_timed(monkeypatch):
             list(operators.measure(setting, op, 8, 0.5))
 
 
-def test_sampling_compares_back_ends_at_every_size(tmp_path):
+@pytest.mark.parametrize("guided", [False, True])
+def test_sampling_compares_back_ends_at_every_size(tmp_path, guided):
     path = tmp_path / "rows.json"
     command = [sys.executable, "benchmarks/sampling.py", "--config=configs/tiny_config.py", "--sizes=12x10,36x30"]
     command += [f"--config.{name}={value}" for name, value in SMALL.items()] + ["--repeats=2", f"--json={path}"]
+    command += ["--guided"] if guided else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -224,4 +226,4 @@ def test_sampling_compares_back_ends_at_every_size(tmp_path):
         ([12, 10], "native", "torch_dense"), ([36, 30], "native", "torch_dense"),
     ]  # fmt: skip
     assert all(0 <= row["max_error"] < 1e-4 and row["speedup"] > 0 for row in rows)
-    assert "36x30" in done.stdout
+    assert "36x30" in done.stdout and ("guided evaluation" in done.stdout) == guided

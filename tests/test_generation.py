@@ -1,6 +1,7 @@
 """The model's API and the sample folder: seeds, sizes, batching, inversion, resumption, manifests."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ import micro
 from configs.schema import ImageConfig
 from data.datasets import open_dataset
 from diffusion.noise import derive_seed
+from generation.editing import InpaintOptions, inpaint
 from generation.encodings import load_or_encode
 from generation.folder import FolderOptions, contact_sheet, draw_folder, parse_seeds, parse_size
 from generation.infty_diff import InftyDiff, SamplingOptions
 from generation.latent_prior import LatentPrior
 from models.factory import build_denoiser, build_encoder, build_latent_model
+from models.operators import native
 from training.checkpoint import save_weights
 from training.precision import Precision
 
@@ -223,6 +226,68 @@ def test_encodings_are_cached_by_weights_and_data(tmp_path):
     save_weights(run / "weights.safetensors", tensors, {"step": 2})
     with pytest.raises(TypeError):  # other weights: encoded anew
         load_or_encode(model, model.config.data, run)
+
+
+def test_encodings_for_stage_two_are_float32(tmp_path):
+    model = build(tmp_path)
+    half = InftyDiff(model.config, model.encoder, model.denoiser, precision=Precision(model.device, torch.bfloat16))
+    images = open_dataset(model.config.data, "train").pixels[:3].float() / 127.5 - 1
+    assert not torch.allclose(half.encode(images), model.encode(images), atol=1e-5)
+    save_weights(tmp_path / "micro" / "weights.safetensors", {"w": torch.zeros(1)}, {})
+    latents = load_or_encode(half, model.config.data, tmp_path / "micro")
+    assert torch.allclose(latents.mu[:3, 0], model.encode(images), atol=1e-5)
+
+
+def stored(root) -> InftyDiff:
+    """The model of `build`, read back from its files."""
+    model = build(root)
+    tensors = {
+        f"{name}.{key}": value
+        for name in ("encoder", "denoiser")
+        for key, value in getattr(model, name).state_dict().items()
+    }
+    for run, content, config in (
+        ("micro", tensors, model.config),
+        ("micro_sampler", model.prior.to_tensors(), model.prior.config),
+    ):
+        save_weights(root / run / "weights.safetensors", content, {"step": 1, "config": asdict(config)})
+    return InftyDiff.from_runs(root / "micro", root / "micro_sampler", "cpu")
+
+
+def test_loaded_weights_have_no_gradients(tmp_path):
+    model = stored(tmp_path)
+    networks = (model.encoder, model.denoiser, model.prior.model)
+    assert not any(p.requires_grad for network in networks for p in network.parameters())
+    assert not any(network.training for network in networks)
+
+
+def test_the_denoiser_computes_gradients_where_a_state_asks_for_them(tmp_path):
+    """Also of weights that could have some, and outside of `torch.no_grad`."""
+    model = build(tmp_path)
+    denoise = model.denoiser_at(torch.zeros(1, 6), (16, 12), "4")
+    state, step = model.initial_noise([0], (16, 12)), torch.tensor([2])
+    assert not denoise(state, step).x_0.requires_grad
+    assert denoise(state.requires_grad_(), step).x_0.requires_grad
+    with torch.no_grad():
+        assert not denoise(state, step).x_0.requires_grad
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.4])
+def test_inpainting_above_the_training_size_takes_the_low_rank_path(tmp_path, monkeypatch, guidance):
+    model, size, used = stored(tmp_path), (64, 48), []
+
+    def spy(x, weight, plan, groups, choose=native._engine):
+        used.append((choose(x, weight, plan, groups), plan.points.is_full, torch.is_grad_enabled()))
+        return used[-1][0]
+
+    monkeypatch.setattr(native, "_engine", spy)
+    mask = torch.ones(size, dtype=torch.bool)
+    mask[20:40, 10:30] = False
+    options = InpaintOptions(SamplingOptions("2"), guidance)
+    assert inpaint(model, torch.zeros(3, *size), mask, [0], options).isfinite().all()
+    of_lattices = [(engine, gradients) for engine, full, gradients in used if full]
+    assert {engine for engine, _ in of_lattices} == {native.enlarged}
+    assert {gradients for _, gradients in of_lattices} == ({False, True} if guidance else {False})
 
 
 def test_seed_streams_are_separate():

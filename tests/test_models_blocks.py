@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from diffusion.coordinates import Points
 from models.conv_uno import GridBlock, GridSpec
-from models.layers import Attention, Modulation, latent_sinusoidal_features, sinusoidal_features
+from models.layers import Attention, Modulation, latent_sinusoidal_features, modulate, sinusoidal_features
 from models.operators import get_backend
 from models.operators.base import lattice_extent
 from models.sparse_block import SparseBlock
@@ -43,6 +43,20 @@ def test_modulation_scales_and_shifts_each_item(shape):
     by_time.time, by_z.z = modulation.time, modulation.z
     torch.testing.assert_close(by_z(by_time(h, e, None), None, z), out)
     assert torch.equal(Modulation(4, None, None)(h, None, None), h)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_modulation_is_not_rounded_in_half_precision(dtype):
+    torch.manual_seed(0)
+    h, scale, shift = torch.randn(2, 50, 4).to(dtype), torch.randn(2, 4), torch.randn(2, 4)
+    for add in (None, shift):
+        exact = h.double() * scale.double()[:, None]
+        size = exact.abs()
+        if add is not None:
+            exact, size = exact + add.double()[:, None], size + add.abs()[:, None]
+        found = modulate(h, scale, add)
+        bound = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-6 * size
+        assert found.dtype == dtype and ((found.double() - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize(("channels", "heads"), [(8, 4), (160, 5)])

@@ -67,6 +67,33 @@ def test_convolution_is_its_definition(name, depthwise, size, train_size, kernel
     torch.testing.assert_close(backend.conv(x, weight, plan, groups, residual=x), x + expected, rtol=1e-5, atol=1e-6)
 
 
+def one_rounding(backend, dtype, autocast=False):
+    """A kernel of a single 1 leaves the scaling alone: the result must be that of float64, rounded once."""
+    torch.manual_seed(0)
+    size, kernel_size, batch, channels = (9, 14), 7, 2, 4
+    index = torch.stack([torch.randperm(size[0] * size[1])[:70] for _ in range(batch)])
+    for points in (Points(size, index), Points(size)):
+        x = torch.randn(batch, points.count, channels).to(dtype)
+        weight = torch.zeros(channels, 1, kernel_size, kernel_size)
+        weight[:, :, kernel_size // 2, kernel_size // 2] = 1
+        given = (x.float(), weight) if autocast else (x, weight.to(dtype))
+        if not getattr(backend, "depthwise", True):
+            given = given[0], torch.diag_embed(given[1].squeeze(1).permute(1, 2, 0)).permute(2, 3, 0, 1)
+        plan = backend.plan(points, batch, (kernel_size, kernel_size), kernel_size, CPU)
+        with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+            out = backend.conv(*given, plan, channels // given[1].shape[1])
+        counts = window_counts(points, (kernel_size, kernel_size), CPU).unsqueeze(2)
+        expected = x.double() * kernel_size**2 / counts
+        assert ((out.double() - expected).abs() <= torch.finfo(dtype).eps / 2 * 1.001 * expected.abs()).all()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", AUTOMATIC)
+def test_the_density_is_not_rounded_in_half_precision(name, dtype, autocast):
+    one_rounding(get_backend(name), dtype, autocast)
+
+
 @pytest.mark.parametrize(("size", "extent"), [((5, 8), (3, 7)), ((4, 4), (13, 13)), ((1, 6), (3, 5))])
 def test_counts_are_a_convolution_of_ones(size, extent):
     total = size[0] * size[1]

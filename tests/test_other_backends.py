@@ -12,6 +12,7 @@ from models.operators import get_backend
 from models.operators.base import lattice_extent
 from models.operators.library import LibraryBackend, check_conventions
 from models.sparse_block import SparseBlock
+from test_models_operators import one_rounding
 
 CPU = torch.device("cpu")
 LIBRARIES = ("torchsparse", "spconv", "warpconvnet")
@@ -112,6 +113,12 @@ def test_conventions_are_translated(stand_in, case):
     assert_equal(*both(backend, CPU, case, 1, 4), 1e-5)
     if backend.depthwise:
         assert_equal(*both(backend, CPU, case, 6, 6), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_density_is_not_rounded_in_half_precision(stand_in, dtype):
+    one_rounding(stand_in[1], dtype)
+    one_rounding(stand_in[1], dtype, autocast=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -124,8 +124,8 @@ class LibraryBackend(ABC):
                 out = rows * taps[:, 0] if depthwise else rows @ taps.t()
             else:
                 out = self._convolve(rows, kernel, plan, depthwise)
-        out = out.to(dtype).unflatten(0, (plan.batch, -1)) * plan.inverse_density.to(dtype)  # (B, M, C_out)
-        return add_residual(out, residual, overwrite)
+        out = out.unflatten(0, (plan.batch, -1)) * plan.inverse_density  # (B, M, C_out), k²/count in float32
+        return add_residual(out.to(dtype), residual, overwrite)
 
     def _check_support(self, x: torch.Tensor, weight: torch.Tensor, groups: int) -> None:
         if groups != 1 and not groups == x.shape[2] == weight.shape[0]:

@@ -64,4 +64,5 @@ class TorchDenseBackend:
         out = out.permute(0, 2, 3, 1).reshape(plan.batch, height * width, -1)  # (B, HW, C_out)
         if rows is not None:
             out = out.flatten(0, 1).index_select(0, rows).unflatten(0, (plan.batch, -1))  # (B, M, C_out)
-        return add_residual(out * plan.inverse_density.to(out.dtype), residual, overwrite)
+        out = (out * plan.inverse_density).to(out.dtype)  # k²/count stays float32
+        return add_residual(out, residual, overwrite)
