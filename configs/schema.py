@@ -48,6 +48,12 @@ class DataConfig:
     img_width: int = option(256, "width of the training lattice in pixels", low=4, derived="data.img_size")
     channels: int = option(3, "image channels", choices=(1, 3, 4))
     random_flip: bool = option(True, "mirror training images at random")
+    split: str = option(
+        "published",
+        "training and validation images: as published, else by a hash of the names; authors = for ffhq, the first "
+        "1 - val_ratio of the sorted names are for training",
+        choices=("published", "authors"),
+    )
     val_ratio: float = option(0.05, "part held out where no published split exists", low=0.0, high=0.9)
     on_error: str = option("raise", "what to do with a corrupt or too small image", choices=("raise", "skip"))
     in_memory: str = option("auto", "keep decoded images in memory", choices=("auto", "always", "never"))

@@ -1,16 +1,21 @@
-"""Data sets by name, with their published splits.
+"""Data sets by name, with their splits.
 
 | data.name | root_dir | training | validation |
 |---|---|---|---|
 | functions | unused | functions 0 ... num_images-1 of data.seed | val_ratio·num_images others |
-| folder | folder or zip | all but | the last val_ratio in sorted order |
+| folder | folder or zip | all others | about val_ratio of the images, by a hash of their names |
 | ffhq | folder or zip | image number < 60000 | image number >= 60000 |
 | celeba | folder (split.json beside the images is used if present) or zip | number < 27000 | number >= 27000 |
 | churches | LSUN's LMDB folders, or one LMDB, folder or zip | church_outdoor_train | church_outdoor_val |
 
-Where the published split cannot be made (numbers of one side only, say a subset of FFHQ, or a church folder
-without LSUN's two databases), the rule of `folder` holds and a line in the log says so. The number of an image
-is the last number in its file name; names without numbers count by position in sorted order.
+This is data.split=published. Where a published split cannot be made (numbers of one side only, say a subset of FFHQ,
+or a church folder without LSUN's two databases), the rule of `folder` holds and a line in the log says so. The number
+of an image is the last number in its file name; names without numbers count by position in sorted order.
+data.split=authors, for ffhq alone, is that of the authors' code: the first 1 - val_ratio of the sorted names are for
+training.
+
+By the rule of `folder` an image stays on its side when others are added, or left out by on_error=skip. As long as two
+images are good and val_ratio is above 0, there is one on either side.
 """
 
 from __future__ import annotations
@@ -18,15 +23,16 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data.base import ImageDataset, check_lattice
 from data.functions import FunctionImages
-from data.images import ImageFiles, ImageSource, existing_path, open_source
+from data.images import ImageFiles, ImageSource, can_be_used, existing_path, open_source
 from data.lsun import LsunSource, is_lmdb
+from data.splits import Split, hashed_split, number_split, tail_split
 
 SPLITS = ("train", "val", "all")
 FFHQ_TRAINING = 60000  # of 70000 images
@@ -41,7 +47,7 @@ def open_dataset(data_cfg: Any, split: str) -> ImageDataset:
 
     Args:
         data_cfg: has the attributes name, root_dir, img_size (H), img_width (W; 0 or None = img_size), channels,
-            on_error, val_ratio, in_memory, memory_gb, num_images and seed, with the meanings of the data section.
+            on_error, split, val_ratio, in_memory, memory_gb, num_images and seed, as in the data section.
         split: "train", "val", or "all" = both, training first.
 
     Raises:
@@ -53,30 +59,10 @@ def open_dataset(data_cfg: Any, split: str) -> ImageDataset:
         raise ValueError(f"data.name: {data_cfg.name!r}, accepted are {', '.join(_OPENERS)}")
     if not 0 <= data_cfg.val_ratio < 1:
         raise ValueError(f"data.val_ratio: {data_cfg.val_ratio}, accepted are numbers in [0, 1)")
+    if data_cfg.split != "published" and (data_cfg.split != "authors" or data_cfg.name != "ffhq"):
+        raise ValueError(f"data.split: {data_cfg.split!r}, accepted are published, and with data.name=ffhq authors")
     check_lattice(_size(data_cfg), data_cfg.channels)
     return _OPENERS[data_cfg.name](data_cfg, split)
-
-
-def ratio_split(count: int, val_ratio: float) -> dict[str, list[int]]:
-    """The last ⌈val_ratio·count⌉ positions are for validation, but at least one image is left for training."""
-    held_out = min(math.ceil(val_ratio * count - 1e-9), max(count - 1, 0))
-    return {"train": list(range(count - held_out)), "val": list(range(count - held_out, count))}
-
-
-def number_split(names: list[str], first_validation: int) -> dict[str, list[int]] | None:
-    """Positions by image number, or None if one side would be empty."""
-    numbers = [image_number(name) for name in names]
-    if None in numbers:
-        numbers = list(range(len(names)))
-    parts = {"train": [i for i, n in enumerate(numbers) if n < first_validation],
-             "val": [i for i, n in enumerate(numbers) if n >= first_validation]}
-    return parts if parts["train"] and parts["val"] else None
-
-
-def image_number(name: str) -> int | None:
-    """The last number in a file's name without its extension: "00000/img00000017.png" -> 17."""
-    digits = re.findall(r"\d+", PurePosixPath(name).stem)
-    return int(digits[-1]) if digits else None
 
 
 def _functions(cfg: Any, split: str) -> ImageDataset:
@@ -92,11 +78,13 @@ def _functions(cfg: Any, split: str) -> ImageDataset:
 
 def _folder(cfg: Any, split: str) -> ImageDataset:
     source = open_source(cfg.root_dir)
-    return _files(cfg, source, ratio_split(len(source.names), cfg.val_ratio), split)
+    return _files(cfg, source, hashed_split(source.names, cfg.val_ratio, good=_good(cfg, source)), split)
 
 
 def _ffhq(cfg: Any, split: str) -> ImageDataset:
     source = open_source(cfg.root_dir)
+    if cfg.split == "authors":
+        return _files(cfg, source, tail_split(len(source.names), cfg.val_ratio, _good(cfg, source)), split)
     parts = number_split(source.names, FFHQ_TRAINING)
     return _files(cfg, source, parts or _fallback(cfg, source, f"numbers on both sides of {FFHQ_TRAINING}"), split)
 
@@ -141,7 +129,7 @@ _OPENERS: dict[str, Callable[[Any, str], ImageDataset]] = {
 }
 
 
-def _files(cfg: Any, source: ImageSource, parts: dict[str, list[int]], split: str) -> ImageFiles:
+def _files(cfg: Any, source: ImageSource, parts: Split, split: str) -> ImageFiles:
     indices = parts["train"] + parts["val"] if split == "all" else parts[split]
     if split == "val" and not indices:
         raise ValueError(_no_validation(cfg))
@@ -149,14 +137,22 @@ def _files(cfg: Any, source: ImageSource, parts: dict[str, list[int]], split: st
                       in_memory=cfg.in_memory, memory_gb=cfg.memory_gb)
 
 
-def _fallback(cfg: Any, source: ImageSource, wanted: str) -> dict[str, list[int]]:
+def _good(cfg: Any, source: ImageSource) -> Callable[[int], bool]:
+    """Which images count: those left out must not be all that a split has, and where one is an error all do."""
+    if cfg.on_error != "skip":
+        return lambda i: True
+    return partial(can_be_used, source, size=_size(cfg), channels=cfg.channels)
+
+
+def _fallback(cfg: Any, source: ImageSource, wanted: str) -> Split:
     """The split of `folder`, for sources without what the published split needs."""
-    _log.info("data.name=%s: %s not found in %s; the last %g of the %d images in sorted order are for validation",
-              cfg.name, wanted, source.path, cfg.val_ratio, len(source.names))
-    return ratio_split(len(source.names), cfg.val_ratio)
+    parts = hashed_split(source.names, cfg.val_ratio, good=_good(cfg, source))
+    _log.info("data.name=%s: %s not found in %s; %d of the %d images, chosen by a hash of their names, are for "
+              "validation", cfg.name, wanted, source.path, len(parts["val"]), len(source.names))
+    return parts
 
 
-def _listed_split(table: Path, source: ImageSource) -> dict[str, list[int]]:
+def _listed_split(table: Path, source: ImageSource) -> Split:
     """The split of a JSON file {"train": [names], "val": [names]}; names are paths, file names or stems."""
     try:
         listed = json.loads(table.read_text())
@@ -176,7 +172,8 @@ def _listed_split(table: Path, source: ImageSource) -> dict[str, list[int]]:
 
 
 def _no_validation(cfg: Any) -> str:
-    return f"data.val_ratio: {cfg.val_ratio} leaves no validation images, accepted is a larger part"
+    return (f"data.val_ratio: {cfg.val_ratio} leaves no validation images, accepted is a number above 0, with at least "
+            "two images")
 
 
 def _size(cfg: Any) -> tuple[int, int]:

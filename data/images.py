@@ -187,6 +187,15 @@ def decode_image(encoded: bytes, size: tuple[int, int], channels: int) -> torch.
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
 
+def can_be_used(source: ImageSource, i: int, size: tuple[int, int], channels: int) -> bool:
+    """Whether image i can be decoded to `size` (H, W)."""
+    try:
+        decode_image(stored_bytes(source, i), size, channels)
+    except ValueError:
+        return False
+    return True
+
+
 def fitted(
     image: Image.Image, size: tuple[int, int], resample: Image.Resampling = Image.Resampling.LANCZOS
 ) -> Image.Image:

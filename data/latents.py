@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from data.splits import hashed_split
 
 
 @dataclass(frozen=True)
@@ -12,17 +15,20 @@ class LatentSet:
     """Latents of N images and of their mirror images.
 
     mu: (N, V, D), float32; V = 2 views (image, mirror image) or 1. logvar: the same shape for a stochastic
-    encoder, else None.
+    encoder, else None. mean, std: float64 (D,), over images and views. names: of the N images.
     """
 
     mu: torch.Tensor
     logvar: torch.Tensor | None
     mean: torch.Tensor
     std: torch.Tensor
+    names: Sequence[str]
 
     @classmethod
-    def create(cls, mu: torch.Tensor, logvar: torch.Tensor | None = None) -> LatentSet:
-        """Build the set and its statistics, computed in float64 over images and views.
+    def create(
+        cls, mu: torch.Tensor, logvar: torch.Tensor | None = None, names: Sequence[str] | None = None
+    ) -> LatentSet:
+        """Build the set and its statistics, computed in float64 over images and views; names default to numbers.
 
         Raises:
             ValueError: when a latent is not finite (the encoder diverged).
@@ -36,7 +42,7 @@ class LatentSet:
             variance = variance + logvar.double().exp().flatten(0, 1).mean(dim=0)  # law of total variance
         # A dimension that the encoder never uses has no scale of its own; 1 leaves it at its mean.
         std = torch.where(variance > 0, variance.sqrt(), 1.0)
-        return cls(mu, logvar, flat.mean(dim=0), std)
+        return cls(mu, logvar, flat.mean(dim=0), std, names or [str(i) for i in range(len(mu))])
 
     def __len__(self) -> int:
         """Number of images N."""
@@ -52,11 +58,17 @@ class LatentSet:
         """Number of latents N·V."""
         return self.mu.shape[0] * self.mu.shape[1]
 
-    def split(self, first: int) -> tuple[LatentSet, LatentSet]:
-        """The first images and the others (an image and its mirror image stay together); statistics are shared."""
-        parts = slice(None, first), slice(first, None)
-        return tuple(LatentSet(self.mu[p], None if self.logvar is None else self.logvar[p], self.mean, self.std)
-                     for p in parts)
+    def split(self, part: float) -> tuple[LatentSet, LatentSet]:
+        """The images to train on, and about a `part` of them held out by a hash of their names.
+
+        An image and its mirror image stay together; statistics are shared. For few images, see `hashed_split`.
+        """
+        parts = hashed_split(self.names, part, "latents")  # images held out before must not decide
+        return self._chosen(parts["train"]), self._chosen(parts["val"])
+
+    def _chosen(self, images: list[int]) -> LatentSet:
+        logvar = None if self.logvar is None else self.logvar[images]
+        return LatentSet(self.mu[images], logvar, self.mean, self.std, [self.names[i] for i in images])
 
     def draw(self, numbers: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Latents (B, D) number `numbers` (int64 (B,), 0 … count − 1); of a stochastic encoder, a fresh draw."""
@@ -68,11 +80,11 @@ class LatentSet:
         return mu + (self.logvar.flatten(0, 1)[numbers] / 2).exp() * noise
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors of the cache file."""
+        """The tensors of the cache file; the names are those of the data set."""
         tensors = {"mu": self.mu, "mean": self.mean, "std": self.std}
         return tensors if self.logvar is None else {**tensors, "logvar": self.logvar}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> LatentSet:
+    def from_tensors(cls, tensors: dict[str, torch.Tensor], names: Sequence[str]) -> LatentSet:
         """The inverse of `to_tensors`."""
-        return cls(tensors["mu"], tensors.get("logvar"), tensors["mean"], tensors["std"])
+        return cls(tensors["mu"], tensors.get("logvar"), tensors["mean"], tensors["std"], names)

@@ -42,25 +42,26 @@ def load_or_encode(model: InftyDiff, data: DataConfig, image_run: Path, processe
     key = {"weights": file_digest(image_run / WEIGHTS), "data": dataset.fingerprint(), "flips": data.random_flip}
     digest = hashlib.sha256(repr(sorted(key.items())).encode()).hexdigest()
     path = image_run / "latents" / f"{digest[:16]}.safetensors"
-    latents = _cached(path, key)
-    if processes.agree(int(latents is None)):
+    names = [dataset.item_name(i) for i in range(len(dataset))]
+    tensors = _cached(path, key)
+    if processes.agree(int(tensors is None)):
         full = model.in_full_precision()
         views = [_encode(full, dataset, data, flip, processes) for flip in (False, True)[: 1 + data.random_flip]]
         mu, logvar = (None if parts[0] is None else torch.stack(parts, dim=1) for parts in zip(*views))
-        latents = LatentSet.create(mu, logvar)
+        tensors = LatentSet.create(mu, logvar, names).to_tensors()
         if processes.is_first:
-            save_weights(path, latents.to_tensors(), key)
+            save_weights(path, tensors, key)
     else:
         log.info("latents of %d images from %s", len(dataset), path)
-    return LatentSet.from_tensors({name: tensor.to(model.device) for name, tensor in latents.to_tensors().items()})
+    return LatentSet.from_tensors({name: tensor.to(model.device) for name, tensor in tensors.items()}, names)
 
 
-def _cached(path: Path, key: dict[str, Any]) -> LatentSet | None:
-    """The set that the cache holds for `key`, or None."""
+def _cached(path: Path, key: dict[str, Any]) -> dict[str, torch.Tensor] | None:
+    """The tensors that the cache holds for `key`, or None."""
     if not path.exists():
         return None
     tensors, header = load_weights(path)
-    return LatentSet.from_tensors(tensors) if header == key else None
+    return tensors if header == key else None
 
 
 def _encode(

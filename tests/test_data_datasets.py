@@ -1,22 +1,26 @@
 """Data sets by name: published splits, their fallbacks, and the refusals."""
 
+import hashlib
 import json
 import logging
+import os
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data.datasets import image_number, open_dataset, ratio_split
+from data.datasets import open_dataset
 from data.functions import ProceduralFunctions
 from data.pixels import to_uint8
+from data.splits import hashed_split, image_number, place, tail_split
 
 
 def config(name, root_dir="", **changes):
     fields = {"name": name, "root_dir": str(root_dir), "img_size": 8, "img_width": 8, "channels": 3,
-              "on_error": "raise", "val_ratio": 0.05, "num_workers": 0, "in_memory": "auto", "memory_gb": 1.0,
-              "num_images": 40, "seed": 0}
+              "on_error": "raise", "split": "published", "val_ratio": 0.05, "num_workers": 0, "in_memory": "auto",
+              "memory_gb": 1.0, "num_images": 40, "seed": 0}
     return SimpleNamespace(**fields | changes)
 
 
@@ -34,21 +38,76 @@ def names_of(cfg, split):
     return [dataset.item_name(i) for i in range(len(dataset))]
 
 
-@pytest.mark.parametrize("count, ratio, held_out", [(100, 0.05, 5), (70000, 0.05, 3500), (7, 0.0, 0), (7, 0.2, 2),
-                                                    (1, 0.5, 0), (2, 0.9, 1), (30, 0.1, 3)])
-def test_ratio_split(count, ratio, held_out):
-    parts = ratio_split(count, ratio)
-    assert len(parts["val"]) == held_out and parts["train"] + parts["val"] == list(range(count))
-    if held_out and count > 2:
-        assert len(parts["train"]) == int(count * (1 - ratio) + 1e-9)  # the authors' first 95 %
+def test_places_are_a_hash():
+    digest = hashlib.blake2b("köln/1.jpg".encode(), digest_size=8, person=b"validation").digest()
+    assert place("köln/1.jpg", "validation") == int.from_bytes(digest, "big") // 2**11 / 2**53
+    assert place("a\udcff.jpg", "latents") != place("a\udcff.jpg", "validation")  # a name that is not UTF-8
+
+
+def test_hashed_split_takes_about_its_part_of_every_class():
+    names = [f"{kind}/{i}.jpg" for kind in ("dress", "hat", "shoes") for i in range(2000)]
+    split = hashed_split(names, 0.1)
+    assert sorted(split["train"] + split["val"]) == list(range(6000))
+    for part in split.values():
+        assert part == sorted(part)
+    for first in (0, 2000, 4000):
+        held_out = sum(first <= i < first + 2000 for i in split["val"])
+        assert abs(held_out - 200) < 5 * 180**0.5  # binomial
+    other = hashed_split(names, 0.1, "latents")["val"]
+    assert abs(len(set(other) & set(split["val"])) - 60) < 5 * 60**0.5  # independent
+
+
+def test_an_image_keeps_its_side_when_others_come_or_go():
+    names = [f"{i}.jpg" for i in range(400)]
+    held_out = {names[i] for i in hashed_split(names, 0.2)["val"]}
+    some = names[::-3]
+    assert {some[i] for i in hashed_split(some, 0.2)["val"]} == held_out & set(some)
+
+
+def by_hash(names, ratio):
+    """The image held out of a few, if no more than one is."""
+    places = sorted((place(name, "validation"), name) for name in names)
+    assert places[1][0] >= ratio
+    return places[0][1]
+
+
+@pytest.mark.parametrize("count", range(7))
+@pytest.mark.parametrize("ratio", [0.0, 0.01, 0.5, 0.9])
+def test_small_sets_have_both_sides(count, ratio):
+    for split in (hashed_split([f"{i}.png" for i in range(count)], ratio), tail_split(count, ratio)):
+        assert sorted(split["train"] + split["val"]) == list(range(count))
+        if ratio == 0 or count < 2:
+            assert not split["val"]
+        else:
+            assert split["train"] and split["val"]
+
+
+@pytest.mark.parametrize("bad", [{0, 1, 2}, {3, 4, 5}, {0, 5}, {1, 2, 3, 4}, {0, 1, 2, 3, 4}, set(range(6))])
+def test_both_sides_have_a_good_image(bad):
+    names, good = [f"{i}.png" for i in range(6)], lambda i: i not in bad
+    for ratio in (0.01, 0.3, 0.9):
+        for split in (hashed_split(names, ratio, good=good), tail_split(6, ratio, good)):
+            if len(bad) < 5:
+                assert any(map(good, split["train"])) and any(map(good, split["val"]))
+            else:
+                assert not split["val"]
+
+
+@pytest.mark.parametrize("count", [2, 7, 20, 100, 1001, 70000])
+def test_the_tail_is_the_authors_split(count):
+    first = int(count * 0.95)
+    assert tail_split(count, 0.05) == {"train": list(range(first)), "val": list(range(first, count))}
 
 
 def test_folder(tmp_path):
     names = [f"{i:02d}.png" for i in range(10)]
     root = write_images(tmp_path, names)
-    assert names_of(config("folder", root, val_ratio=0.3), "train") == names[:7]
-    assert names_of(config("folder", root, val_ratio=0.3), "val") == names[7:]
-    assert names_of(config("folder", root, val_ratio=0.3), "all") == names
+    expected = {name for name in names if place(name, "validation") < 0.3}
+    assert 0 < len(expected) < 10
+    assert names_of(config("folder", root, val_ratio=0.3), "train") == sorted(set(names) - expected)
+    assert names_of(config("folder", root, val_ratio=0.3), "val") == sorted(expected)
+    both = names_of(config("folder", root, val_ratio=0.3), "all")
+    assert both == sorted(set(names) - expected) + sorted(expected)
     assert names_of(config("folder", root, val_ratio=0.0), "train") == names
     with pytest.raises(ValueError, match=r"data\.val_ratio: 0\.0 leaves no validation images"):
         open_dataset(config("folder", root, val_ratio=0.0), "val")
@@ -56,19 +115,52 @@ def test_folder(tmp_path):
     assert len({dataset.fingerprint() for dataset in opened}) == 3
 
 
+@pytest.mark.parametrize("fault", ["header", "pixels", "small"])
+@pytest.mark.parametrize("in_memory", ["always", "never"])
+def test_bad_images_leave_both_sides_wherever_they_lie(tmp_path, fault, in_memory):
+    """Two good images are enough, whichever they are."""
+    names = [f"{i}.png" for i in range(6)]
+    noise = np.random.default_rng(0)
+    for kept in ((0, 1), (4, 5), (2, 3), (0, 5)):
+        root = tmp_path / f"{fault}{kept}"
+        root.mkdir()
+        for i, name in enumerate(names):
+            side = 4 if fault == "small" and i not in kept else 40
+            Image.fromarray(noise.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(root / name)
+            if i not in kept and fault != "small":
+                content = (root / name).read_bytes()
+                (root / name).write_bytes(content[: len(content) // 2] if fault == "pixels" else b"text")
+        cfg = config("folder", root, on_error="skip", in_memory=in_memory)
+        good = [Image.open(root / names[i]).resize((8, 8), Image.Resampling.LANCZOS) for i in kept]
+        good = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in good]
+        seen = set()
+        for split in ("train", "val"):
+            dataset = open_dataset(cfg, split)
+            for i in range(len(dataset)):
+                seen |= {(split, j) for j, image in enumerate(good) if torch.equal(dataset[i], image)}
+                assert any(torch.equal(dataset[i], image) for image in good)
+        assert seen in ({("train", 0), ("val", 1)}, {("train", 1), ("val", 0)})
+
+
 def test_ffhq(tmp_path, caplog):
     published = ["00000/img00059998.png", "00000/img00059999.png", "00000/img00060000.png", "00000/img00069999.png"]
     root = write_images(tmp_path / "full", published)
     assert names_of(config("ffhq", root), "train") == published[:2]
     assert names_of(config("ffhq", root), "val") == published[2:]
+    authors = config("ffhq", root, split="authors", val_ratio=0.25)
+    assert names_of(authors, "train") == published[:3] and names_of(authors, "val") == published[3:]
     part = [f"{i:05d}.png" for i in range(550, 590)]
     root = write_images(tmp_path / "part", part)
+    held_out = [name for name in part if place(name, "validation") < 0.05]
     with caplog.at_level(logging.INFO):
-        assert names_of(config("ffhq", root), "train") == part[:38]  # 95 %
+        assert names_of(config("ffhq", root), "val") == held_out
     assert "data.name=ffhq: numbers on both sides of 60000 not found" in caplog.text
-    assert names_of(config("ffhq", root), "val") == part[38:]
+    assert f"{len(held_out)} of the 40 images, chosen by a hash of their names" in caplog.text
+    assert names_of(config("ffhq", root), "train") == [name for name in part if name not in held_out]
+    assert names_of(config("ffhq", root, split="authors"), "train") == part[:38]  # 95 %
+    assert names_of(config("ffhq", root, split="authors"), "val") == part[38:]
     words = write_images(tmp_path / "words", ["a.png", "b.png", "c.png"])
-    assert names_of(config("ffhq", words, val_ratio=0.4), "val") == ["b.png", "c.png"]
+    assert len(names_of(config("ffhq", words, val_ratio=0.4), "val")) in (1, 2)
 
 
 def test_celeba_by_number_and_fallback(tmp_path):
@@ -76,7 +168,7 @@ def test_celeba_by_number_and_fallback(tmp_path):
     assert names_of(config("celeba", root), "val") == ["27000.png", "29999.png"]
     assert names_of(config("celeba", root), "train") == ["10.png", "26999.png", "9.png"]  # sorted as text
     root = write_images(tmp_path / "b", [f"{i}.png" for i in range(5)])
-    assert names_of(config("celeba", root), "val") == ["4.png"]
+    assert len(names_of(config("celeba", root), "val")) == 1
 
 
 @pytest.mark.parametrize("layout", ["beside", "sized", "inside"])
@@ -119,10 +211,10 @@ def test_churches(tmp_path, caplog):
     train = open_dataset(config("churches", tmp_path / "lsun"), "train")
     assert (train[0] == torch.tensor([0, 1, 0])[:, None, None]).all()  # "a" was written second
     single = tmp_path / "lsun" / "church_outdoor_train_lmdb"
-    assert names_of(config("churches", single, val_ratio=0.3), "val") == ["c"]
+    assert names_of(config("churches", single, val_ratio=0.3), "val") == [by_hash("abc", 0.3)]
     folder = write_images(tmp_path / "files", [f"{i}.png" for i in range(4)])
     with caplog.at_level(logging.INFO):
-        assert names_of(config("churches", folder, val_ratio=0.25), "val") == ["3.png"]
+        assert names_of(config("churches", folder, val_ratio=0.25), "val") == [by_hash(os.listdir(folder), 0.25)]
     assert "church_outdoor_train_lmdb and church_outdoor_val_lmdb not found" in caplog.text
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no images in .*looked for church_outdoor_train_lmdb/, .*data\.mdb"):
@@ -149,6 +241,8 @@ def test_functions():
     ({"img_size": 0}, "train", r"data\.img_size, data\.img_width: \(0, 8\)"),
     ({"val_ratio": 1.0}, "train", r"data\.val_ratio: 1\.0, accepted are numbers in"),
     ({"val_ratio": 0.0}, "val", r"data\.val_ratio: 0\.0 leaves no validation images"),
+    ({"split": "authors"}, "train", r"data\.split: 'authors', accepted are published, and with data\.name=ffhq"),
+    ({"split": "first", "name": "ffhq"}, "train", r"data\.split: 'first', accepted are published"),
     ({"num_images": 0}, "train", r"data\.num_images: 0"),
     ({"name": "folder"}, "train", r"data\.root_dir: empty"),
     ({"name": "celeba", "root_dir": "/nowhere/at/all"}, "train", "does not exist"),

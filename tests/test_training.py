@@ -15,6 +15,7 @@ import micro
 from configs.processes import ALONE
 from data.datasets import open_dataset
 from data.latents import LatentSet
+from data.splits import place
 from generation.infty_diff import InftyDiff
 from training.checkpoint import checkpoint_steps, load_newest_checkpoint, load_weights, save_checkpoint, save_weights
 from training.ema import Ema
@@ -307,9 +308,17 @@ def test_constant_and_broken_latents():
         LatentSet.create(broken)
 
 
-def test_image_and_mirror_image_stay_on_one_side_of_the_split():
-    latents = LatentSet.create(torch.arange(20.0).view(10, 2, 1))
-    train, test = latents.split(7)
-    assert (len(train), len(test), train.count) == (7, 3, 14)
-    drawn = train.draw(torch.arange(14), torch.Generator()).flatten()
-    assert drawn.tolist() == list(range(14)) and torch.equal(test.mean, latents.mean)
+def test_latents_are_held_out_by_the_names_of_their_images():
+    """With its mirror image, on one side; independently of what stage one held out."""
+    names = [name for i in range(600) if place(name := f"dress/{i}.jpg", "validation") >= 0.1][:500]
+    latents = LatentSet.create(torch.arange(1000.0).view(500, 2, 1), names=names)
+    train, test = latents.split(0.1)
+    held_out = [i for i, name in enumerate(names) if place(name, "latents") < 0.1]
+    assert 25 < len(held_out) < 75 and len(train) + len(test) == 500
+    drawn = test.draw(torch.arange(test.count), torch.Generator()).flatten().tolist()
+    assert drawn == [2 * i + view for i in held_out for view in (0, 1)]
+    assert torch.equal(test.mean, latents.mean) and list(test.names) == [names[i] for i in held_out]
+    for count in (1, 2, 3):
+        parts = LatentSet.create(torch.zeros(count, 1, 1)).split(0.01)
+        assert [len(part) for part in parts] == ([1, 0] if count == 1 else [count - 1, 1])
+    assert len(latents.split(0.0)[0]) == 500

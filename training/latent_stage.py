@@ -30,8 +30,6 @@ class LatentStage:
         decoder: the stage-one model, for pictures.
         precision: device and autocast type.
         processes: this process and those that train with it.
-    Raises:
-        ValueError: when data.test_ratio leaves no latent to train on.
     """
 
     def __init__(
@@ -46,12 +44,7 @@ class LatentStage:
         decoder.process.respaced(config.train.plot_sampling_steps)  # a wrong subset must not wait for the first picture
         self.model = build_latent_model(config.model, latents.dim).to(self.device)
         self.modules: dict[str, nn.Module] = {"latent_model": self.model}
-        held_out = int(len(latents) * config.data.test_ratio)
-        if held_out >= len(latents):
-            raise ValueError(
-                f"data.test_ratio={config.data.test_ratio}: leaves none of {len(latents)} images to train on"
-            )
-        self.train_set, self.test_set = latents.split(len(latents) - held_out)
+        self.train_set, self.test_set = latents.split(config.data.test_ratio)
         self.mean, self.std = latents.mean, latents.std
         self.prior = self._prior(self.model)
         self.process = self.prior.process
