@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from configs.schema import ImageConfig
-from models.operators.native import memory
 from training.precision import Precision
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +24,6 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    memory.release()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -119,9 +119,6 @@ class ModelConfig:
         choices=("linear", "nonlinear", "continuous"),
     )
     backend: str = option("auto", "sparse operator back end; auto = the fastest of native, torch_dense")
-    chunk_points: int = option(
-        262144, "points whose MLPs are computed at once when sampling, where they are not fused; 0 = all", low=0
-    )
     tile_points: int = option(
         16777216,
         "points of an image whose features are held at once when sampling; larger images go tile by tile, which takes "

@@ -17,7 +17,7 @@ FREE_FIELDS = (
     "train.steps", "train.plot_", "train.sample_size", "train.checkpoint_steps", "train.keep_checkpoints",
     "train.load_checkpoint", "train.calculate_test_loss_steps", "train.test_loss_repeats",
     "train.compile", "train.recompute", "model.backend", "model.attention",
-    "model.chunk_points", "model.tile_points",
+    "model.tile_points",
 )  # fmt: skip
 
 

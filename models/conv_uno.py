@@ -31,8 +31,9 @@ class GridSpec:
     resolution: side of the grid. base_channels: channels of the finest level, `mults` times it after each level.
     blocks_per_level: residual blocks of each level. attention_resolutions: sides at which a level attends.
     dropout: rate, active where the side is at most `dropout_resolution`. conv_type: "conv" or "spectral".
-    attention: "sdpa" or "flash_attn". nodes: "grid", or how subsets of the points are drawn in its place, level by
-    level; features are then (B, N, 1, C), and the networks take the `Pyramid` of the subsets.
+    attention: "sdpa" or "flash_attn". plain: compute in plain PyTorch wherever it is. nodes: "grid", or how subsets of
+    the points are drawn in its place, level by level; features are then (B, N, 1, C), and the networks take the
+    `Pyramid` of the subsets.
     """
 
     resolution: int
@@ -45,6 +46,7 @@ class GridSpec:
     conv_type: str = "conv"
     attention: str = "sdpa"
     nodes: str = "grid"
+    plain: bool = False
 
     def __post_init__(self):
         levels = len(self.mults)
@@ -128,9 +130,17 @@ class GridBlock(nn.Module):
     """shortcut(x) + conv(Dropout(GELU(mod(norm(conv(GELU(norm(x)))))))), conditioned on time and latent."""
 
     def __init__(
-        self, c_in: int, c_out: int, time_dim: int | None, z_dim: int | None, dropout: float, conv_type: str = "conv"
+        self,
+        c_in: int,
+        c_out: int,
+        time_dim: int | None,
+        z_dim: int | None,
+        dropout: float,
+        conv_type: str = "conv",
+        plain: bool = False,
     ):
         super().__init__()
+        self.plain = plain
         self.norm_in = nn.LayerNorm(c_in)
         self.conv_in = _conv(conv_type, c_in, c_out)
         self.norm_out = nn.LayerNorm(c_out)
@@ -144,7 +154,7 @@ class GridBlock(nn.Module):
     ) -> torch.Tensor:
         """x: (B, H, W, c_in); e: (B, time_dim); z: (B, z_dim). Returns (B, H, W, c_out)."""
         h = self.conv_in(F.gelu(self.norm_in(x)), *stencil)
-        h = norm_modulate(h, self.norm_out, *self.modulation.vectors(e, z))
+        h = norm_modulate(h, self.norm_out, *self.modulation.vectors(e, z), self.plain)
         return self.shortcut(x) + self.conv_out(self.dropout(F.gelu(h)), *stencil)
 
 
@@ -169,7 +179,7 @@ class GridLevel(nn.Module):
         super().__init__()
         side, count = spec.side(level), spec.blocks_per_level[level]
         self.blocks = nn.ModuleList(
-            GridBlock(*channels, time_dim, z_dim, _dropout(spec, level), spec.layer) for _ in range(count)
+            GridBlock(*channels, time_dim, z_dim, _dropout(spec, level), spec.layer, spec.plain) for _ in range(count)
         )
         attends = side in spec.attention_resolutions
         self.attentions = nn.ModuleList(
@@ -196,7 +206,7 @@ class GridTrunk(nn.Module):
             )
             for level, width in enumerate(widths[:-1])
         )
-        middle = (widths[-1], widths[-1], time_dim, z_dim, _dropout(spec, last), spec.layer)
+        middle = (widths[-1], widths[-1], time_dim, z_dim, _dropout(spec, last), spec.layer, spec.plain)
         self.mid_block1 = GridBlock(*middle)
         self.mid_attention = Attention(widths[-1], spec.attention)
         self.mid_block2 = GridBlock(*middle)

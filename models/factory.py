@@ -22,7 +22,6 @@ def _sparse_spec(config: ModelConfig) -> SparseSpec:
         convention=config.coordinate_convention,
         backend=config.backend,
         kernel=config.kernel,
-        chunk_points=config.chunk_points,
         tile_points=config.tile_points,
     )
 

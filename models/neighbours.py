@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 
 from diffusion.coordinates import CoordinateConvention, Points, Size
-from models.triton_support import kernels_for
+from models.operators import dispatch
 
 # The first L pixels hold K present ones but for about one node in 10⁶ when L·M/(H·W) ≥ 5·K (binomial tail, K = 3).
 _EXPECTED_PER_NEIGHBOUR = 5
@@ -116,7 +116,7 @@ def _nearest(
 
 def _kernels(device_type: str) -> ModuleType | None:
     """The look-up in Triton, on a GPU if it can be: the other asks the device which nodes to search for."""
-    return kernels_for(device_type, "models.triton_neighbours")
+    return dispatch.kernels("nearest points", device_type)
 
 
 @lru_cache(maxsize=16)

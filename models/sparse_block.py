@@ -33,8 +33,7 @@ class SparseBlock(nn.Module):
     channels: C. kernel_size: k, odd. depthwise: one kernel per channel, else full. takes_skip: whether `forward` gets
     a skip. kernel: "linear", k × k weights; "nonlinear", conv, GELU, conv in place of conv (Table 2); "continuous", a
     network of the offset in place of weights, which needs train_size, the lattice that k refers to.
-    time_dim, z_dim: widths of the conditioning, None for none. backend: what computes the convolution. chunk_points: of
-    `norm_modulate_mlp`.
+    time_dim, z_dim: widths of the conditioning, None for none. backend: what computes the convolution.
     """
 
     def __init__(
@@ -50,7 +49,6 @@ class SparseBlock(nn.Module):
         norm: bool = True,
         kernel: str = "linear",
         train_size: Size | None = None,
-        chunk_points: int = 0,
     ):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
@@ -61,7 +59,7 @@ class SparseBlock(nn.Module):
             raise ValueError("model.kernel is 'continuous'; the block then needs its train_size")
         if not norm and (time_dim or z_dim):
             raise ValueError("a sparse block without norms cannot be conditioned on time or latent")
-        self.backend, self.chunk_points = backend, chunk_points
+        self.backend = backend
         self.groups = channels if depthwise else 1
         self.skip = nn.Linear(2 * channels, channels) if takes_skip else None
         self.norm1 = nn.LayerNorm(channels) if norm else None
@@ -94,30 +92,23 @@ class SparseBlock(nn.Module):
         skip: torch.Tensor | None = None,
         e: torch.Tensor | None = None,
         z: torch.Tensor | None = None,
-        spare: torch.Tensor | None = None,
-        overwrite: bool = False,
     ) -> torch.Tensor:
-        """x, skip: (B, M, C); e: (B, time_dim); z: (B, z_dim). Returns (B, M, C).
-
-        Where no gradient is wanted, memory may be used again: spare, of `models.pointwise.spare_memory`, and with
-        overwrite x and skip, which are then not needed afterwards.
-        """
+        """x, skip: (B, M, C); e: (B, time_dim); z: (B, z_dim). Returns (B, M, C)."""
         if self.skip is not None:
-            x, spare, overwrite = join(x, skip, self.skip, overwrite), skip if overwrite else spare, True
+            x = join(x, skip, self.skip)
         if self.norm1 is None:
             c = self._integral(x, plan)
             return x + c + self.mlp(c)
-        h = norm_modulate(x, self.norm1, *self.modulation1.vectors(e, z), spare)
-        x = self._integral(h, plan, residual=x, overwrite=overwrite)
-        return norm_modulate_mlp(x, self.norm2, *self.modulation2.vectors(e, z), self.mlp, self.chunk_points, True)
+        plain = self.backend.plain
+        h = norm_modulate(x, self.norm1, *self.modulation1.vectors(e, z), plain)
+        x = self._integral(h, plan, residual=x)
+        return norm_modulate_mlp(x, self.norm2, *self.modulation2.vectors(e, z), self.mlp, plain)
 
-    def _integral(
-        self, h: torch.Tensor, plan: Plan, residual: torch.Tensor | None = None, overwrite: bool = False
-    ) -> torch.Tensor:
+    def _integral(self, h: torch.Tensor, plan: Plan, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Eq. (20), or with a nonlinear kernel a case of eq. (18), at the points."""
         kernel = self.kernel
         if isinstance(kernel, ContinuousKernel):
             kernel = kernel(plan.lattice or plan.points.size, plan.extent)
         elif self.second_kernel is not None:
             h, kernel = F.gelu(self.backend.conv(h, kernel, plan, self.groups)), self.second_kernel
-        return self.backend.conv(h, kernel, plan, self.groups, residual, overwrite)
+        return self.backend.conv(h, kernel, plan, self.groups, residual)

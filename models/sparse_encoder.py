@@ -44,7 +44,7 @@ class SparseEncoder(SparseDescent):
     ):
         super().__init__(in_channels, train_size, sparse, grid, block_norm=block_norm)
         self.z_dim = z_dim
-        self.grid = GridEncoder(grid, z_dim)
+        self.grid = GridEncoder(self.grid_spec, z_dim)
         self.linear_out = nn.Linear(z_dim, z_dim)
         self.mu = nn.Linear(z_dim, z_dim) if stochastic else None
         self.logvar = nn.Linear(z_dim, z_dim) if stochastic else None

@@ -6,7 +6,7 @@ latent.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from models.conv_uno import GridSpec, GridUNet
 from models.layers import sinusoidal_features
 from models.operators import get_backend
 from models.operators.base import Plan, lattice_extent
-from models.pointwise import spare_memory
 from models.sparse_block import SparseBlock
 
 
@@ -33,7 +32,6 @@ class SparseSpec:
     depthwise: one kernel per channel, else full. neighbours: points averaged into a grid node. kernel: what the
     kernel is, in `models.sparse_block.KERNELS`.
     convention: name in `diffusion.coordinates.CONVENTIONS`. backend: name in `models.operators.BACKENDS`, or "auto".
-    chunk_points: points whose MLPs are computed at once where no gradient is wanted, 0 for all.
     tile_points: most points of a full lattice whose features are held at once where no gradient is wanted and the nodes
     are a grid, 0 for all.
     """
@@ -46,7 +44,6 @@ class SparseSpec:
     convention: str = "cell_centred"
     backend: str = "auto"
     kernel: str = "linear"
-    chunk_points: int = 0
     tile_points: int = 0
 
     def __post_init__(self):
@@ -72,8 +69,8 @@ class SparseDescent(nn.Module):
     ):
         super().__init__()
         self.in_channels, self.train_size = in_channels, tuple(train_size)
-        self.sparse_spec, self.grid_spec = sparse, grid
         self.backend = get_backend(sparse.backend)
+        self.sparse_spec, self.grid_spec = sparse, replace(grid, plain=self.backend.plain)
         self.linear_in = nn.Linear(in_channels, sparse.channels)
         self.down_blocks = nn.ModuleList(
             self._block(time_dim=time_dim, z_dim=z_dim, norm=block_norm) for _ in range(sparse.num_blocks)
@@ -89,7 +86,6 @@ class SparseDescent(nn.Module):
             depthwise=spec.depthwise,
             kernel=spec.kernel,
             train_size=self.train_size,
-            chunk_points=spec.chunk_points,
             **options,
         )
 
@@ -133,9 +129,8 @@ class SparseDescent(nn.Module):
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """x: (B, M, C). Returns the output (B, M, F) of every block, and node features (B, U, U, G)."""
         h, skips = self.linear_in(x), []  # (B, M, F)
-        spare = spare_memory(h)
         for block in self.down_blocks:
-            h = block(h, plan, e=e, z=z, spare=spare, overwrite=not skips)
+            h = block(h, plan, e=e, z=z)
             skips.append(h)
         # Weights sum to one, so the projection may follow the average: it then runs on U² nodes instead of M points.
         return skips, self.to_grid(nodes.enter(h))  # (B, U, U, F) -> (B, U, U, G)
@@ -163,7 +158,7 @@ class SparseUNet(SparseDescent):
         super().__init__(in_channels, train_size, sparse, grid, time_dim=time_dim, z_dim=z_dim)
         self.time_dim, self.z_dim = time_dim, z_dim or None
         self.time_mlp = nn.Sequential(nn.Linear(time_dim, time_dim), nn.GELU(), nn.Linear(time_dim, time_dim))
-        self.grid = GridUNet(grid, time_dim, z_dim)
+        self.grid = GridUNet(self.grid_spec, time_dim, z_dim)
         self.from_grid = nn.Linear(grid.input_channels, sparse.channels)
         self.up_blocks = nn.ModuleList(
             self._block(time_dim=time_dim, z_dim=z_dim, takes_skip=True) for _ in range(sparse.num_blocks)
@@ -192,5 +187,5 @@ class SparseUNet(SparseDescent):
         h, bias = nodes.leave(h), self.from_grid.bias.to(h.dtype)  # (B, M, F)
         h = h + bias if torch.is_grad_enabled() else h.add_(bias)
         for block in self.up_blocks:
-            h = block(h, plan, skip=skips.pop(), e=e, z=z, overwrite=True)  # (B, M, F)
+            h = block(h, plan, skip=skips.pop(), e=e, z=z)  # (B, M, F)
         return self.linear_out(h)

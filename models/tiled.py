@@ -69,7 +69,7 @@ def evaluate(
         h = nodes.leave_at(grid, at.ids(lattice[1], x.device)) + network.from_grid.bias.to(grid.dtype)
         for block in network.up_blocks:
             held, skip = skips.pop()
-            h, at = _step(network, block, h, at, lattice, skip=at.cut(skip, held), e=e, z=z, overwrite=True)
+            h, at = _step(network, block, h, at, lattice, skip=at.cut(skip, held), e=e, z=z)
         part = network.linear_out(tile.cut(h, at)).unflatten(1, tile.size)
         image = part.new_empty(len(x), *lattice, part.shape[3]) if image is None else image
         image[:, tile.top : tile.bottom, tile.left : tile.right] = part

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import logging
 import os
@@ -10,15 +9,8 @@ import shutil
 import sysconfig
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 
 log = logging.getLogger(__name__)
-
-
-@lru_cache
-def kernels_for(device_type: str, module: str) -> ModuleType | None:
-    """The module of kernels by its full name, on a GPU where Triton can launch them; else None."""
-    return importlib.import_module(module) if device_type == "cuda" and _missing() is None else None
 
 
 @lru_cache
@@ -37,6 +29,6 @@ def _missing() -> str | None:
     return missing
 
 
-def can_compile() -> bool:
-    """Whether `torch.compile`, which writes its GPU kernels in Triton, works on a GPU here."""
+def available() -> bool:
+    """Whether kernels in Triton, those of `torch.compile` too, can be launched on a GPU here."""
     return _missing() is None

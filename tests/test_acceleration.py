@@ -84,6 +84,6 @@ def test_auto_compiles_on_a_gpu_alone(monkeypatch):
     assert functional("auto") is None and functional("off") is None
     assert functional("reduce-overhead") == "reduce-overhead"
     for possible, mode in ((True, "default"), (False, None)):
-        monkeypatch.setattr(acceleration, "can_compile", lambda possible=possible: possible)
+        monkeypatch.setattr(acceleration, "available", lambda possible=possible: possible)
         assert compile_mode("auto", torch.device("cuda")) == mode
     assert compile_mode("off", torch.device("cuda")) is None

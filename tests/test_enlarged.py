@@ -58,17 +58,6 @@ def test_equals_the_direct_convolution(case, dtype, engine):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_result_may_take_the_place_of_the_residual(case, dtype, engine):
-    size, channels, k, extent = case
-    x, weight, scale, residual = draw(size, channels, k, dtype)
-    kept, expected = x.clone(), enlarged(x, weight, extent, scale, residual)
-    assert torch.equal(enlarged(x, weight, extent, scale, residual, overwrite=True), expected)
-    assert torch.equal(x, kept)
-
-
-@torch.no_grad()
 @pytest.mark.skipif(compiled.library() is None, reason="needs a C compiler")
 def test_bands_and_threads_change_no_bit_of_the_compiled_product():
     x, weight, scale, residual = draw((50, 41), 40, 7)

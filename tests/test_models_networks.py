@@ -71,8 +71,8 @@ def test_all_points_in_any_order_are_the_full_lattice(sparse, size):
 
 @pytest.mark.parametrize("backend", ["native", "torch_dense"])
 @pytest.mark.parametrize(("size", "count"), [((8, 8), None), ((7, 11), 30), ((24, 40), None)])
-def test_memory_used_again_changes_no_number(backend, size, count):
-    """Without gradients, results take the place of what is not needed any more: twice the same, and x untouched."""
+def test_evaluating_without_gradients_changes_no_number(backend, size, count):
+    """Without gradients some results are written in place: twice the same, and x untouched."""
     network = denoiser(sparse=SparseSpec(channels=16, num_blocks=3, kernel_size=5, backend=backend))
     points = Points(size) if count is None else random_points(2, size, count)
     x, t, z = inputs(2, points)

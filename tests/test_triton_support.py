@@ -8,21 +8,31 @@ import sysconfig
 import pytest
 
 from models import triton_support
-
-NAME = "models.operators.native.triton_conv"
+from models.operators import dispatch
+from models.operators.dispatch import kernels
+from models.operators.native import compiled
 
 
 @pytest.fixture
 def asked_anew():
-    for function in (triton_support.kernels_for, triton_support._missing):
-        function.cache_clear()
+    triton_support._missing.cache_clear()
     yield
-    for function in (triton_support.kernels_for, triton_support._missing):
-        function.cache_clear()
+    triton_support._missing.cache_clear()
 
 
-def test_never_on_a_cpu(asked_anew):
-    assert triton_support.kernels_for("cpu", NAME) is None
+@pytest.mark.parametrize("operation", sorted({operation for operation, _ in dispatch._KERNELS}))
+def test_on_a_cpu_kernels_need_a_compiler(operation, monkeypatch):
+    monkeypatch.setattr(compiled, "library", lambda: None)
+    assert kernels(operation, "cpu") is None
+    monkeypatch.setattr(compiled, "library", lambda: object())
+    assert (kernels(operation, "cpu") is not None) == (operation == "convolution")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_plain_means_pytorch(device, monkeypatch):
+    monkeypatch.setattr(triton_support, "available", lambda: True)
+    for operation, _ in dispatch._KERNELS:
+        assert kernels(operation, device, plain=True) is None
 
 
 def test_taken_on_a_gpu(asked_anew, tmp_path, monkeypatch):
@@ -30,8 +40,8 @@ def test_taken_on_a_gpu(asked_anew, tmp_path, monkeypatch):
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     monkeypatch.setenv("CC", "cc")
-    assert triton_support.can_compile()
-    assert triton_support.kernels_for("cuda", NAME).__name__ == NAME
+    for (operation, device), module in dispatch._KERNELS.items():
+        assert device != "cuda" or kernels(operation, "cuda").__name__ == module
 
 
 @pytest.mark.parametrize("lacking", ["package", "compiler", "headers"])
@@ -46,8 +56,7 @@ def test_what_is_missing_is_said_once(asked_anew, tmp_path, monkeypatch, caplog,
     folder = tmp_path / "nowhere" if lacking == "headers" else tmp_path
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(folder)})
     with caplog.at_level(logging.WARNING):
-        for name in (NAME, "models.triton_neighbours", NAME):
-            assert triton_support.kernels_for("cuda", name) is None
-        assert not triton_support.can_compile()
+        for operation, _ in dispatch._KERNELS:
+            assert kernels(operation, "cuda") is None
     assert len(caplog.records) == 1
     assert {"package": "the package triton", "compiler": "a C compiler", "headers": "Python.h"}[lacking] in caplog.text

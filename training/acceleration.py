@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from configs.schema import TrainConfig
 from models.conv_uno import GridBlock
 from models.sparse_block import SparseBlock
-from models.triton_support import can_compile
+from models.triton_support import available
 
 
 def accelerate(modules: dict[str, nn.Module], train: TrainConfig, device: torch.device) -> None:
@@ -35,5 +35,5 @@ def compile_mode(choice: str, device: torch.device) -> str | None:
     On a CPU compiling the embedded default takes longer than it can win back in its two minutes.
     """
     if choice == "auto":
-        return "default" if device.type == "cuda" and can_compile() else None
+        return "default" if device.type == "cuda" and available() else None
     return None if choice == "off" else choice

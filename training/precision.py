@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from configs.processes import Processes
+from training.allocator import keep_freed_memory
 
 
 def pick_device(name: str) -> torch.device:
@@ -17,6 +18,7 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device='cuda': no CUDA device is visible to PyTorch; accepted: auto, cpu")
     if name == "cpu" or not torch.cuda.is_available():
+        keep_freed_memory()
         return torch.device("cpu")
     processes, count = Processes.from_environment(), torch.cuda.device_count()
     if processes.world_size == 1:

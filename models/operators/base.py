@@ -129,19 +129,25 @@ def check_features(
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; float64 mixes with no other precision")
 
 
-def add_residual(out: torch.Tensor, residual: torch.Tensor | None, overwrite: bool) -> torch.Tensor:
-    """residual + out, or out without one; the arguments are those of `Backend.conv`."""
+def normalised(sums: torch.Tensor, plan: Plan, residual: torch.Tensor | None) -> torch.Tensor:
+    """k²/count · sums, plus residual if given: the last step of a back end, in the dtype of the sums.
+
+    sums: (B, M, C_out), fresh memory: the result takes its place where no gradient is wanted. The factor stays float32.
+    """
+    if torch.is_grad_enabled():
+        out = (sums * plan.inverse_density).to(sums.dtype)
+        return out if residual is None else residual + out
+    out = sums.mul_(plan.inverse_density)
     if residual is None:
         return out
-    if overwrite and not torch.is_grad_enabled() and residual.dtype == out.dtype:
-        return residual.add_(out)
-    return residual + out
+    return out.add_(residual) if residual.dtype == out.dtype else residual + out
 
 
 class Backend(Protocol):
     """A way to compute the convolution above; all back ends give the same numbers up to rounding."""
 
     name: str
+    plain: bool  # whether everything else of a network is to be computed in plain PyTorch too
 
     def plan(self, points: Points, batch: int, extent: Size, kernel_size: int, device: torch.device) -> Plan:
         """Prepare one forward pass. `kernel_size` is the side at the training lattice, `extent` that at this one."""
@@ -154,12 +160,10 @@ class Backend(Protocol):
         plan: Plan,
         groups: int,
         residual: torch.Tensor | None = None,
-        overwrite: bool = False,
     ) -> torch.Tensor:
         """out of the module's equation, plus `residual` if given: (B, M, C) to (B, M, C_out).
 
         `weight` (C_out, C/groups, k, k) is the kernel of the training lattice; the back end resamples it to
-        `plan.extent`, unless that is its extent already. overwrite: the residual is not needed afterwards; where no
-        gradient is wanted the result may take its place.
+        `plan.extent`, unless that is its extent already.
         """
         ...

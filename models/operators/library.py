@@ -19,10 +19,10 @@ import torch
 from diffusion.coordinates import Points, Size
 from models.operators.base import (
     Plan,
-    add_residual,
     check_features,
     check_points,
     inverse_density,
+    normalised,
     resample_kernel,
 )
 from models.operators.torch_dense import TorchDenseBackend
@@ -108,7 +108,6 @@ class LibraryBackend(ABC):
         plan: LibraryPlan,
         groups: int,
         residual: torch.Tensor | None = None,
-        overwrite: bool = False,
     ) -> torch.Tensor:
         check_features(x, weight, plan, groups, residual)
         self._check_support(x, weight, groups)
@@ -124,8 +123,7 @@ class LibraryBackend(ABC):
                 out = rows * taps[:, 0] if depthwise else rows @ taps.t()
             else:
                 out = self._convolve(rows, kernel, plan, depthwise)
-        out = out.unflatten(0, (plan.batch, -1)) * plan.inverse_density  # (B, M, C_out), k²/count in float32
-        return add_residual(out.to(dtype), residual, overwrite)
+        return normalised(out.unflatten(0, (plan.batch, -1)), plan, residual).to(dtype)  # (B, M, C_out)
 
     def _check_support(self, x: torch.Tensor, weight: torch.Tensor, groups: int) -> None:
         if groups != 1 and not groups == x.shape[2] == weight.shape[0]:

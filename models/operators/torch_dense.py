@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from diffusion.coordinates import Points, Size
 from models.operators.base import (
     Plan,
-    add_residual,
     check_features,
     check_points,
     inverse_density,
+    normalised,
     resample_kernel,
 )
 
@@ -38,7 +38,7 @@ class DensePlan(Plan):
 class TorchDenseBackend:
     """See the module; implements `models.operators.base.Backend`."""
 
-    name = "torch_dense"
+    name, plain = "torch_dense", True
 
     def plan(self, points: Points, batch: int, extent: Size, kernel_size: int, device: torch.device) -> DensePlan:
         check_points(points, batch, device)
@@ -51,7 +51,6 @@ class TorchDenseBackend:
         plan: DensePlan,
         groups: int,
         residual: torch.Tensor | None = None,
-        overwrite: bool = False,
     ) -> torch.Tensor:
         check_features(x, weight, plan, groups, residual)
         (height, width), channels, rows = plan.points.size, x.shape[2], plan.lattice_rows
@@ -64,5 +63,4 @@ class TorchDenseBackend:
         out = out.permute(0, 2, 3, 1).reshape(plan.batch, height * width, -1)  # (B, HW, C_out)
         if rows is not None:
             out = out.flatten(0, 1).index_select(0, rows).unflatten(0, (plan.batch, -1))  # (B, M, C_out)
-        out = (out * plan.inverse_density).to(out.dtype)  # k²/count stays float32
-        return add_residual(out, residual, overwrite)
+        return normalised(out, plan, residual)

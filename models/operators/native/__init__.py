@@ -16,14 +16,14 @@ import torch
 
 from diffusion.coordinates import Points, Size
 from models.operators.base import check_features, check_points, inverse_density, resample_kernel
-from models.operators.native import compiled, cpu, enlarged, pairs
+from models.operators.dispatch import kernels
+from models.operators.native import enlarged, pairs
 from models.operators.torch_dense import DensePlan, TorchDenseBackend
-from models.triton_support import kernels_for
 
 # Up to these parts of a lattice gathering is faster than dense arithmetic. Whoever measures anew uses
 # benchmarks/operators.py. In C it always is; Triton's part follows from counted instructions (a list costs as much as
 # a lattice at about half) and awaits its measurement.
-_TRITON_UP_TO = 1 / 2
+_UP_TO = {"cpu": 1, "cuda": 1 / 2}
 _PAIRS_UP_TO = 1 / 5
 
 
@@ -44,7 +44,7 @@ class NativePlan(DensePlan):
 class NativeBackend:
     """See the module; implements `models.operators.base.Backend`."""
 
-    name = "native"
+    name, plain = "native", False
 
     def __init__(self) -> None:
         self._dense = TorchDenseBackend()
@@ -60,7 +60,6 @@ class NativeBackend:
         plan: NativePlan,
         groups: int,
         residual: torch.Tensor | None = None,
-        overwrite: bool = False,
     ) -> torch.Tensor:
         check_features(x, weight, plan, groups, residual)
         engine = _engine(x, weight, plan, groups)
@@ -68,12 +67,9 @@ class NativeBackend:
             image = x.unflatten(1, plan.points.size)  # (B, H, W, C)
             image_residual = None if residual is None else residual.to(x.dtype).view(image.shape)
             scale = plan.inverse_density.view(plan.points.size)
-            out = enlarged.enlarged(
-                image, weight.squeeze(1), plan.extent, scale, image_residual, overwrite=overwrite
-            )
-            return out.flatten(1, 2)
+            return enlarged.enlarged(image, weight.squeeze(1), plan.extent, scale, image_residual).flatten(1, 2)
         if engine is None:
-            return self._dense.conv(x, weight, plan, groups, residual, overwrite)
+            return self._dense.conv(x, weight, plan, groups, residual)
         taps = resample_kernel(weight, plan.extent).flatten(1).t()  # (C, 1, k', k') -> (K, C)
         taps = taps.to(torch.promote_types(taps.dtype, torch.float32))
         return engine.depthwise(x, taps, plan.inverse_density, plan.neighbours(engine), residual)
@@ -91,9 +87,7 @@ def _engine(x: torch.Tensor, weight: torch.Tensor, plan: NativePlan, groups: int
         return enlarged if cheaper else None
     density = plan.points.count / (plan.points.size[0] * plan.points.size[1])
     if x.dtype != torch.float64:
-        if x.device.type == "cpu" and compiled.library() is not None:
-            return cpu
-        triton_conv = kernels_for(x.device.type, "models.operators.native.triton_conv")
-        if triton_conv is not None:
-            return triton_conv if density <= _TRITON_UP_TO else None
+        engine = kernels("convolution", x.device.type)
+        if engine is not None:
+            return engine if density <= _UP_TO[x.device.type] else None
     return pairs if density <= _PAIRS_UP_TO else None

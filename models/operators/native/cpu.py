@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from diffusion.coordinates import Points, Size
-from models.operators.native import compiled, memory
+from models.operators.native import compiled
 
 _CHUNK = 512  # points per partial sum of the weight gradient, at least: few points still occupy several threads
 _MOST_CHUNKS = 64  # bounds the memory of the partial sums where there are many points
@@ -91,7 +91,7 @@ def _forward(
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
     x, kernel = x.contiguous(), kernel.contiguous()
-    out = memory.empty(*x.shape)
+    out = torch.empty_like(x)
     scale, residual = scale.contiguous(), None if residual is None else residual.contiguous()
     sizes = (x.shape[0] * x.shape[1], len(ends), x.shape[2])
     compiled.call("infty_forward", x, kernel, scale, residual, ends, rows, taps, *sizes, out)
@@ -115,10 +115,10 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients with respect to x and kernel."""
     x, kernel = x.contiguous(), kernel.contiguous()
-    g = torch.mul(gradient, scale, out=memory.empty(*x.shape))
+    g = (gradient * scale).contiguous()
     (num_taps, channels), points = kernel.shape, x.shape[0] * x.shape[1]
     chunk = max(_CHUNK, -(-points // _MOST_CHUNKS))
-    dx, partial = memory.empty(*x.shape), kernel.new_zeros(-(-points // chunk), num_taps, channels)
+    dx, partial = torch.empty_like(x), kernel.new_zeros(-(-points // chunk), num_taps, channels)
     sizes = (points, len(ends), channels, num_taps, chunk)
     compiled.call("infty_backward", g, x, kernel, ends, rows, taps, *sizes, dx, partial)
     return dx, partial.sum(0)

@@ -8,17 +8,12 @@
    A task is a band of rows × COLUMNS columns × LANES channels. All it holds in between, but for sums that are not in
    reach, stays in the first cache. Sums run in one order whatever the number of threads. */
 
-#include <stdint.h>
 #include <string.h>
 
-/* One register of channels, at any address; TOGETHER columns share each coefficient, twice as many sums fit the file. */
-#ifdef __AVX512F__
-enum { LANES = 16, TOGETHER = 8 };
-#else
-enum { LANES = 8, TOGETHER = 4 };
-#endif
-enum { COLUMNS = 16, BLOCK = 8 };
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+#include "vectors.h"
+
+/* TOGETHER columns share each coefficient: twice as many sums fit the registers, 32 with AVX-512 and 16 else. */
+enum { TOGETHER = LANES == 16 ? 8 : 4, COLUMNS = 16, BLOCK = 8 };
 
 /* U or V: weights (k, extent), of which columns first[i] to first[i + 1] are zero but in the rows i and i + 1. */
 typedef struct {

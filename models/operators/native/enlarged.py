@@ -21,8 +21,8 @@ import torch.nn.functional as F
 
 from diffusion.coordinates import Size
 from models.operators.base import resample_kernel
-from models.operators.native import compiled, memory
-from models.triton_support import kernels_for
+from models.operators.dispatch import kernels
+from models.operators.native import compiled
 
 _BAND = 256  # rows on a CPU: those above and below, which a band computes again, are then few
 _TASKS = 4  # of each thread, at least, so that none waits long for the last
@@ -44,15 +44,13 @@ def enlarged(
     first_row: int = 0,
     rows: int | None = None,
     band: int | None = None,
-    overwrite: bool = False,
 ) -> torch.Tensor:
     """out of the module's equation, with zeros outside the lattice: (B, rows, W, C) in the dtype of x.
 
     x: (B, H, W, C). weight: (C, k, k), of the training lattice. extent: (k'_h, k'_w), odd, of any size. scale: float32
     (H, W) or (H·W,); residual: like x; None for neither. first_row, rows: the rows of out to compute, by default all.
-    band: how many at a time, by default what the device does well. overwrite: residual is not needed afterwards; the
-    result of all rows may take its place. Sums are taken in float32, for float64 in float64. Differentiable in x and
-    residual where all rows are computed.
+    band: how many at a time, by default what the device does well. Sums are taken in float32, for float64 in float64.
+    Differentiable in x and residual where all rows are computed.
     Raises ValueError for other shapes, and where any other gradient is required.
     """
     _, height, width, channels = x.shape
@@ -74,17 +72,7 @@ def enlarged(
     if torch.is_grad_enabled() and (weight.requires_grad or (wanted and rows < height)):
         raise ValueError("the enlarged convolution has no gradient of its kernel or of some rows; convolve directly")
     scale = None if scale is None else scale.view(height, width)
-    replaces = overwrite and rows == height and residual is not None and residual.is_contiguous()
-    if replaces and not torch.is_grad_enabled() and _in_c(x, kernel_size):
-        # Fresh memory for a large lattice costs a CPU as much time as the arithmetic.
-        return _compiled(x, first_row, rows, weight, extent, scale, residual, band, out=residual)
     return _enlarged(x, weight, extent, scale, residual, first_row, rows, band)
-
-
-def _in_c(x: torch.Tensor, kernel_size: int) -> bool:
-    """Whether `_compiled` may be called as it is, outside of an operator."""
-    available = x.device.type == "cpu" and compiled.library() is not None and not torch.compiler.is_compiling()
-    return available and kernel_size > 1 and x.dtype == torch.float32
 
 
 @torch.library.custom_op("infty_diff::enlarged", mutates_args=())
@@ -101,7 +89,7 @@ def _enlarged(
     kernel_size = weight.shape[-1]
     lattice = (scale, residual, first_row, rows)
     low_rank = kernel_size > 1 and x.dtype != torch.float64
-    triton_enlarged = kernels_for(x.device.type, "models.operators.native.triton_enlarged")
+    triton_enlarged = kernels("enlarged convolution", x.device.type)
     if low_rank and triton_enlarged is not None:
         axes = [interpolation(kernel_size, side, x.device) for side in extent]
         return triton_enlarged.enlarged(x, weight, *axes, *lattice, band)
@@ -158,9 +146,8 @@ def _compiled(
     scale: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     band: int | None = None,
-    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """In C (`enlarged.c`), for float32. out: where the result goes, which may be residual."""
+    """In C (`enlarged.c`), for float32."""
     (batch, height, width, channels), kernel_size = x.shape, weight.shape[-1]
     x, weight = x.contiguous(), weight.float().contiguous()
     scale, residual = (None if tensor is None else tensor.contiguous() for tensor in (scale, residual))
@@ -176,7 +163,7 @@ def _compiled(
     held = (extent[0] + _BLOCK - 1) * _COLUMNS + kernel_size**2  # of a slice
     blocks = (2 * kernel_size + 1) * _COLUMNS + extent[1] - 1 + slices * held
     work = torch.empty(threads, blocks * _LANES)
-    out = memory.empty(batch, rows, width, channels) if out is None else out
+    out = x.new_empty(batch, rows, width, channels)
     sizes = (batch, height, width, channels, kernel_size, first_row, rows, band)
     compiled.call("infty_enlarged", x, weight, scale, residual, out, *sizes, *axes, threads, work, work.shape[1])
     return out
