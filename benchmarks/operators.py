@@ -7,7 +7,8 @@ A row compares one operator with one baseline on random data, results having bee
     conv         depthwise convolution at the points, forward and backward, against `conv2d` on masked lattices in
                  every layout (and with and without cuDNN): the fastest counts; points in the list's making apart
     block        residual block, forward and backward, against the block on masked lattices: with the fused norms and
-                 channels-last products of this repository, and as the published code computes it
+                 channels-last products of this repository, and as the published code computes it; and against
+                 the same block on the back end torch_dense, "slower" where that wins by more than a tenth
     knn          the nearest points of a grid of half the side, against all distances and, on a CPU, a k-d tree
     mollifier    smoothing of images, against cosine transform, product and inverse transform
     coordinates  drawing the points, against NumPy's legacy generator on the host, image by image
@@ -158,6 +159,18 @@ def block_row(setting: Setting, size: int, ratio: float) -> Row:
         return call
 
     variants = baselines.dense_variants(device)
+    reference = get_backend("torch_dense")
+    plain = SparseBlock(channels, K, reference, time_dim=CONDITION, z_dim=CONDITION).to(device)
+    plain.load_state_dict(block.state_dict())
+    plain_parameters = [p for name, p in plain.named_parameters() if name not in ("norm1.bias", "norm2.bias")]
+    plain_plan = reference.plan(points, batch, (K, K), K, device)
+
+    def torch_dense(i: int) -> list[torch.Tensor]:
+        j = i % _INPUT_SETS
+        with autocast():
+            out = plain(xs[j], plain_plan, e=e, z=z)
+        return gradients(out, [xs[j], *plain_parameters], dys[j].to(out.dtype))
+
     contenders = {
         "dense masked": {name: masked(None, way[1]) for name, way in variants.items() if "channels_last" in name},
         "as published": {name: masked(*way) for name, way in variants.items()},
@@ -167,6 +180,7 @@ def block_row(setting: Setting, size: int, ratio: float) -> Row:
         out, dx, *of_parameters = next(iter(calls.values()))(0)
         expected = [baselines.at_points(out, points), baselines.at_points(dx, points), *of_parameters]
         error = max(error, *(relative_error(*pair) for pair in zip(found, expected)))
+    contenders["torch_dense"] = {"at the points": torch_dense}
     return Row("block", ours, contenders, require_small("block", error, 10 * _ERROR[setting.dtype]))
 
 

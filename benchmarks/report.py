@@ -17,6 +17,7 @@ from configs.schema import ImageConfig
 from training.precision import Precision
 
 _ROOT = Path(__file__).resolve().parents[1]
+_SLOWER = 1 / 1.1
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -56,6 +57,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
         "device": _device_name(device),
+        "instructions": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else None,
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
     }
@@ -83,21 +85,21 @@ def step_table(result: dict[str, Any]) -> str:
     height, width = result["size"]
     lines = [_circumstances_line(result, f"{result['precision']}, {result['batch_size']} images of {height}x{width}")]
     for row in result["rows"]:
+        low, high = row["step_ms_quartiles"]
+        share = row["gflop_per_second"] / row["product_gflop_per_second"]
         lines += [
             "",
-            f"ratio {row['ratio']:g}, {row['points']} points per image",
-            f"{'part':<32}{'ms':>10}{'backward':>10}{'share':>8}",
+            f"ratio {row['ratio']:g}, {row['points']} points per image, {row['repeats']} steps",
+            f"step           {row['step_ms']:9.1f} ms   quartiles {low:.1f} to {high:.1f}, "
+            f"{row['images_per_second']:.1f} images/s",
         ]
-        for part in row["parts"]:
-            backward = f"{part['backward_ms']:.2f}" if part["backward_ms"] else "-"
-            lines.append(f"{part['part']:<32}{part['ms']:>10.2f}{backward:>10}{part['share']:>8.1%}")
-        low, high = row["step_ms_quartiles"]
+        if "speedup" in row:
+            lines.append(f"as published   {row['published_ms']:9.1f} ms   {row['speedup']:.2f} times as long")
         lines += [
-            f"{'sum of parts':<32}{row['sum_of_parts_ms']:>10.2f}",
-            f"{'whole step, uninstrumented':<32}{row['step_ms']:>10.2f}   "
-            f"quartiles {low:.2f} to {high:.2f}, {row['repeats']} repeats",
-            f"{'images/s':<32}{row['images_per_second']:>10.2f}",
-            f"{'peak memory, MB':<32}{row['peak_memory_bytes'] / 1e6:>10.1f}",
+            f"rate           {row['gflop_per_second']:9.1f} GFLOP/s   {share:.0%} of a matrix product's "
+            f"{row['product_gflop_per_second']:.1f}",
+            f"peak memory    {row['peak_memory_bytes'] / 1e6:9.1f} MB",
+            *(f"  {part:<26}{spent:7.1f} ms" for part, spent in row["parts"].items()),
         ]
     return "\n".join(lines)
 
@@ -112,6 +114,7 @@ def operator_table(result: dict[str, Any]) -> str:
     lines += [
         f"{row['op']:<12}{row['size']:>5}{row['ratio']:>7g}{row['ms']:>10.2f}  {row['baseline']:<34}"
         f"{row['baseline_ms']:>10.2f}{row['speedup']:>8.1f}x{row['max_error']:>11.1e}"
+        + ("  slower" if row["speedup"] < _SLOWER else "")
         for row in result["rows"]
     ]
     lines += [
@@ -142,6 +145,6 @@ def sampling_table(result: dict[str, Any]) -> str:
 
 def _circumstances_line(result: dict[str, Any], setting: str) -> str:
     return (
-        f"{result['device']}, {result['threads']} threads, torch {result['torch']}, {setting}, {result['date']}, "
-        f"commit {result['commit']}"
+        f"{result['device']}, {result['instructions'] or 'GPU'}, {result['threads']} threads, torch {result['torch']}, "
+        f"{setting}, {result['date']}, commit {result['commit']}"
     )

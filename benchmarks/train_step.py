@@ -1,46 +1,40 @@
-"""Time a training step of stage one, whole and by part.
+"""Time a training step of stage one, beside the step as published and a large matrix product.
 
-    python benchmarks/train_step.py --config configs/ffhq_256_config.py --ratios=1,0.5,0.25,0.125 --json=PATH
+    python benchmarks/train_step.py --config configs/tiny_config.py --ratios=1,0.5,0.25,0.125 --json=PATH
 
-Data are random images that are already in memory; reading images is not measured. The whole step is what
-`Trainer.train_step` takes, from an idle device to an idle device. The parts are taken from further, instrumented steps:
-a clock (benchmarks/part_clock.py) is switched where a part begins and ends, in the backward pass by marks in the graph,
-so that the parts add up to those steps and their sum beside the whole shows what the instruments cost. "Other of
-networks and loss" is linears, embeddings, gathers of points, noise, loss and the way back through them; "rest of the
-step" is seeding, copying the batch to the device and summing up what is logged.
+Everything takes turns in one process, so that drifts of the machine hit all alike; times are medians. Data are random
+images in memory: reading images is not measured. The step is what `Trainer.train_step` takes, from an idle device to an
+idle device. A step that updates the averaged weights counts once in train.ema_update_every.
 
-All ratios and both kinds of step take turns with one set of weights, so that drifts of the machine hit all alike.
-Times are medians; a step that updates the averaged weights counts once in train.ema_update_every. Peak memory is
-that of uninstrumented steps: allocated on a GPU; on a CPU the growth of the resident set since before the networks
-were built, ratios in ascending order because the process may hold on to memory of an earlier one.
+    as published    benchmarks/published.py: the authors' computation with copies of the same networks
+    rate            multiply-adds of convolutions and linear layers (attention and sparse convolutions are not counted),
+                    times two, by the time of the step; beside it that of a 2048 × 2048 matrix product
+    peak memory     of a step: allocated on a GPU; on a CPU the growth of the resident set
+    parts           where one further step spends its time, by kind of operator, from PyTorch's profiler
 """
 
-import contextlib
 import dataclasses
 import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from absl import flags
-from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
-import models.coarse_nodes
-import training.image_stage
-from benchmarks.part_clock import BACKWARD, OUTSIDE, Part, PartClock
+from benchmarks.published import PublishedStep
 from benchmarks.report import circumstances, peak_memory, reset_peak_memory, step_table
 from configs.flags import Command, readable_errors
 from configs.schema import ImageConfig
-from diffusion.mollifier import Mollifier
 from training.files import write_json
 from training.image_stage import ImageStage
 from training.precision import Precision, pick_device
@@ -50,24 +44,23 @@ from training.trainer import Trainer
 FLAGS = flags.FLAGS
 flags.DEFINE_string("ratios", None, "parts of the lattice seen, e.g. 1,0.5,0.25; default: mc_integral.q_sample points")
 flags.DEFINE_integer("repeats", 20, "timed steps of each kind; at least train.ema_update_every", lower_bound=1)
-flags.DEFINE_integer("warmup", 3, "steps before, for each ratio", lower_bound=1)
+flags.DEFINE_integer("warmup", 8, "steps before, for each ratio", lower_bound=1)
+flags.DEFINE_bool("published", True, "time the step as published too")
 flags.DEFINE_string("json", None, "file for the result; default: none, the table on standard output alone")
 
-OTHER = "other of networks and loss"
-_NETWORK_PARTS = ("sparse plan", "sparse convolutions", "sparse norms and MLPs", "k-NN", "points to grid", "grid U-Net")
-PARTS = (
-    "coordinates",
-    "mollifier",
-    *(f"encoder {part}" for part in _NETWORK_PARTS),
-    *(f"denoiser {part}" for part in _NETWORK_PARTS),
-    "denoiser grid to points",
-    OTHER,
-    "gradient clipping",
-    "optimiser",
-    "averaged weights",
-    OUTSIDE.name,
-)
+# Kinds of operators by what their names hold, first match; whatever is left is "other".
+PARTS = {
+    "convolutions": ("conv2d", "convolution", "cudnn"),
+    "linear layers": ("addmm", "::mm", "::bmm", "gemm", "linear"),
+    "attention": ("attention", "flash", "softmax"),
+    "sparse convolutions": ("infty_diff::depthwise", "infty_diff_depthwise", "lattice_kernel"),
+    "norms, GELU and products": ("norm", "gelu", "addcmul", "::mul", "::add", "infty_diff"),
+    "dropout": ("bernoulli", "dropout"),
+    "optimiser": ("adam", "lerp", "foreach"),
+    "interpolation": ("embedding_bag", "index_select", "sort", "searchsorted", "gather", "scatter"),
+}
 _INPUT_SETS = 4  # batches taken in turn, so that no cache holds the data of the next step
+_PRODUCT = 2048  # side of the matrices
 
 
 class RandomImages:
@@ -121,59 +114,6 @@ def build_trainer(config: ImageConfig, precision: Precision) -> Trainer:
         return Trainer(config, stage, RunDir(nowhere, resume=False), precision)
 
 
-@contextlib.contextmanager
-def instrumented(trainer: Trainer, clock: PartClock) -> Iterator[None]:
-    """Let `clock` follow the steps of a trainer; afterwards everything is as before."""
-    stage = trainer.stage
-    with contextlib.ExitStack() as patches:
-
-        def replace(owner: Any, attribute: str, stand_in: Any) -> None:
-            patches.enter_context(mock.patch.object(owner, attribute, stand_in))
-
-        def time(owner: Any, attribute: str, name: str) -> None:
-            replace(owner, attribute, clock.timed(name, getattr(owner, attribute)))
-
-        def time_both_ways(module: nn.Module, name: str) -> None:
-            replace(module, "forward", clock.timed_both_ways(name, module.forward))
-
-        def time_gather(attribute: str, making: str, name: str) -> None:
-            make = clock.timed(making, getattr(models.coarse_nodes, attribute))
-            replace(models.coarse_nodes, attribute, lambda *args: clock.timed_both_ways(name, make(*args)))
-
-        for name, network in stage.modules.items():
-            for block in [*network.down_blocks, *getattr(network, "up_blocks", [])]:
-                convolution = clock.timed_both_ways("{} sparse convolutions", block.backend.conv)
-                replace(block, "backend", SimpleNamespace(conv=convolution))
-                time_both_ways(block, "{} sparse norms and MLPs")
-            time_both_ways(network.grid, "{} grid U-Net")
-            time(network, "plan", "{} sparse plan")
-            replace(network, "forward", clock.within(name, network.forward))
-
-        time_gather("points_to_grid", "{} k-NN", "{} points to grid")
-        time_gather("grid_to_points", "{} grid to points", "{} grid to points")
-        time(training.image_stage, "draw_points", "coordinates")
-        time(Mollifier, "__call__", "mollifier")
-        time(stage, "loss", OTHER)
-        time(nn.utils, "clip_grad_norm_", "gradient clipping")
-        time(trainer.optimizer, "zero_grad", "optimiser")
-        for method in ("unscale_", "step", "update"):
-            time(trainer.scaler, method, "optimiser")
-        time(trainer.ema, "update", "averaged weights")
-        replace(torch.Tensor, "backward", _timed_backward(clock))
-        yield
-
-
-def _timed_backward(clock: PartClock) -> Any:
-    backward, part = torch.Tensor.backward, Part(OTHER, BACKWARD)
-
-    def timed(loss: torch.Tensor) -> None:
-        clock.enter(part)
-        backward(loss)
-        clock.leave(part)
-
-    return timed
-
-
 class StepTimer:
     """Runs steps of one trainer at several numbers of points per image.
 
@@ -181,24 +121,35 @@ class StepTimer:
     """
 
     def __init__(self, config: ImageConfig, precision: Precision) -> None:
-        self.config, self.trainer = config, build_trainer(config, precision)
-        self.clock = PartClock(precision.device)
+        self.config, self.trainer, self.device = config, build_trainer(config, precision), precision.device
         images, batch_size = self.trainer.stage.train_set, config.train.batch_size
         self.batches = [
             torch.stack([images[first + i] for i in range(batch_size)]) for first in range(0, len(images), batch_size)
         ]
-        if precision.device.type == "cuda":
+        if self.device.type == "cuda":
             self.batches = [batch.pin_memory() for batch in self.batches]
 
-    def step(self, number: int, count: int, by_part: bool) -> dict[Part, float]:
-        """Milliseconds by part, or all in one part, of step `number` with `count` points per image."""
+    def batch(self, number: int) -> torch.Tensor:
+        return self.batches[number % len(self.batches)]
+
+    def step(self, number: int, count: int) -> None:
+        """Step `number` with `count` points per image."""
         integral = dataclasses.replace(self.config.mc_integral, q_sample=count)
         self.trainer.stage.config = dataclasses.replace(self.config, mc_integral=integral)
         self.trainer.step = number  # of which coordinates, times, noise and the update of the averages follow
-        with instrumented(self.trainer, self.clock) if by_part else contextlib.nullcontext():
-            self.clock.begin()
-            self.trainer.train_step(self.batches[number % len(self.batches)])
-            return self.clock.end()
+        self.trainer.train_step(self.batch(number))
+
+    def milliseconds(self, call: Callable[[], object]) -> float:
+        """From an idle device to an idle device."""
+        self._wait()
+        start = time.perf_counter()
+        call()
+        self._wait()
+        return (time.perf_counter() - start) * 1e3
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def check(self) -> None:
         """Raises FloatingPointError unless the loss is finite and every parameter has a finite gradient.
@@ -224,7 +175,31 @@ class StepTimer:
         return typical + (statistics.median(updating) - typical) / every
 
 
-def measure(config: ImageConfig, precision: Precision, counts: list[int], warmup: int, repeats: int) -> list[dict]:
+
+    def flops(self, count: int) -> int:
+        """Those of convolutions and matrix products in a step."""
+        with FlopCounterMode(display=False) as counter:
+            self.step(0, count)
+        return counter.get_total_flops()
+
+    def parts(self, count: int) -> dict[str, float]:
+        """Milliseconds of one step by kind of operator, the most first."""
+        activity = ProfilerActivity.CUDA if self.device.type == "cuda" else ProfilerActivity.CPU
+        with profile(activities=[activity]) as recorded:
+            self.step(0, count)
+            self._wait()
+        spent: dict[str, float] = defaultdict(float)
+        for event in recorded.key_averages():
+            name = event.key.lower()
+            part = next((part for part, words in PARTS.items() if any(word in name for word in words)), "other")
+            microseconds = event.self_device_time_total if self.device.type == "cuda" else event.self_cpu_time_total
+            spent[part] += microseconds / 1e3
+        return dict(sorted(spent.items(), key=lambda item: -item[1]))
+
+
+def measure(
+    config: ImageConfig, precision: Precision, counts: list[int], warmup: int, repeats: int, published: bool = True
+) -> list[dict[str, Any]]:
     """One row of results for every number of points per image, in the order of `counts`, which is ascending.
 
     Raises FloatingPointError as `StepTimer.check`.
@@ -234,47 +209,54 @@ def measure(config: ImageConfig, precision: Precision, counts: list[int], warmup
     before = 0 if device.type == "cuda" else peak_memory(device)
     timer, peaks = StepTimer(config, precision), {}
     for count in counts:
-        timer.step(0, count, by_part=False)  # allocates what lasts: gradients, moments, tables
+        timer.step(0, count)  # allocates what lasts: gradients, moments, tables
         timer.check()
         reset_peak_memory(device)
         for number in range(warmup):
-            timer.step(number, count, by_part=False)
+            timer.step(number, count)
         peaks[count] = peak_memory(device) - before
-        timer.step(0, count, by_part=True)
+    factors = torch.randn(2, _PRODUCT, _PRODUCT, device=device, dtype=precision.dtype or torch.float32)
+    theirs = {count: PublishedStep(timer.trainer.stage, count) for count in counts if published}
+
+    def calls(count: int, number: int) -> dict[str, Callable[[], object]]:
+        ways = {"ours": lambda: timer.step(number, count), "product": lambda: factors[0] @ factors[1]}
+        if published:
+            ways["as published"] = lambda: theirs[count](timer.batch(number), number)
+        return ways
 
     repeats = max(repeats, config.train.ema_update_every)
-    whole: dict[int, list[float]] = {count: [] for count in counts}
-    parts: dict[int, list[dict[Part, float]]] = {count: [] for count in counts}
-    for number in range(repeats):
+    times = {count: {name: [] for name in calls(count, 0)} for count in counts}
+    for number in range(-min(warmup, 3), repeats):
         for count in counts:
-            whole[count].append(sum(timer.step(number, count, by_part=False).values()))
-            parts[count].append(timer.step(number, count, by_part=True))
+            for name, call in calls(count, max(number, 0)).items():
+                spent = timer.milliseconds(call)
+                if number >= 0:
+                    times[count][name].append(spent)
     timer.check()
-    return [_row(timer, count, whole[count], parts[count], peaks[count]) for count in counts]
+    return [_row(timer, count, times[count], peaks[count]) for count in counts]
 
 
-def _row(timer: StepTimer, count: int, whole: list[float], steps: list[dict[Part, float]], peak: int) -> dict:
-    def typical(part: Part) -> float:
-        return timer.per_step([step.get(part, 0.0) for step in steps])
-
-    backward = {name: typical(Part(name, BACKWARD)) for name in PARTS}
-    total = {name: typical(Part(name)) + backward[name] for name in PARTS}
-    step_ms, of_parts, batch_size = timer.per_step(whole), sum(total.values()), timer.config.train.batch_size
-    low, _, high = statistics.quantiles(whole, n=4) if len(whole) > 1 else whole * 3
-    return {
+def _row(timer: StepTimer, count: int, times: dict[str, list[float]], peak: int) -> dict[str, Any]:
+    step_ms, flops = timer.per_step(times["ours"]), timer.flops(count)
+    low, _, high = statistics.quantiles(times["ours"], n=4) if len(times["ours"]) > 1 else times["ours"] * 3
+    rate, product = flops / step_ms / 1e6, 2 * _PRODUCT**3 / statistics.median(times["product"]) / 1e6
+    row = {
         "ratio": count / math.prod(timer.config.size),
         "points": count,
         "step_ms": step_ms,
         "step_ms_quartiles": [low, high],
-        "sum_of_parts_ms": of_parts,
-        "images_per_second": 1e3 * batch_size / step_ms,
+        "images_per_second": 1e3 * timer.config.train.batch_size / step_ms,
         "peak_memory_bytes": peak,
-        "repeats": len(whole),
-        "parts": [
-            {"part": name, "ms": total[name], "backward_ms": backward[name], "share": total[name] / of_parts}
-            for name in PARTS
-        ],
+        "repeats": len(times["ours"]),
+        "gflop": flops / 1e9,
+        "gflop_per_second": rate,
+        "product_gflop_per_second": product,
+        "parts": timer.parts(count),
     }
+    if "as published" in times:
+        published = timer.per_step(times["as published"])
+        row |= {"published_ms": published, "speedup": published / step_ms}
+    return row
 
 
 def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
@@ -286,7 +268,7 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
             raise ValueError(f"--json={path}: accepted: a file in a folder that exists")
         precision = Precision.create(pick_device(config.run.device), config.train.amp, config.train.amp_dtype)
         result = {"benchmark": "train_step", **circumstances(config, precision), "warmup": FLAGS.warmup}
-        result["rows"] = measure(config, precision, counts, FLAGS.warmup, FLAGS.repeats)
+        result["rows"] = measure(config, precision, counts, FLAGS.warmup, FLAGS.repeats, FLAGS.published)
         if path:
             write_json(path, result)
     print(step_table(result))

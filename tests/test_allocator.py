@@ -11,7 +11,7 @@ FAULTS = """
 import resource, torch
 from training.precision import pick_device
 {choice}
-for _ in range(5):
+for _ in range(30):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(1 << 24)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before

@@ -1,17 +1,16 @@
-"""The benchmark of a training step: its clock, its command, and that it measures the step that trains."""
+"""The benchmarks: their commands, and that they measure what trains and samples."""
 
 import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.part_clock import BACKWARD, OUTSIDE, Part, PartClock
-from benchmarks.train_step import PARTS, StepTimer, instrumented, point_counts
+from benchmarks.published import PublishedStep
+from benchmarks.train_step import PARTS, StepTimer, point_counts
 from configs.flags import apply_overrides, load_config
 from configs.schema import ImageConfig
 from configs.validate import freeze
@@ -24,7 +23,6 @@ SMALL = {
     "model.uno_base_channels": "4", "model.uno_mults": "(1,2)", "model.uno_blocks_per_level": "(1,1)",
     "model.uno_attn_resolutions": "(2,)", "model.z_dim": "8", "model.time_emb_dim": "8",
 }  # fmt: skip
-FORWARD_ONLY = {"coordinates", "mollifier", "gradient clipping", "optimiser", "averaged weights", OUTSIDE.name}
 
 
 def small_config() -> ImageConfig:
@@ -40,65 +38,6 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
-class Slow(torch.autograd.Function):
-    """The identity, which sleeps 20 ms on the way there and 40 ms on the way back."""
-
-    @staticmethod
-    def forward(ctx, x):
-        time.sleep(0.02)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        time.sleep(0.04)
-        return gradient
-
-
-def test_clock_gives_sleep_to_the_part_that_sleeps():
-    clock = PartClock(torch.device("cpu"))
-    inner = clock.timed_both_ways("{} inner", Slow.apply)
-    outer = clock.timed_both_ways("{} outer", lambda x: 2 * Slow.apply(inner(3 * x)))
-    network = clock.within("net", outer)
-    x = torch.ones(3, requires_grad=True)
-    clock.begin()
-    (network(x) + Slow.apply(x)).sum().backward()
-    spent = clock.end()
-    assert torch.equal(x.grad, torch.full((3,), 7.0))
-    expected = {"net inner": (20, 40), "net outer": (20, 40), OUTSIDE.name: (60, 0)}
-    assert set(spent) == {Part(name, d) for name in expected for d in ("forward", BACKWARD)} - {
-        Part(OUTSIDE.name, BACKWARD)
-    }
-    for part, milliseconds in spent.items():  # a sleep charged to a wrong part is missing from the right one
-        assert milliseconds >= expected[part.name][part.direction == BACKWARD]
-
-
-def test_clock_refuses_parts_that_do_not_nest():
-    clock = PartClock(torch.device("cpu"))
-    clock.begin()
-    clock.enter(Part("a"))
-    with pytest.raises(RuntimeError, match="'a'"):
-        clock.end()
-    with pytest.raises(RuntimeError, match="'b'"):
-        clock.leave(Part("b"))
-
-
-def test_instruments_change_nothing():
-    """A step under the clock gives the weights of a plain step to the last bit, and leaves the trainer as it was."""
-    config, precision = small_config(), Precision(torch.device("cpu"), None)
-    plain, timed = StepTimer(config, precision), StepTimer(config, precision)
-    for number in range(2):
-        plain.step(number, 40, by_part=False)
-        timed.step(number, 40, by_part=True)
-    for name, module in plain.trainer.stage.modules.items():
-        other = timed.trainer.stage.modules[name]
-        assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters()))
-    patched = (torch.Tensor.backward, torch.nn.utils.clip_grad_norm_)
-    with instrumented(timed.trainer, timed.clock):
-        assert torch.Tensor.backward is not patched[0]
-    assert (torch.Tensor.backward, torch.nn.utils.clip_grad_norm_) == patched
-    assert all("forward" not in vars(module) for module in timed.trainer.stage.modules["denoiser"].modules())
-
-
 def test_updates_of_the_averages_count_by_their_frequency():
     timer = StepTimer(small_config(), Precision(torch.device("cpu"), None))  # an update every second step
     assert timer.per_step([1.0, 5.0, 1.0, 7.0, 3.0]) == 0.5 * 1.0 + 0.5 * 6.0
@@ -106,32 +45,40 @@ def test_updates_of_the_averages_count_by_their_frequency():
 
 def test_check_names_a_parameter_without_gradient():
     timer = StepTimer(small_config(), Precision(torch.device("cpu"), None))
-    timer.step(0, 40, by_part=False)
+    timer.step(0, 40)
     timer.check()
     timer.trainer.stage.modules["encoder"].linear_in.bias.grad = None
     with pytest.raises(FloatingPointError, match=r"encoder\.linear_in\.bias"):
         timer.check()
 
 
-def test_command_times_every_part(tmp_path):
+def test_command_times_a_step_beside_the_published_one(tmp_path):
     path = tmp_path / "result.json"
     done = run_command("--ratios=1,0.25", "--repeats=2", "--warmup=1", f"--json={path}")
     assert done.returncode == 0, done.stderr
     result = json.loads(path.read_text())
     assert result["size"] == [12, 10] and result["config"]["model"]["nf"] == 4
-    assert {"date", "commit", "device", "torch", "threads", "precision", "batch_size"} <= set(result)
+    fields = {"date", "commit", "device", "instructions", "torch", "threads", "precision", "batch_size"}
+    assert fields <= set(result)
     assert [row["points"] for row in result["rows"]] == [30, 120]
     for row in result["rows"]:
-        assert tuple(part["part"] for part in row["parts"]) == PARTS
         assert row["images_per_second"] == pytest.approx(2 / (row["step_ms"] / 1e3))
-        assert row["peak_memory_bytes"] > 0
-        assert sum(part["share"] for part in row["parts"]) == pytest.approx(1)
-        for part in row["parts"]:
-            assert part["part"] in done.stdout
-            drawn = part["part"] != "coordinates" or row["points"] < 120  # the whole lattice needs no drawing
-            assert part["ms"] > part["backward_ms"] >= 0 or not drawn
-            one_way = part["part"] in FORWARD_ONLY or part["part"].endswith((" plan", " k-NN"))
-            assert (part["backward_ms"] > 0) != one_way
+        assert row["speedup"] == pytest.approx(row["published_ms"] / row["step_ms"])
+        assert row["gflop_per_second"] == pytest.approx(1e3 * row["gflop"] / row["step_ms"])
+        assert row["peak_memory_bytes"] > 0 and row["product_gflop_per_second"] > 0
+        assert {"convolutions", "linear layers"} <= set(row["parts"]) <= {*PARTS, "other"}
+        assert all(part in done.stdout for part in row["parts"])
+    assert done.stdout.count("times as long") == 2
+
+
+def test_the_published_step_trains():
+    """Its loss falls on one batch, and the networks it copied stay as they are."""
+    timer = StepTimer(small_config(), Precision(torch.device("cpu"), None))
+    before = {name: p.clone() for name, p in timer.trainer.stage.modules["denoiser"].named_parameters()}
+    step = PublishedStep(timer.trainer.stage, 60)
+    losses = [step(timer.batch(0), number) for number in range(60)]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert all(torch.equal(before[n], p) for n, p in timer.trainer.stage.modules["denoiser"].named_parameters())
 
 
 @pytest.mark.parametrize("ratios", ["", "1,", "half", "0", "-0.5", "1.5", "nan", "0.01", "0.5,0.5"])
@@ -171,9 +118,10 @@ def test_operators_are_compared_with_what_they_replace(operators):
     assert all(fields <= row.keys() for row in rows)
     of = {op: [row for row in rows if row["op"] == op] for op in ("conv", "block", "knn", "mollifier", "coordinates")}
     assert {op: len(some) for op, some in of.items()} == {
-        "conv": 4, "block": 8, "knn": 4, "mollifier": 2, "coordinates": 2,
+        "conv": 4, "block": 12, "knn": 4, "mollifier": 2, "coordinates": 2,
     }  # fmt: skip
-    assert {row["baseline"].split(":")[0] for row in of["block"]} == {"dense masked", "as published"}
+    assert {row["baseline"].split(":")[0] for row in of["block"]} == {"dense masked", "as published", "torch_dense"}
+    assert printed.count("slower") == sum(row["speedup"] < 1 / 1.1 for row in rows)
     assert {row["backend"] for row in of["conv"]} == {"native"}
     for row in rows:
         assert row["speedup"] == pytest.approx(row["baseline_ms"] / row["ms"])
