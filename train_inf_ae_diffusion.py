@@ -12,12 +12,11 @@ images of each step. A run may be continued with another number of GPUs.
 
 from typing import Any
 
-import torch
-
 from configs.flags import Command, readable_errors
 from configs.processes import Processes
 from configs.schema import ImageConfig
 from data.datasets import open_dataset
+from diffusion.random import Purpose, seed_global
 from training.image_stage import ImageStage
 from training.precision import Precision, pick_device
 from training.run_dir import RunDir
@@ -30,8 +29,8 @@ def main(configs: dict[str, Any], _: dict[str, list[str]], processes: Processes)
         precision = Precision.create(pick_device(config.run.device), config.train.amp, config.train.amp_dtype)
         run_dir = RunDir(config, resume=config.train.load_checkpoint)
         train_set = open_dataset(config.data, "train")
-        val_set = open_dataset(config.data, "val") if config.data.val_ratio else train_set
-        torch.manual_seed(config.run.seed)  # the initial weights
+        val_set = open_dataset(config.data, "val") if config.data.val_ratio else None
+        seed_global(config.run.seed, Purpose.WEIGHTS)
         stage = ImageStage(config, train_set, val_set, precision, processes)
         Trainer(config, stage, run_dir, precision, processes).run()
 

@@ -13,11 +13,10 @@ train.batch_size latents of each step. A run may be continued with another numbe
 
 from typing import Any
 
-import torch
-
 from configs.flags import Command, readable_errors
 from configs.processes import Processes
 from configs.schema import ImageConfig, LatentConfig
+from diffusion.random import Purpose, seed_global
 from generation.encodings import load_or_encode
 from generation.infty_diff import InftyDiff
 from training.latent_stage import LatentStage
@@ -35,7 +34,7 @@ def main(configs: dict[str, Any], overridden: dict[str, list[str]], processes: P
         given = configs["decoder_config"], overridden["decoder_config"]
         decoder = InftyDiff.from_runs(image_run, device=config.run.device, given=given)
         latents = load_or_encode(decoder, decoder.config.data, image_run, processes)
-        torch.manual_seed(config.run.seed)  # the initial weights
+        seed_global(config.run.seed, Purpose.WEIGHTS)
         stage = LatentStage(config, latents, decoder, precision, processes)
         Trainer(config, stage, run_dir, precision, processes).run()
 

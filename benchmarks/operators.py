@@ -35,6 +35,7 @@ from benchmarks.interleaved import Timing, interleaved
 from benchmarks.report import machine, operator_table
 from diffusion.coordinates import CONVENTIONS, Points, scatter_points
 from diffusion.mollifier import Mollifier
+from diffusion.random import Purpose, seed_global, stream
 from diffusion.subsets import draw_points
 from models.neighbours import nearest_points
 from models.operators import BACKENDS, get_backend
@@ -82,7 +83,7 @@ def require_small(op: str, error: float, limit: float) -> float:
 def drawn_points(setting: Setting, size: int, ratio: float) -> Points:
     if ratio == 1:
         return Points((size, size))
-    generator = torch.Generator(setting.device).manual_seed(0)
+    generator = stream(0, Purpose.BENCHMARK, device=setting.device)
     return draw_points("uniform", generator, setting.batch, (size, size), int(size**2 * ratio), setting.device)
 
 
@@ -225,7 +226,7 @@ def coordinates_row(setting: Setting, size: int, ratio: float) -> Row | None:
     if ratio == 1:
         return None
     count, batch, device = int(size**2 * ratio), setting.batch, setting.device
-    generator = torch.Generator(device).manual_seed(0)
+    generator = stream(0, Purpose.BENCHMARK, device=device)
 
     def ours(_: int) -> torch.Tensor:
         return draw_points("uniform", generator, batch, (size, size), count, device).index
@@ -293,7 +294,7 @@ def main() -> None:
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     batch = arguments.batch or (32 if device.type == "cuda" else 4)
     setting = Setting(device, dtype, batch, arguments.channels, arguments.backend, arguments.repeats)
-    torch.manual_seed(0)
+    seed_global(0, Purpose.BENCHMARK, device=device)
     cases = itertools.product(arguments.ops, arguments.sizes, arguments.ratios)
     rows = [row for op, size, ratio in cases for row in measure(setting, op, size, ratio)]
     cases = itertools.product(arguments.ops, arguments.ratios)

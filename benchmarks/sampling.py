@@ -26,6 +26,7 @@ from benchmarks.report import circumstances, peak_memory, reset_peak_memory, sam
 from configs.flags import Command, readable_errors
 from configs.schema import ImageConfig
 from diffusion.conditioning import Known
+from diffusion.random import Purpose, seed_global, stream
 from generation.folder import parse_size
 from generation.infty_diff import InftyDiff
 from models.factory import build_denoiser, for_evaluation
@@ -46,7 +47,7 @@ _LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2
 
 def networks(config: ImageConfig, backends: list[str], device: torch.device) -> list[SparseUNet]:
     """The same random denoiser on each back end; they share their weights."""
-    torch.manual_seed(config.run.seed)
+    seed_global(config.run.seed, Purpose.WEIGHTS)
     made: list[SparseUNet] = []
     for backend in backends:
         model = dataclasses.replace(config.model, backend=backend)
@@ -62,7 +63,7 @@ def evaluation(
     network: SparseUNet, config: ImageConfig, size: tuple[int, int], batch: int, precision: Precision, guided: bool
 ) -> Callable[[int], torch.Tensor]:
     """An evaluation as samplers make it, halfway through 100 steps, at random states and latents of the lattice."""
-    device, generator = precision.device, torch.Generator().manual_seed(0)
+    device, generator = precision.device, stream(0, Purpose.BENCHMARK)
     x = torch.randn(batch, config.data.channels, *size, generator=generator).to(device)
     z = torch.randn(batch, config.model.z_dim, generator=generator).to(device)
     step = torch.full((batch,), 50, device=device)

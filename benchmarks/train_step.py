@@ -35,6 +35,7 @@ from benchmarks.published import PublishedStep
 from benchmarks.report import circumstances, peak_memory, reset_peak_memory, step_table
 from configs.flags import Command, readable_errors
 from configs.schema import ImageConfig
+from diffusion.random import Purpose, seed_global, stream
 from training.files import write_json
 from training.image_stage import ImageStage
 from training.precision import Precision, pick_device
@@ -75,7 +76,7 @@ class RandomImages:
         return self.count
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(i)
+        generator = stream(0, Purpose.BENCHMARK, i)
         return torch.randint(0, 256, (self.channels, *self.size), dtype=torch.uint8, generator=generator)
 
 
@@ -107,7 +108,7 @@ def point_counts(config: ImageConfig, ratios: str | None) -> list[int]:
 def build_trainer(config: ImageConfig, precision: Precision) -> Trainer:
     """A trainer on random images, of which nothing is written to disk."""
     images = RandomImages(config.train.batch_size * _INPUT_SETS, config.data.channels, config.size)
-    torch.manual_seed(config.run.seed)
+    seed_global(config.run.seed, Purpose.WEIGHTS)
     stage = ImageStage(config, images, images, precision)
     with tempfile.TemporaryDirectory() as empty:
         nowhere = dataclasses.replace(config, run=dataclasses.replace(config.run, root_dir=empty))
@@ -157,7 +158,7 @@ class StepTimer:
         With a loss scaler gradients may overflow: it then lowers the scale.
         """
         may_overflow = self.trainer.scaler.is_enabled()
-        loss = self.trainer.means.sums["loss"].item()
+        loss = self.trainer.means.read()["loss"]
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}; times of such a step mean nothing")
         for network, module in self.trainer.stage.modules.items():

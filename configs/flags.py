@@ -64,7 +64,8 @@ class Command:
             logging.basicConfig(level=level, format="%(message)s", force=True)
             if flags.FLAGS.dry_run:
                 if processes.is_first:
-                    print(json.dumps({name: asdict(config) for name, config in self.configs.items()}, indent=2))
+                    plain = {name: asdict(config) for name, config in self.configs.items()}
+                    print(json.dumps(plain, indent=2, allow_nan=False))
                 return
             try:
                 main(self.configs, self.overridden, processes=processes)

@@ -20,12 +20,15 @@ def option(
     low: float | None = None,
     high: float | None = None,
     derived: str | None = None,
+    shapes: bool = False,
 ) -> Any:
     """Declare one field: default, one-line meaning, and accepted values (choices, or bounds included).
 
-    `derived` is the rule shown in the help of a field whose default follows from other fields.
+    `derived` is the rule shown in the help of a field whose default follows from other fields. `shapes` says that
+    networks, process or data, or what is minimised, would be others with another value: it cannot change when a run is
+    continued or used, where all other fields can.
     """
-    rule = {"doc": doc, "choices": choices, "low": low, "high": high, "derived": derived}
+    rule = {"doc": doc, "choices": choices, "low": low, "high": high, "derived": derived, "shapes": shapes}
     return field(default=default, metadata=rule)
 
 
@@ -34,7 +37,7 @@ class RunConfig:
     name: str = option("infty_diff", "project name shown by wandb")
     experiment: str = option("experiment", "name of the run: its folder under run.root_dir")
     root_dir: str = option("checkpoints", "folder in which runs are kept")
-    seed: int = option(0, "seed of initialisation, data order, coordinates and noise", low=0)
+    seed: int = option(0, "seed of initialisation, data order, coordinates and noise", low=0, shapes=True)
     device: str = option("auto", "device to run on", choices=("auto", "cpu", "cuda"))
     wandb_mode: str = option("disabled", "Weights & Biases logging", choices=("disabled", "offline", "online"))
     wandb_dir: str = option("", "folder for wandb files; empty = the run folder")
@@ -42,25 +45,28 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    name: str = option("functions", "kind of data", choices=("functions", "folder", "ffhq", "celeba", "churches"))
+    name: str = option(
+        "functions", "kind of data", choices=("functions", "folder", "ffhq", "celeba", "churches"), shapes=True
+    )
     root_dir: str = option("", "folder, zip or LMDB of the images; unused for procedural functions")
-    img_size: int = option(256, "height of the training lattice in pixels", low=4)
-    img_width: int = option(256, "width of the training lattice in pixels", low=4, derived="data.img_size")
-    channels: int = option(3, "image channels", choices=(1, 3, 4))
+    img_size: int = option(256, "height of the training lattice in pixels", low=4, shapes=True)
+    img_width: int = option(256, "width of the training lattice in pixels", low=4, derived="data.img_size", shapes=True)
+    channels: int = option(3, "image channels", choices=(1, 3, 4), shapes=True)
     random_flip: bool = option(True, "mirror training images at random")
     split: str = option(
         "published",
         "training and validation images: as published, else by a hash of the names; authors = for ffhq, the first "
         "1 - val_ratio of the sorted names are for training",
         choices=("published", "authors"),
+        shapes=True,
     )
-    val_ratio: float = option(0.05, "part held out where no published split exists", low=0.0, high=0.9)
+    val_ratio: float = option(0.05, "part held out where no published split exists", low=0.0, high=0.9, shapes=True)
     on_error: str = option("raise", "what to do with a corrupt or too small image", choices=("raise", "skip"))
     in_memory: str = option("auto", "keep decoded images in memory", choices=("auto", "always", "never"))
     memory_gb: float = option(8.0, "largest decoded data set kept in memory when in_memory=auto", low=0.0)
     num_workers: int = option(4, "decoding processes when images are not kept in memory", low=0)
-    num_images: int = option(4096, "number of procedural functions", low=1)
-    seed: int = option(0, "seed of the procedural functions", low=0)
+    num_images: int = option(4096, "number of procedural functions", low=1, shapes=True)
+    seed: int = option(0, "seed of the procedural functions", low=0, shapes=True)
     fid_samples: int = option(50000, "number of samples for FID", low=1)
 
 
@@ -90,6 +96,13 @@ class TrainConfig:
         choices=("auto", "off", "default", "reduce-overhead", "max-autotune"),
     )
     recompute: bool = option(False, "keep no activations inside residual blocks: less memory, a third more arithmetic")
+    init_from: str = option("", "folder of a run whose averaged weights a new run starts from", shapes=True)
+
+
+@dataclass(frozen=True)
+class ImageTrainConfig(TrainConfig):
+    val_loss_steps: int = option(5000, "steps between losses on held-out images; 0 = never", low=0)
+    val_images: int = option(512, "held-out images, at most, of which the loss is computed", low=1)
 
 
 @dataclass(frozen=True)
@@ -102,21 +115,23 @@ class LatentTrainConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    nf: int = option(64, "channels of the sparse level", low=1)
-    time_emb_dim: int = option(256, "width of the time embedding", low=4)
-    num_conv_blocks: int = option(3, "sparse blocks on the way in, and on the way out", low=1)
+    nf: int = option(64, "channels of the sparse level", low=1, shapes=True)
+    time_emb_dim: int = option(256, "width of the time embedding", low=4, shapes=True)
+    num_conv_blocks: int = option(3, "sparse blocks on the way in, and on the way out", low=1, shapes=True)
     downsampling: str = option(
         "grid",
         "from points to the nodes of the U-Net: interpolation to a grid, or subsets of the points (Table 2)",
         choices=("grid", "random", "equidistant"),
+        shapes=True,
     )
-    knn_neighbours: int = option(3, "points averaged into a grid cell", low=1)
-    depthwise_sparse: bool = option(True, "depthwise (True) or full (False) sparse convolutions")
-    kernel_size: int = option(7, "side of the sparse kernel at the training size; odd", low=1)
+    knn_neighbours: int = option(3, "points averaged into a grid cell", low=1, shapes=True)
+    depthwise_sparse: bool = option(True, "depthwise (True) or full (False) sparse convolutions", shapes=True)
+    kernel_size: int = option(7, "side of the sparse kernel at the training size; odd", low=1, shapes=True)
     kernel: str = option(
         "linear",
         "sparse kernel: weights; conv, activation, conv (Table 2); or a network of the offset",
         choices=("linear", "nonlinear", "continuous"),
+        shapes=True,
     )
     backend: str = option("auto", "sparse operator back end; auto = the fastest of native, torch_dense")
     tile_points: int = option(
@@ -125,76 +140,87 @@ class ModelConfig:
         "more time; 0 = all",
         low=0,
     )
-    uno_res: int = option(128, "side of the grid of the inner U-Net", low=1)
-    uno_base_channels: int = option(128, "channels of the finest U-Net level", low=1)
-    uno_mults: tuple = option((1, 2, 4, 8, 8), "channel multiplier of each U-Net level")
-    uno_blocks_per_level: tuple = option((2, 2, 2, 2, 2), "residual blocks of each U-Net level")
-    uno_attn_resolutions: tuple = option((16, 8), "U-Net resolutions with attention")
-    uno_dropout_from_resolution: int = option(16, "dropout at this U-Net resolution and below", low=0)
-    uno_dropout: float = option(0.1, "dropout rate", low=0.0, high=0.99)
-    uno_conv_type: str = option("conv", "U-Net convolutions", choices=("conv", "spectral"))
-    z_dim: int = option(1024, "size of the latent", low=1)
-    learn_sigma: bool = option(False, "predict the reverse variance too")
-    sigma_small: bool = option(False, "fixed reverse variance: posterior (True) or beta (False)")
-    stochastic_encoding: bool = option(False, "encoder returns a distribution instead of a vector")
-    kld_weight: float = option(1e-4, "weight of the KL term of a stochastic encoder", low=0.0)
+    uno_res: int = option(128, "side of the grid of the inner U-Net", low=1, shapes=True)
+    uno_base_channels: int = option(128, "channels of the finest U-Net level", low=1, shapes=True)
+    uno_mults: tuple = option((1, 2, 4, 8, 8), "channel multiplier of each U-Net level", shapes=True)
+    uno_blocks_per_level: tuple = option((2, 2, 2, 2, 2), "residual blocks of each U-Net level", shapes=True)
+    uno_attn_resolutions: tuple = option((16, 8), "U-Net resolutions with attention", shapes=True)
+    uno_dropout_from_resolution: int = option(16, "dropout at this U-Net resolution and below", low=0, shapes=True)
+    uno_dropout: float = option(0.1, "dropout rate", low=0.0, high=0.99, shapes=True)
+    uno_conv_type: str = option("conv", "U-Net convolutions", choices=("conv", "spectral"), shapes=True)
+    z_dim: int = option(1024, "size of the latent", low=1, shapes=True)
+    learn_sigma: bool = option(False, "predict the reverse variance too", shapes=True)
+    sigma_small: bool = option(False, "fixed reverse variance: posterior (True) or beta (False)", shapes=True)
+    stochastic_encoding: bool = option(False, "encoder returns a distribution instead of a vector", shapes=True)
+    kld_weight: float = option(1e-4, "weight of the KL term of a stochastic encoder", low=0.0, shapes=True)
     coordinate_convention: str = option(
         "cell_centred",
         "where pixel i of n sits; reference = the authors' code",
         choices=("cell_centred", "reference", "corner_aligned"),
+        shapes=True,
     )
-    encoder_block_norm: bool = option(True, "norms in the encoder's sparse blocks; False = the authors' encoder")
+    encoder_block_norm: bool = option(
+        True, "norms in the encoder's sparse blocks; False = the authors' encoder", shapes=True
+    )
     attention: str = option("sdpa", "attention kernels", choices=("sdpa", "flash_attn"))
 
 
 @dataclass(frozen=True)
 class LatentModelConfig:
-    hid_channels: int = option(2048, "hidden width", low=1)
-    num_layers: int = option(10, "layers", low=2)
-    time_embed_dim: int = option(128, "width of the time features", low=4)
-    dropout: float = option(0.0, "dropout rate", low=0.0, high=0.99)
-    learn_sigma: bool = option(False, "predict the reverse variance too")
-    sigma_small: bool = option(False, "fixed reverse variance: posterior (True) or beta (False)")
+    hid_channels: int = option(2048, "hidden width", low=1, shapes=True)
+    num_layers: int = option(10, "layers", low=2, shapes=True)
+    time_embed_dim: int = option(128, "width of the time features", low=4, shapes=True)
+    dropout: float = option(0.0, "dropout rate", low=0.0, high=0.99, shapes=True)
+    learn_sigma: bool = option(False, "predict the reverse variance too", shapes=True)
+    sigma_small: bool = option(False, "fixed reverse variance: posterior (True) or beta (False)", shapes=True)
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    steps: int = option(1000, "diffusion steps", low=2)
-    noise_schedule: str = option("cosine", f"one of {', '.join(SCHEDULES)}")
+    steps: int = option(1000, "diffusion steps", low=2, shapes=True)
+    noise_schedule: str = option("cosine", f"one of {', '.join(SCHEDULES)}", shapes=True)
     schedule_sampler: str = option(
-        "uniform", "distribution of training timesteps", choices=("uniform", "loss-second-moment")
+        "uniform", "distribution of training timesteps", choices=("uniform", "loss-second-moment"),
+        shapes=True,
     )
-    loss_type: str = option("mse", "loss on the prediction", choices=("mse", "l1"))
-    model_mean_type: str = option("mollified_epsilon", "what the network predicts", choices=PREDICTIONS)
+    loss_type: str = option("mse", "loss on the prediction", choices=("mse", "l1"), shapes=True)
+    model_mean_type: str = option("mollified_epsilon", "what the network predicts", choices=PREDICTIONS, shapes=True)
     gaussian_filter_std: float = option(
-        1.0, "mollifier width in pixels of the training lattice; 0 = white noise", low=0.0
+        1.0, "mollifier width in pixels of the training lattice; 0 = white noise", low=0.0,
+        shapes=True,
     )
     mollifier_type: str = option(
-        "dct", "mollifier: exact in the cosine basis, or a truncated convolution", choices=("dct", "conv")
+        "dct", "mollifier: exact in the cosine basis, or a truncated convolution", choices=("dct", "conv"),
+        shapes=True,
     )
-    multiscale_loss: bool = option(False, "add the loss at coarser scales")
+    multiscale_loss: bool = option(False, "add the loss at coarser scales", shapes=True)
     multiscale_max_img_size: int = option(
-        128, "finest grid of the multi-scale loss", low=1, derived="data.img_size // 2"
+        128, "finest grid of the multi-scale loss", low=1, derived="data.img_size // 2",
+        shapes=True,
     )
 
 
 @dataclass(frozen=True)
 class LatentDiffusionConfig:
-    steps: int = option(1000, "diffusion steps", low=2)
-    noise_schedule: str = option("const0.008", f"one of {', '.join(SCHEDULES)}")
+    steps: int = option(1000, "diffusion steps", low=2, shapes=True)
+    noise_schedule: str = option("const0.008", f"one of {', '.join(SCHEDULES)}", shapes=True)
     schedule_sampler: str = option(
-        "uniform", "distribution of training timesteps", choices=("uniform", "loss-second-moment")
+        "uniform", "distribution of training timesteps", choices=("uniform", "loss-second-moment"),
+        shapes=True,
     )
-    loss_type: str = option("l1", "loss on the prediction", choices=("mse", "l1"))
-    model_mean_type: str = option("epsilon", "what the network predicts", choices=("epsilon", "xstart", "v"))
+    loss_type: str = option("l1", "loss on the prediction", choices=("mse", "l1"), shapes=True)
+    model_mean_type: str = option(
+        "epsilon", "what the network predicts", choices=("epsilon", "xstart", "v"), shapes=True
+    )
 
 
 @dataclass(frozen=True)
 class McIntegralConfig:
-    type: str = option("uniform", "how coordinates are drawn", choices=("uniform", "halton", "sobol"))
-    ratio: float = option(0.25, "part of the lattice seen per image", low=0.0, high=1.0)
+    type: str = option("uniform", "how coordinates are drawn", choices=("uniform", "halton", "sobol"), shapes=True)
+    ratio: float = option(0.25, "part of the lattice seen per image", low=0.0, high=1.0, shapes=True)
     q_sample: int = option(
-        16384, "points seen per image", low=1, derived="mc_integral.ratio * data.img_size * data.img_width"
+        16384, "points seen per image", low=1, derived="mc_integral.ratio * data.img_size * data.img_width",
+        shapes=True,
     )
 
 
@@ -207,6 +233,9 @@ class OptimizerConfig:
     warmup_steps: int = option(0, "steps of linear learning-rate warm-up", low=0)
     gradient_skip: bool = option(False, "skip steps with a large gradient norm")
     gradient_skip_threshold: float = option(500.0, "gradient norm from which a step is skipped", low=0.0)
+    max_nonfinite_steps: int = option(
+        50, "steps in a row with a gradient that is not finite, all skipped, at which training stops", low=1
+    )
 
 
 @dataclass(frozen=True)
@@ -217,7 +246,7 @@ class LatentOptimizerConfig(OptimizerConfig):
 
 @dataclass(frozen=True)
 class LatentDataConfig:
-    test_ratio: float = option(0.05, "part of the images whose latents are held out", low=0.0, high=0.9)
+    test_ratio: float = option(0.05, "part of the images whose latents are held out", low=0.0, high=0.9, shapes=True)
     fid_samples: int = option(50000, "number of samples for FID", low=1)
 
 
@@ -227,7 +256,7 @@ class ImageConfig:
 
     run: RunConfig
     data: DataConfig
-    train: TrainConfig
+    train: ImageTrainConfig
     model: ModelConfig
     diffusion: DiffusionConfig
     mc_integral: McIntegralConfig

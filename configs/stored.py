@@ -10,15 +10,13 @@ from configs.validate import ConfigError, freeze
 
 Config = TypeVar("Config", ImageConfig, LatentConfig)
 
-# Fields (or their beginnings) that do not shape the result of a run: where things live, how long it goes, what it says.
-FREE_FIELDS = (
-    "run.name", "run.experiment", "run.root_dir", "run.device", "run.wandb",
-    "data.root_dir", "data.in_memory", "data.memory_gb", "data.num_workers", "data.fid_samples",
-    "train.steps", "train.plot_", "train.sample_size", "train.checkpoint_steps", "train.keep_checkpoints",
-    "train.load_checkpoint", "train.calculate_test_loss_steps", "train.test_loss_repeats",
-    "train.compile", "train.recompute", "model.backend", "model.attention",
-    "model.tile_points",
-)  # fmt: skip
+SHAPING = frozenset(
+    f"{section.name}.{field.name}"
+    for stage in (ImageConfig, LatentConfig)
+    for section in dataclasses.fields(stage)
+    for field in dataclasses.fields(section.type)
+    if field.metadata["shapes"]
+)
 
 
 def config_from(plain: dict[str, Any], cls: type[Config], where: str) -> Config:
@@ -37,18 +35,20 @@ def config_from(plain: dict[str, Any], cls: type[Config], where: str) -> Config:
         raise ValueError(f"{where}: holds a configuration this version refuses: {'; '.join(error.faults)}") from None
 
 
+def changes(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The fields that differ between two plain configurations: "section.field" -> (stored, given)."""
+    old, new = flatten(stored), flatten(given)
+    return {key: (old[key], new[key]) for key in old if key in new and old[key] != new[key]}
+
+
 def differences(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
     """Name the fields that shape the result and differ, with both values, of two plain configurations."""
-    old, new = flatten(stored), flatten(given)
-    return [
-        f"{key} is {old[key]!r} there, {new[key]!r} here"
-        for key in old
-        if key in new and old[key] != new[key] and not key.startswith(FREE_FIELDS)
-    ]
+    found = changes(stored, given).items()
+    return [f"{key} is {old!r} there, {new!r} here" for key, (old, new) in found if key in SHAPING]
 
 
 def relocate(stored: Config, given: Config, overridden: list[str], where: str) -> Config:
-    """The stored configuration of a finished run with what the command line says of places and reports.
+    """The stored configuration of a finished run with what the command line changes of it, nothing that shapes it.
 
     Args:
         stored: as the run was trained.
@@ -61,10 +61,10 @@ def relocate(stored: Config, given: Config, overridden: list[str], where: str) -
     for path in overridden:
         section, name = path.split(".", 1)
         value, trained = getattr(getattr(given, section), name), getattr(getattr(stored, section), name)
-        if path.startswith(FREE_FIELDS):
+        if path not in SHAPING:
             part = dataclasses.replace(getattr(stored, section), **{name: value})
             stored = dataclasses.replace(stored, **{section: part})
-        elif value != trained and section in ("data", "model", "diffusion"):
+        elif value != trained:
             raise ValueError(f"{path}={value!r}: {where} was trained with {trained!r}; accepted: that value, or none")
     return stored
 

@@ -13,6 +13,8 @@ def get_config():
     config.train.plot_graph_steps = 50
     config.train.plot_samples_steps = 500
     config.train.checkpoint_steps = 250
+    config.train.val_loss_steps = 250
+    config.train.val_images = 64
     config.train.plot_sampling_steps = "25"
     config.train.ema_update_every = 1
     config.train.ema_decay = 0.99

@@ -1,6 +1,7 @@
 """Check a `ConfigDict` against the schema, all faults at once, and freeze it into typed values."""
 
 import difflib
+import math
 import re
 from dataclasses import fields
 from typing import Any
@@ -87,6 +88,8 @@ def _value(value: Any, spec: Any) -> tuple[Any, str | None]:
         listed = ", ".join(map(str, rule["choices"]))
         return value, f"accepted: {listed}" + (hint if hint.startswith("; did") else "")
     low, high = rule["low"], rule["high"]
+    if spec.type is float and not math.isfinite(value):
+        return value, "accepted: a finite number"
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         bounds = f">= {low}" if high is None else f"{low} to {high}"
         return value, f"accepted: {spec.type.__name__} {bounds}"

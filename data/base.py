@@ -57,7 +57,7 @@ def keep_in_memory(mode: str, memory_gb: float, count: int, channels: int, size:
 
 def digest(description: dict, items: Iterable[str]) -> str:
     """SHA-256 over a JSON description and the items in order, as hex."""
-    sha = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    sha = hashlib.sha256(json.dumps(description, sort_keys=True, allow_nan=False).encode())
     for item in items:
         sha.update(b"\0" + item.encode("utf-8", "surrogateescape"))
     return sha.hexdigest()

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from data.base import check_lattice, digest, keep_in_memory
 from data.cell_averages import Cells, ellipse, gaussian, half_plane, rounded_box, wave
 from data.pixels import to_uint8
+from diffusion.random import Purpose, numpy_stream
 
-FAMILY = "landscapes-1"  # changes whenever the same (seed, index) would name another function
+FAMILY = "landscapes-2"  # changes whenever the same (seed, index) would name another function
 
 # Colours in OKLCH (lightness, chroma, hue in degrees), one row per mood; columns as in COLOURS.
 COLOURS = ("sky_top", "sky_bottom", "sun", "glow", "lit", "shade", "water", "hill")
@@ -81,7 +82,7 @@ class ProceduralFunctions:
         return torch.cat([_with_channels(*_landscape(part, size), channels) for part in draws.split(chunk)])
 
     def _uniforms(self, index: int) -> np.ndarray:
-        return np.random.Generator(np.random.PCG64([self.seed, int(index)])).random(_DRAWS, dtype=np.float64)
+        return numpy_stream(self.seed, Purpose.FUNCTION, index).random(_DRAWS, dtype=np.float64)
 
 
 class _Draws:

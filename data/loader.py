@@ -1,8 +1,8 @@
 """Batches of a data set: endless and resumable for training, in order for encoding.
 
-Step s of training takes positions s·B ... s·B + B − 1 of the endless sequence epoch 0, epoch 1, ..., in which epoch e
-is a permutation of the data set that depends on (seed, e) alone. So step s is known without the steps before it,
-every step has exactly B images whatever the size of the set, and none is ever dropped.
+A step of training takes the next B positions of the endless sequence epoch 0, epoch 1, ..., in which epoch e is a
+permutation of the data set that depends on (seed, e) alone. So what follows the first n images is known without them,
+with any batch size; every step has exactly B images whatever the size of the set, and none is ever dropped.
 """
 
 from __future__ import annotations
@@ -16,20 +16,19 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.base import ImageDataset
+from diffusion.random import Purpose, numpy_stream, stream
 
-_ORDER, _MIRROR = 0, 1  # independent random streams of an epoch
 
-
-def batches(dataset: ImageDataset, batch_size: int, *, seed: int, start_step: int = 0, flip: bool = True,
+def batches(dataset: ImageDataset, batch_size: int, *, seed: int, seen: int = 0, flip: bool = True,
             num_workers: int = 0, rank: int = 0, world_size: int = 1,
             pin_memory: bool = False) -> Iterator[torch.Tensor]:
-    """Training batches from step `start_step` on, without end.
+    """Training batches after the first `seen` images, without end.
 
     Args:
         dataset: images; read by this process alone if they are in memory or `num_workers` is 0.
         batch_size: images per step over all ranks; a multiple of `world_size`.
         seed: of the order and the mirroring.
-        start_step: first step; what comes equals what an iterator begun at 0 gives after that many steps.
+        seen: images before, over all ranks; what comes equals what an iterator begun at 0 gives after them.
         flip: mirror half of the images left to right, drawn anew for each epoch and image.
         num_workers: decoding processes.
         rank: this process; it gets images rank·B/world_size ... of each global batch, in order.
@@ -42,7 +41,7 @@ def batches(dataset: ImageDataset, batch_size: int, *, seed: int, start_step: in
     Raises:
         ValueError: an argument out of range, or (with data.on_error=raise) a damaged image.
     """
-    order = _TrainingOrder(len(dataset), batch_size, seed, start_step, flip, rank, world_size)
+    order = _TrainingOrder(len(dataset), batch_size, seed, seen, flip, rank, world_size)
     return _read(dataset, order, num_workers, pin_memory)
 
 
@@ -71,46 +70,43 @@ def sequential(dataset: ImageDataset, batch_size: int, *, flip: bool = False, nu
     return _read(dataset, [(part, np.full(len(part), flip)) for part in parts], num_workers, pin_memory)
 
 
-def index_batches(count: int, batch_size: int, *, seed: int, start_step: int = 0, rank: int = 0,
+def index_batches(count: int, batch_size: int, *, seed: int, seen: int = 0, rank: int = 0,
                   world_size: int = 1) -> Iterator[torch.Tensor]:
     """The item numbers, int64 (B / world_size,), that `batches` would read of a set of `count` items, without end."""
-    order = _TrainingOrder(count, batch_size, seed, start_step, flip=False, rank=rank, world_size=world_size)
+    order = _TrainingOrder(count, batch_size, seed, seen, flip=False, rank=rank, world_size=world_size)
     return (torch.from_numpy(chosen) for chosen, _ in order)
 
 
 class _TrainingOrder(Sampler):
-    """Endless (indices, mirrored) of one rank, from a given step on."""
+    """Endless (indices, mirrored) of one rank, after a given number of images."""
 
-    def __init__(self, count: int, batch_size: int, seed: int, start_step: int, flip: bool, rank: int,
+    def __init__(self, count: int, batch_size: int, seed: int, seen: int, flip: bool, rank: int,
                  world_size: int) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"train.batch_size: {batch_size}, accepted are multiples of the {world_size} processes")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: {rank}, accepted are 0 to {world_size - 1}")
-        if start_step < 0:
-            raise ValueError(f"start_step: {start_step}, accepted are integers >= 0")
+        if seen < 0:
+            raise ValueError(f"seen: {seen}, accepted are integers >= 0")
         self._count, self._batch_size, self._seed = count, batch_size, seed
-        self._start_step, self._flip = start_step, flip
+        self._seen, self._flip = seen, flip
         self._share = batch_size // world_size
         self._offset = rank * self._share
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         epoch_of = lru_cache(maxsize=2)(self._epoch)  # a batch at the border of two epochs needs both
-        step = self._start_step
+        first = self._seen + self._offset
         while True:
-            first = step * self._batch_size + self._offset
             places = [divmod(place, self._count) for place in range(first, first + self._share)]
             drawn = [(epoch_of(epoch), place) for epoch, place in places]
             yield np.array([e[0][p] for e, p in drawn]), np.array([e[1][p] for e, p in drawn])
-            step += 1
+            first += self._batch_size
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Order of the images and, in that order, which are mirrored."""
-        def stream(use: int) -> np.random.Generator:
-            return np.random.Generator(np.random.PCG64([self._seed, epoch, use]))
-
-        order = stream(_ORDER).permutation(self._count)
-        mirrored = stream(_MIRROR).random(self._count) < 0.5 if self._flip else np.zeros(self._count, bool)
+        order = numpy_stream(self._seed, Purpose.ORDER, epoch).permutation(self._count)
+        chance = numpy_stream(self._seed, Purpose.MIRRORED, epoch).random(self._count)
+        mirrored = (chance < 0.5) & self._flip
         return order, mirrored[order]
 
 
@@ -142,7 +138,7 @@ def _read(dataset: ImageDataset, chosen, num_workers: int, pin_memory: bool) -> 
     workers = 0 if dataset.pixels is not None else num_workers
     # A generator of its own: the loader would else draw from the global one.
     loader = DataLoader(_Batches(dataset), batch_size=None, sampler=chosen, num_workers=workers,
-                        pin_memory=pin_memory and torch.cuda.is_available(), generator=torch.Generator(),
+                        pin_memory=pin_memory and torch.cuda.is_available(), generator=stream(0, Purpose.READERS),
                         prefetch_factor=4 if workers else None, worker_init_fn=_leave_signals_to_the_main_process)
     for batch in loader:
         if isinstance(batch, ValueError):

@@ -21,7 +21,7 @@ from data.pixels import to_float, to_uint8
 from diffusion.coordinates import Size
 from diffusion.process import DiffusionProcess
 from generation.infty_diff import InftyDiff, SamplingOptions
-from training.files import write_atomic, write_json
+from training.files import plain, write_atomic, write_json
 from training.run_dir import save_grid
 
 _SHEET_IMAGES = 64  # images on the contact sheet
@@ -156,7 +156,7 @@ def claim_folder(out_dir: Path, name: str, wanted: dict[str, Any]) -> None:
         ValueError: when the folder holds something else.
     """
     path = out_dir / name
-    wanted = json.loads(json.dumps(wanted))
+    wanted = plain(wanted)
     try:
         there = json.loads(path.read_text()) if path.exists() else wanted
     except (OSError, ValueError) as error:

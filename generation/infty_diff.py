@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +12,17 @@ import torch
 from configs.schema import ImageConfig, LatentConfig
 from configs.stored import config_from, relocate
 from diffusion.coordinates import Points, Size, gather_points, image_to_points, points_to_image
-from diffusion.noise import derive_seed, function_noise
+from diffusion.noise import function_noise
 from diffusion.process import Denoiser
+from diffusion.random import Purpose, key
 from diffusion.samplers import Callback, Correction, ancestral, ddim, ddim_invert, dpmpp
 from generation.factory import build_image_process
 from generation.latent_prior import LatentPrior
 from models.factory import build_denoiser, build_encoder, for_evaluation
 from models.sparse_encoder import SparseEncoder
 from models.sparse_unet import SparseUNet
-from training.checkpoint import load_weights
+from training.checkpoint import WEIGHTS, load_weights
 from training.precision import Precision, pick_device
-
-WEIGHTS = "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -251,17 +251,16 @@ class InftyDiff:
 
     def initial_noise(self, seeds: Sequence[int], size: Size) -> torch.Tensor:
         """Mollified noise T ξ (B, C, H, W): for one seed the same function at every size."""
-        return self._noise(seeds, size, "initial")
+        return self._noise(seeds, size, Purpose.IMAGE)
 
     def step_noise(self, seeds: Sequence[int], size: Size) -> Callable[[], torch.Tensor]:
         """The source of mollified noise for stochastic samplers: a new draw per call, a function of the seeds."""
-        calls = iter(range(1 << 62))
-        return lambda: self._noise(seeds, size, f"step{next(calls)}")
+        calls = itertools.count()
+        return lambda: self._noise(seeds, size, Purpose.IMAGE_STEP, next(calls))
 
-    def _noise(self, seeds: Sequence[int], size: Size, use: str) -> torch.Tensor:
-        generators = (torch.Generator().manual_seed(derive_seed(seed, "image", use)) for seed in seeds)
-        white = [function_noise(generator, self.config.data.channels, size) for generator in generators]
-        return self.process.mollifier.noise(torch.stack(white).to(self.device))
+    def _noise(self, seeds: Sequence[int], size: Size, purpose: Purpose, *indices: int) -> torch.Tensor:
+        keys = [key(seed, purpose, *indices) for seed in seeds]
+        return self.process.mollifier.noise(function_noise(keys, self.config.data.channels, size, self.device))
 
     def deblur(self, x: torch.Tensor, inv_snr: float = 0.05) -> torch.Tensor:
         """Undo the mollifier by the Wiener filter.

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 
 from configs.schema import LatentConfig
-from diffusion.noise import derive_seed
+from diffusion.random import Purpose, key, normals
 from diffusion.samplers import ancestral
 from generation.factory import build_latent_process
 from models.factory import build_latent_model, for_evaluation
 from models.latent_mlp import MLPSkipNet
 
 _MODEL = "latent_model."
+_STEPS_AT_ONCE = 50  # whose noise is drawn together
 
 
 class LatentPrior:
@@ -67,10 +70,12 @@ class LatentPrior:
             steps: step subset; all steps by default.
         """
         process = self.process if steps is None else self.process.respaced(steps)
-        generators = [torch.Generator().manual_seed(derive_seed(seed, "latent")) for seed in seeds]
-
-        def noise() -> torch.Tensor:
-            return torch.stack([torch.randn(self.dim, generator=g) for g in generators]).to(self.device)
-
+        noise = partial(next, self._noise(seeds))
         denoise = process.denoiser(self.model, clip=False)  # latents are unbounded
         return self.unnormalise(ancestral(denoise, noise(), process, noise))
+
+    def _noise(self, seeds: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Standard normal (B, D), one after the other, drawn for several steps at once."""
+        for block in itertools.count():
+            keys = [key(seed, Purpose.LATENT, block) for seed in seeds]
+            yield from normals(keys, 1, (_STEPS_AT_ONCE, self.dim), self.device)[:, 0].unbind(1)

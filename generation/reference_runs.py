@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import shutil
@@ -21,7 +20,7 @@ from models.factory import build_denoiser, build_encoder, build_latent_model
 from models.operators import get_backend
 from models.reference_weights import LAYOUTS, layout_of_state, state_from_reference
 from training.checkpoint import load_plain, save_weights
-from training.files import file_digest, write_json
+from training.files import file_digest, plain, write_json
 from training.run_dir import run_path
 
 IMAGE_FILE, LATENT_FILE, LATENTS_FILE = "checkpoint.pkl", "latent_checkpoint.pkl", "latents.pkl"
@@ -170,7 +169,7 @@ def write_runs(runs: Sequence[ReferenceRun]) -> None:
 
 
 def _write(run: ReferenceRun, folder: Path) -> None:
-    config = json.loads(json.dumps(dataclasses.asdict(run.config)))  # tuples as JSON stores them
+    config = plain(dataclasses.asdict(run.config))
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     header = {"config": config, "step": run.step, "versions": versions, "imported": run.files, "notes": run.notes}
     save_weights(folder / WEIGHTS, run.tensors, header)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from data.pixels import to_float, to_uint8
 from generation.folder import claim_folder, save_png, whole_png
-from training.files import write_json
+from training.files import to_json, write_json
 from training.run_dir import save_grid
 
 _KEYWORD = "result"  # of the text in each picture's header
@@ -28,7 +28,7 @@ def digest(*parts: Any) -> str:
         if isinstance(part, torch.Tensor):
             sha.update(f"{part.dtype}{tuple(part.shape)}".encode() + part.cpu().contiguous().numpy().tobytes())
         else:
-            sha.update(json.dumps(part, sort_keys=True).encode())
+            sha.update(json.dumps(part, sort_keys=True, allow_nan=False).encode())
     return sha.hexdigest()[:16]
 
 
@@ -62,7 +62,7 @@ class Results:
 
     def add(self, name: str, made_from: str, image: torch.Tensor, row: dict[str, Any]) -> None:
         """Write an image (C, H, W) in [−1, 1] as NAME.png, with its row of the report."""
-        text = json.dumps({"made_from": made_from, "row": row})
+        text = to_json({"made_from": made_from, "row": row})
         save_png(self.folder / f"{name}.png", to_uint8(image.cpu()), {_KEYWORD: text})
         self._rows[name] = row
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from diffusion.random import Purpose, stream
 from metrics.extractors import Extractor
 from metrics.features import Extraction, cached_features, features, patch
 from metrics.frechet import frechet_distance, gaussian_of, kernel_distance
@@ -14,7 +15,6 @@ from metrics.manifold import precision_recall
 
 NEIGHBOURS = 3  # k of precision and recall, as published
 _MANIFOLD_IMAGES = 50_000  # at most, of each set
-_MANIFOLD_SEED = 0
 
 
 def evaluate(
@@ -70,7 +70,7 @@ def _precision_recall(real: torch.Tensor, made: torch.Tensor) -> dict[str, Any]:
     count = min(len(real), len(made), _MANIFOLD_IMAGES)
     if count <= NEIGHBOURS:
         return {"precision": None, "recall": None, "precision_recall_images": count}
-    generator = torch.Generator().manual_seed(_MANIFOLD_SEED)
+    generator = stream(0, Purpose.MANIFOLD)
     chosen = (x[torch.randperm(len(x), generator=generator)[:count]] if len(x) > count else x for x in (real, made))
     precision, recall = precision_recall(*chosen, k=NEIGHBOURS)
     return {"precision": precision, "recall": recall, "precision_recall_images": count}

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from diffusion.random import Purpose, stream
 from generation.infty_diff import WEIGHTS, InftyDiff
 from metrics.resize import Size, clean_resize, clip_resize
 from metrics.weights import cached_or_downloaded, hub_folder, load_script, read_state_dict
@@ -27,7 +28,6 @@ _CLIP_HUB = "timm/vit_base_patch32_clip_224.openai"
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 _RANDOM_WIDTHS = (16, 32, 64)
-_RANDOM_SEED = 0
 
 EXTRACTORS = ("clip_vit_b_32", "inception_v3", "random_features", "encoder")
 
@@ -168,7 +168,7 @@ class RandomFeatures(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(_RANDOM_SEED)
+        generator = stream(0, Purpose.RANDOM_FEATURES)
         for i, (c_in, c_out) in enumerate(zip((3, *_RANDOM_WIDTHS), _RANDOM_WIDTHS)):
             std = (2 / (25 * c_in)) ** 0.5  # keeps the variance through the ReLU
             self.register_buffer(f"weight{i}", std * torch.randn(c_out, c_in, 5, 5, generator=generator))

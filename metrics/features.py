@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from diffusion.random import Purpose, numpy_stream
 from metrics.extractors import Extractor
 from metrics.images import ImageSet
 from training.checkpoint import load_weights, save_weights
+from training.files import plain
 
 _log = logging.getLogger(__name__)
-_PATCH_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,8 @@ def cached_features(
     images: ImageSet, extractor: Extractor, how: Extraction, *, patches: int = 0, title: str = "images"
 ) -> torch.Tensor:
     """`features`, read from the cache when the same images and extractor were seen before."""
-    key = {"images": images.fingerprint(), "extractor": extractor.identity(), "patches": patches}
-    key = json.loads(json.dumps(key))
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    key = plain({"images": images.fingerprint(), "extractor": extractor.identity(), "patches": patches})
+    name = hashlib.sha256(json.dumps(key, sort_keys=True, allow_nan=False).encode()).hexdigest()[:24]
     path = how.cache_dir.expanduser() / "features" / f"{name}.safetensors"
     if path.exists():
         tensors, stored = load_weights(path)
@@ -96,7 +96,7 @@ def patch(images: ImageSet, extractor: Extractor, patches: int, i: int) -> torch
             f"--patches={patches}: {images.path}: {images.item_name(index)} is {image.shape[0]}x{image.shape[1]}; "
             f"accepted: images of at least {height}x{width}, the input of {extractor.name}"
         )
-    chance = np.random.Generator(np.random.PCG64([_PATCH_SEED, index, number]))
+    chance = numpy_stream(0, Purpose.PATCH, index, number)
     top, left = (int(chance.integers(0, r + 1)) for r in room)
     return _tensor(extractor.prepare(np.ascontiguousarray(image[top : top + height, left : left + width])))
 

@@ -17,6 +17,7 @@ from data.base import digest
 from data.datasets import open_dataset
 from data.images import existing_path, open_source, read_image, stored_bytes, with_channels
 from diffusion.mollifier import Mollifier
+from diffusion.random import Purpose, numpy_stream
 
 _SAMPLE = re.compile(r"\d{6,}\.png")  # what generation/folder.py writes, beside its contact sheet
 _SHEETS = ("contact_sheet.png", "sheet.png")  # what commands add to the images they write
@@ -107,7 +108,7 @@ class Mirrored:
     def __init__(self, images: ImageSet, seed: int | None = None) -> None:
         self._images, self._seed = images, seed
         self.path = f"{images.path}, mirrored{'' if seed is None else ' at random'}"
-        chance = None if seed is None else np.random.Generator(np.random.PCG64(seed)).random(len(images))
+        chance = None if seed is None else numpy_stream(seed, Purpose.MIRRORED_REFERENCE).random(len(images))
         self._turned = np.ones(len(images), bool) if chance is None else chance < 0.5
 
     def __len__(self) -> int:
@@ -163,7 +164,7 @@ class MollifiedSamples:
 
 def config_digest(config: Any) -> str:
     """SHA-256 of a plain configuration, as hex."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(config, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _first(items: list, limit: int | None, path: str) -> list:

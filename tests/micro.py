@@ -12,6 +12,7 @@ IMAGE = {
     "data.name": "functions", "data.img_size": 16, "data.img_width": 12, "data.num_images": 24,
     "train.steps": 6, "train.batch_size": 4, "train.plot_graph_steps": 1, "train.plot_samples_steps": 6,
     "train.checkpoint_steps": 3, "train.plot_sampling_steps": "3", "train.sample_size": 2, "train.ema_update_every": 1,
+    "train.val_loss_steps": 2,
     "model.nf": 8, "model.time_emb_dim": 8, "model.num_conv_blocks": 1, "model.kernel_size": 3, "model.uno_res": 8,
     "model.uno_base_channels": 8, "model.uno_mults": (1, 2), "model.uno_blocks_per_level": (1, 1),
     "model.uno_attn_resolutions": (4,), "model.uno_dropout_from_resolution": 4, "model.z_dim": 6,

@@ -56,11 +56,20 @@ def test_every_epoch_sees_every_image_once(count, batch_size):
         assert len({tuple(epoch) for epoch in epochs}) == len(epochs)  # each in another order
 
 
-@pytest.mark.parametrize("start_step", [1, 3, 50])
-def test_resuming_equals_continuing(start_step):
-    through = take(start_step + 4, Numbered(10), 4, seed=9)
-    resumed = take(4, Numbered(10), 4, seed=9, start_step=start_step)
-    assert all(torch.equal(a, b) for a, b in zip(through[start_step:], resumed, strict=True))
+@pytest.mark.parametrize("steps", [1, 3, 50])
+def test_resuming_equals_continuing(steps):
+    through = take(steps + 4, Numbered(10), 4, seed=9)
+    resumed = take(4, Numbered(10), 4, seed=9, seen=4 * steps)
+    assert all(torch.equal(a, b) for a, b in zip(through[steps:], resumed, strict=True))
+
+
+def test_another_batch_size_goes_on_where_the_first_ended():
+    """Three steps of 4 and two of 7 read what 26 steps of 1 read, whatever the number of processes."""
+    singly = torch.cat(take(26, Numbered(10), 1, seed=9))
+    changed = take(3, Numbered(10), 4, seed=9) + take(2, Numbered(10), 7, seed=9, seen=12)
+    assert torch.equal(torch.cat(changed), singly)
+    parts = [take(1, Numbered(10), 6, seed=9, seen=12, rank=r, world_size=2)[0] for r in range(2)]
+    assert torch.equal(torch.cat(parts), singly[12:18])
 
 
 def test_resuming_decodes_nothing_else():
@@ -72,7 +81,7 @@ def test_resuming_decodes_nothing_else():
             return super().__getitem__(i)
 
     dataset = Counting(10)
-    next(batches(dataset, 4, seed=9, start_step=10**9))
+    next(batches(dataset, 4, seed=9, seen=4 * 10**9))
     assert dataset.read == 4
 
 
@@ -100,15 +109,15 @@ def test_mirroring_belongs_to_epoch_and_image_not_to_the_batch():
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_share_each_global_batch(world_size):
-    whole = take(5, Numbered(10), 6, seed=2, start_step=1)
-    parts = [take(5, Numbered(10), 6, seed=2, start_step=1, rank=r, world_size=world_size) for r in range(world_size)]
+    whole = take(5, Numbered(10), 6, seed=2, seen=6)
+    parts = [take(5, Numbered(10), 6, seed=2, seen=6, rank=r, world_size=world_size) for r in range(world_size)]
     for batch, shares in zip(whole, zip(*parts)):
         assert torch.equal(batch, torch.cat(shares))
 
 
 def test_numbers_of_latents_are_shared_alike():
-    whole = take(5, Numbered(10), 6, seed=2, start_step=1, flip=False)
-    parts = [index_batches(10, 6, seed=2, start_step=1, rank=r, world_size=2) for r in range(2)]
+    whole = take(5, Numbered(10), 6, seed=2, seen=6, flip=False)
+    parts = [index_batches(10, 6, seed=2, seen=6, rank=r, world_size=2) for r in range(2)]
     for batch, *shares in zip(whole, *parts):
         assert torch.cat(shares).tolist() == numbers(batch)
 
@@ -116,8 +125,8 @@ def test_numbers_of_latents_are_shared_alike():
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_workers_change_nothing(in_memory):
     dataset = Numbered(10, in_memory=in_memory)
-    alone, helped = (take(7, dataset, 4, seed=5, start_step=2, num_workers=w) for w in (0, 2))
-    streamed = take(7, Numbered(10), 4, seed=5, start_step=2)
+    alone, helped = (take(7, dataset, 4, seed=5, seen=8, num_workers=w) for w in (0, 2))
+    streamed = take(7, Numbered(10), 4, seed=5, seen=8)
     for batch in (alone, helped):
         assert all(torch.equal(a, b) for a, b in zip(batch, streamed, strict=True))
 
@@ -157,7 +166,7 @@ def test_faults_stay_one_line(workers):
     (lambda d: batches(d, 0, seed=0), "train.batch_size: 0"),
     (lambda d: batches(d, 5, seed=0, world_size=2), "train.batch_size: 5, accepted are multiples of the 2 processes"),
     (lambda d: batches(d, 4, seed=0, rank=2, world_size=2), "rank: 2, accepted are 0 to 1"),
-    (lambda d: batches(d, 4, seed=0, start_step=-1), "start_step: -1"),
+    (lambda d: batches(d, 4, seed=0, seen=-1), "seen: -1"),
     (lambda d: sequential(d, 0), "batch_size: 0"),
 ])
 def test_bad_arguments_are_refused_at_once(call, message):

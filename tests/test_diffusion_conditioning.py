@@ -176,7 +176,7 @@ def test_fill_from_a_single_pixel(corner):
 @pytest.mark.parametrize(("coarse", "fine"), [((8, 8), (16, 16)), ((6, 10), (15, 20)), ((9, 7), (9, 14))])
 def test_bands_of_one_function_join_to_it(coarse, fine):
     """White noise drawn as one function on two lattices: its shared band is the coarse one, scaled by their pixels."""
-    a, b = (function_noise(torch.Generator().manual_seed(s), 2, fine)[None] for s in (0, 1))
+    a, b = function_noise([(s, 0, 0) for s in (0, 1)], 2, fine).split(1)
     joined = scipy.fft.dctn(join_bands(a, b, coarse).numpy(), axes=(-2, -1), norm="ortho")
     expected = scipy.fft.dctn(b.numpy(), axes=(-2, -1), norm="ortho")
     shared = scipy.fft.dctn(a.numpy(), axes=(-2, -1), norm="ortho")

@@ -24,7 +24,7 @@ import micro
 from configs.flags import readable_errors
 from configs.processes import Processes
 from data.loader import batches
-from diffusion.noise import derive_seed
+from diffusion.random import Purpose, seed_global, stream
 from generation.encodings import load_or_encode
 from generation.folder import draw_folder
 from generation.infty_diff import InftyDiff
@@ -85,7 +85,7 @@ def share(root: Path, processes: Processes) -> None:
 def image(root: Path, processes: Processes) -> None:
     """A second batch that one process cannot read."""
 
-    def damaged(start_step: int) -> Iterator[torch.Tensor]:
+    def damaged(seen: int) -> Iterator[torch.Tensor]:
         yield torch.zeros(2, 3, 16, 12, dtype=torch.uint8)
         raise ValueError("17.png is damaged")
 
@@ -158,9 +158,8 @@ def test_processes_train_as_one_on_the_mean_of_their_gradients(root, tmp_path, c
         optimizer.zero_grad()
         logged.append(0.0)
         for rank, half in enumerate(next(images).chunk(COUNT)):
-            seed = derive_seed(config.run.seed, "step", step, rank)
-            torch.manual_seed(seed)
-            loss, _ = stage.loss(half, torch.Generator().manual_seed(seed))
+            seed_global(config.run.seed, Purpose.DROPOUT, step, rank)
+            loss, _ = stage.loss(half, stream(config.run.seed, Purpose.STEP, step, rank))
             (loss / COUNT).backward()
             logged[-1] += loss.item() / COUNT
         for values in seen:

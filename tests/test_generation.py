@@ -12,7 +12,6 @@ from torch import nn
 import micro
 from configs.schema import ImageConfig
 from data.datasets import open_dataset
-from diffusion.noise import derive_seed
 from generation.editing import InpaintOptions, inpaint
 from generation.encodings import load_or_encode
 from generation.folder import FolderOptions, contact_sheet, draw_folder, parse_seeds, parse_size
@@ -288,10 +287,6 @@ def test_inpainting_above_the_training_size_takes_the_low_rank_path(tmp_path, mo
     of_lattices = [(engine, gradients) for engine, full, gradients in used if full]
     assert {engine for engine, _ in of_lattices} == {native.enlarged}
     assert {gradients for _, gradients in of_lattices} == ({False, True} if guidance else {False})
-
-
-def test_seed_streams_are_separate():
-    assert derive_seed(0, "latent") != derive_seed(0, "image", "initial")
 
 
 def test_inference_changes_no_weight_and_needs_no_gradient(model):

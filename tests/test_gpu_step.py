@@ -98,4 +98,4 @@ def test_cuda_reports_no_wait_in_a_step(tmp_path, changes):
             trainer.train_step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.isfinite(trainer.means.sums["loss"])
+    assert torch.isfinite(torch.tensor(trainer.means.read()["loss"]))

@@ -27,14 +27,14 @@ ALLOWED = {
     "diffusion": {"diffusion", "torch", "numpy"},
     "models": {"models", "diffusion", "configs", "torch", "flash_attn", "numpy", "torchsparse", "spconv",
                "warpconvnet", "triton"},
-    "data": {"data", "torch", "numpy", "PIL", "tqdm", "lmdb"},
+    "data": {"data", "diffusion", "torch", "numpy", "PIL", "tqdm", "lmdb"},
     "configs": {"configs", "torch", "ml_collections", "absl"},
     "generation": {"generation", "configs", "data", "diffusion", "models", "training", "torch", "numpy", "PIL", "tqdm"},
     "training": {"training", "configs", "data", "diffusion", "generation", "models", "torch", "torchvision",
                  "safetensors", "tqdm", "wandb"},
 }  # fmt: skip
-TRAINER = {"configs.processes", "configs.schema", "diffusion.noise", "training.acceleration", "training.checkpoint",
-           "training.ema", "training.means", "training.parallel", "training.precision", "training.run_dir",
+TRAINER = {"configs.processes", "configs.schema", "diffusion.random", "training.acceleration", "training.checkpoint",
+           "training.ema", "training.guard", "training.init_from", "training.means", "training.parallel", "training.precision", "training.run_dir",
            "training.signals"}  # fmt: skip
 
 

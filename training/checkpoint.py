@@ -6,7 +6,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from training.files import write_atomic
+from training.files import to_json, write_atomic
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d{8})\.pt")
+
+WEIGHTS = "weights.safetensors"  # of a run: the newest averaged weights
+BEST_WEIGHTS = "best_weights.safetensors"  # and those with the least held-out loss
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
@@ -27,12 +30,32 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write the training state of `step` atomically and delete all but the newest `keep`."""
+    """Write the training state of `step` atomically and delete all but the newest `keep`.
+
+    Raises:
+        FloatingPointError: when a tensor of the state is not finite; then nothing is written.
+    """
     path = _path(folder, step)
+    require_finite(state)
     write_atomic(path, lambda temporary: torch.save(state, temporary))
     for old in checkpoint_steps(folder)[keep:]:
         _path(folder, old).unlink(missing_ok=True)
     return path
+
+
+def require_finite(state: Mapping[str, Any]) -> None:
+    """Raise FloatingPointError, naming it, for the first tensor within nested mappings and lists that is not finite."""
+    for name, tensor in _tensors(state):
+        if not tensor.isfinite().all():
+            raise FloatingPointError(f"{name} is not finite")
+
+
+def _tensors(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(state, torch.Tensor):
+        yield name, state
+    elif isinstance(state, (Mapping, list, tuple)):
+        for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
 
 
 def load_checkpoint(folder: Path, step: int, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -78,9 +101,14 @@ def load_plain(path: Path, device: torch.device | str = "cpu", *, mmap: bool = F
 
 
 def save_weights(path: Path, tensors: Mapping[str, torch.Tensor], header: dict[str, Any]) -> None:
-    """Write inference weights as safetensors with `header` (config, step, versions) as JSON inside, atomically."""
+    """Write inference weights as safetensors with `header` (config, step, versions) as JSON inside, atomically.
+
+    Raises:
+        FloatingPointError: when a tensor is not finite; then nothing is written.
+    """
+    require_finite(tensors)
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomic(path, lambda temporary: save_file(plain, temporary, metadata={"header": json.dumps(header)}))
+    write_atomic(path, lambda temporary: save_file(plain, temporary, metadata={"header": to_json(header)}))
 
 
 def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

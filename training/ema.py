@@ -38,6 +38,10 @@ class Ema:
         for average, current in self._buffers:
             average.copy_(current)
 
+    def restart(self, modules: dict[str, nn.Module]) -> None:
+        """Begin anew from the weights of the modules."""
+        self.load_state_dict({"updates": 0, "modules": {n: m.state_dict() for n, m in modules.items()}})
+
     def state_dict(self) -> dict:
         return {"updates": self.updates, "modules": {n: m.state_dict() for n, m in self.modules.items()}}
 

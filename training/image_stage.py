@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,17 +12,22 @@ from torch import nn
 from configs.processes import ALONE, Processes
 from configs.schema import ImageConfig
 from data.base import ImageDataset
-from data.loader import batches
+from data.loader import batches, sequential
 from data.pixels import to_float
 from diffusion import losses
 from diffusion.coordinates import CONVENTIONS, Points, gather_points
+from diffusion.random import Purpose, stream
 from diffusion.subsets import draw_points
 from diffusion.timestep_sampling import LossAwareTimesteps, UniformTimesteps
 from generation.factory import build_image_process
 from generation.infty_diff import InftyDiff, SamplingOptions
 from models.factory import build_denoiser, build_encoder
 from models.interpolation import interpolate_to_grid
+from training.checkpoint import BEST_WEIGHTS
 from training.precision import Precision
+
+log = logging.getLogger(__name__)
+_HELD_OUT_BATCH = 16  # part of what the held-out loss is: the batch size of training may change, its draws may not
 
 
 class ImageStage:
@@ -29,7 +35,9 @@ class ImageStage:
 
     Args:
         config: the stage's configuration.
-        train_set, val_set: images; pictures show reconstructions of the first of `val_set`.
+        train_set: images.
+        val_set: held-out images, of which pictures show the first and the held-out loss is computed. Without any,
+            pictures show images of `train_set` and there is no held-out loss.
         precision: device and autocast type.
         processes: this process and those that train with it.
     """
@@ -38,7 +46,7 @@ class ImageStage:
         self,
         config: ImageConfig,
         train_set: ImageDataset,
-        val_set: ImageDataset,
+        val_set: ImageDataset | None,
         precision: Precision,
         processes: Processes = ALONE,
     ) -> None:
@@ -53,16 +61,21 @@ class ImageStage:
         loss_aware = config.diffusion.schedule_sampler == "loss-second-moment"
         steps = config.diffusion.steps
         self.timesteps = LossAwareTimesteps(steps, gather=processes.gather) if loss_aware else UniformTimesteps(steps)
-        self.shown = to_float(torch.stack([val_set[i % len(val_set)] for i in range(config.train.sample_size)]))
+        self.val_set, self.held_out = val_set, "val_loss"
+        self.held_out_steps = 0 if val_set is None else config.train.val_loss_steps
+        if val_set is None and config.train.val_loss_steps:
+            log.info("no images are held out (data.val_ratio=0): no val_loss, no %s", BEST_WEIGHTS)
+        shown = val_set or train_set
+        self.shown = to_float(torch.stack([shown[i % len(shown)] for i in range(config.train.sample_size)]))
 
-    def batches(self, start_step: int) -> Iterator[torch.Tensor]:
-        """Yield this process's uint8 images (B, C, H, W) of every step from `start_step` on."""
+    def batches(self, seen: int) -> Iterator[torch.Tensor]:
+        """Yield this process's uint8 images (B, C, H, W) of every step after `seen` images of all processes."""
         data, seed = self.config.data, self.config.run.seed
         return batches(
             self.train_set,
             self.config.train.batch_size,
             seed=seed,
-            start_step=start_step,
+            seen=seen,
             flip=data.random_flip,
             num_workers=data.num_workers,
             rank=self.processes.rank,
@@ -78,37 +91,59 @@ class ImageStage:
             generator: source of coordinates, timesteps and noise, on the device.
         """
         x_0 = to_float(images)
-        batch = len(x_0)
-        t, weights = self.timesteps.sample(generator, batch, self.device)
+        t, weights = self.timesteps.sample(generator, len(x_0), self.device)
+        base, bound, kld = self._per_image(self.modules, x_0, t, generator)
+        self.timesteps.update(t, base.detach())
+        loss, scalars = (weights * (base + bound)).mean() + self.config.model.kld_weight * kld.mean(), {}
+        if self.config.model.learn_sigma:
+            scalars["bound"] = bound.detach().mean()
+        if self.config.model.stochastic_encoding:
+            scalars["kld"] = kld.detach().mean()
+        return loss, scalars
+
+    def _per_image(
+        self, modules: dict[str, nn.Module], x_0: torch.Tensor, t: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of each image (B,): the base loss, the bound that trains a learned variance, and the KL term of a stochastic
+        encoder, zero where there is none."""
+        batch, none = len(x_0), x_0.new_zeros(len(x_0))
         white = torch.randn(x_0.shape, generator=generator, device=self.device)
         x_t, target = self.process.training_pair(x_0, t, white)
         seen, encoded = self._draw_points(generator, batch), self._draw_points(generator, batch)
 
-        encode, stochastic = self.modules["encoder"], self.config.model.stochastic_encoding
-        if stochastic:
+        encode, kld = modules["encoder"], none
+        if self.config.model.stochastic_encoding:
             draw = torch.randn(batch, self.config.model.z_dim, generator=generator, device=self.device)
             encoding = encode(gather_points(x_0, encoded), encoded, draw)
-            z = encoding.z
+            z, kld = encoding.z, losses.kl_standard_normal(encoding.mu.float(), encoding.logvar.float())
         else:
             z = encode(gather_points(x_0, encoded), encoded)
-        output = self.modules["denoiser"](gather_points(x_t, seen), seen, self.process.schedule.network_time(t), z)
+        output = modules["denoiser"](gather_points(x_t, seen), seen, self.process.schedule.network_time(t), z)
         prediction, raw_variance = self.process.split(output.float(), axis=2)
         target = gather_points(target, seen)
-        per_image = self._base_loss(prediction, target, seen)
-        self.timesteps.update(t, per_image.detach())
-        scalars = {}
-        if raw_variance is not None:
-            log_variance = self.process.log_variance(raw_variance, t, target)
-            x_0_seen = gather_points(x_0, seen)
-            bound = losses.variational_bound(self.process, prediction.detach(), log_variance, target, x_0_seen, t)
-            scalars["bound"] = bound.detach().mean()
-            per_image = per_image + bound
-        loss = (weights * per_image).mean()
-        if stochastic:
-            kld = losses.kl_standard_normal(encoding.mu.float(), encoding.logvar.float()).mean()
-            scalars["kld"] = kld.detach()
-            loss = loss + self.config.model.kld_weight * kld
-        return loss, scalars
+        base = self._base_loss(prediction, target, seen)
+        if raw_variance is None:
+            return base, none, kld
+        log_variance = self.process.log_variance(raw_variance, t, target)
+        x_0_seen = gather_points(x_0, seen)
+        bound = losses.variational_bound(self.process, prediction.detach(), log_variance, target, x_0_seen, t)
+        return base, bound, kld
+
+    @torch.no_grad()
+    def held_out_loss(self, averaged: dict[str, nn.Module]) -> float:
+        """The mean of `loss` over held-out images, every step of the process being equally likely."""
+        count = min(len(self.val_set), self.config.train.val_images)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        workers = self.config.data.num_workers
+        chosen = sequential(self.val_set, _HELD_OUT_BATCH, num_workers=workers, indices=range(count))
+        for i, images in enumerate(chosen):
+            generator = stream(self.config.run.seed, Purpose.HELD_OUT_IMAGES, i, device=self.device)
+            x_0 = to_float(images.to(self.device))
+            t = torch.randint(self.process.schedule.num_steps, (len(x_0),), generator=generator, device=self.device)
+            with self.precision.autocast():
+                base, bound, kld = self._per_image(averaged, x_0, t, generator)
+            total += (base + bound + self.config.model.kld_weight * kld).double().sum()
+        return total.item() / count
 
     def _draw_points(self, generator: torch.Generator, batch: int) -> Points:
         mc, size = self.config.mc_integral, self.config.size
@@ -137,9 +172,6 @@ class ImageStage:
         options = SamplingOptions(steps=self.config.train.plot_sampling_steps)
         mollified = model.decode(model.encode(images), noise, options, deblur=False)
         return {"images": images, "mollified": mollified, "deblurred": model.deblur(mollified)}
-
-    def evaluate(self, averaged: dict[str, nn.Module], step: int) -> dict[str, float]:
-        return {}
 
     def weights(self, averaged: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
         """The averaged weights of both networks, as `InftyDiff.from_runs` reads them."""

@@ -13,12 +13,14 @@ from configs.schema import LatentConfig
 from data.latents import LatentSet
 from data.loader import index_batches
 from diffusion import losses
-from diffusion.noise import derive_seed
+from diffusion.random import Purpose, stream
 from diffusion.timestep_sampling import LossAwareTimesteps, UniformTimesteps
 from generation.infty_diff import InftyDiff, SamplingOptions
 from generation.latent_prior import LatentPrior
 from models.factory import build_latent_model
 from training.precision import Precision
+
+_HELD_OUT_BATCH = 256  # part of what the held-out loss is: the batch size of training may change, its draws may not
 
 
 class LatentStage:
@@ -45,6 +47,8 @@ class LatentStage:
         self.model = build_latent_model(config.model, latents.dim).to(self.device)
         self.modules: dict[str, nn.Module] = {"latent_model": self.model}
         self.train_set, self.test_set = latents.split(config.data.test_ratio)
+        self.held_out = "test_loss"
+        self.held_out_steps = config.train.calculate_test_loss_steps if self.test_set.count else 0
         self.mean, self.std = latents.mean, latents.std
         self.prior = self._prior(self.model)
         self.process = self.prior.process
@@ -55,13 +59,13 @@ class LatentStage:
     def _prior(self, model: nn.Module) -> LatentPrior:
         return LatentPrior(self.config, model, self.mean, self.std)
 
-    def batches(self, start_step: int) -> Iterator[torch.Tensor]:
-        """Yield the int64 numbers (B,) of this process's latents of every step from `start_step` on."""
+    def batches(self, seen: int) -> Iterator[torch.Tensor]:
+        """Yield the int64 numbers (B,) of this process's latents of every step after `seen` ones of all processes."""
         return index_batches(
             self.train_set.count,
             self.config.train.batch_size,
             seed=self.config.run.seed,
-            start_step=start_step,
+            seen=seen,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
         )
@@ -94,20 +98,16 @@ class LatentStage:
         return base, losses.variational_bound(self.process, prediction.detach(), log_variance, target, x_0, t)
 
     @torch.no_grad()
-    def evaluate(self, averaged: dict[str, nn.Module], step: int) -> dict[str, float]:
-        """Mean loss on held-out latents, the same noise each time, when a multiple of the interval was just passed."""
-        train = self.config.train
-        every = train.calculate_test_loss_steps
-        if step // every == (step - train.plot_graph_steps) // every or not self.test_set.count:
-            return {}
-        generator = torch.Generator(self.device).manual_seed(derive_seed(self.config.run.seed, "test"))
-        total, count = 0.0, 0
-        for numbers in torch.arange(self.test_set.count).repeat(train.test_loss_repeats).split(train.batch_size):
-            x_0 = self.prior.normalise(self.test_set.draw(numbers.to(self.device), generator).to(self.device))
+    def held_out_loss(self, averaged: dict[str, nn.Module]) -> float:
+        """The mean base loss over held-out latents, every step of the process being equally likely."""
+        numbers = torch.arange(self.test_set.count).repeat(self.config.train.test_loss_repeats)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for i, some in enumerate(numbers.split(_HELD_OUT_BATCH)):
+            generator = stream(self.config.run.seed, Purpose.HELD_OUT_LATENTS, i, device=self.device)
+            x_0 = self.prior.normalise(self.test_set.draw(some.to(self.device), generator).to(self.device))
             t = torch.randint(self.process.schedule.num_steps, (len(x_0),), generator=generator, device=self.device)
-            total += self._per_latent(averaged["latent_model"], x_0, t, generator)[0].sum().item()
-            count += len(x_0)
-        return {"test_loss": total / count}
+            total += self._per_latent(averaged["latent_model"], x_0, t, generator)[0].double().sum()
+        return total.item() / len(numbers)
 
     @torch.no_grad()
     def pictures(self, averaged: dict[str, nn.Module]) -> dict[str, torch.Tensor]:

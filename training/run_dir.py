@@ -1,7 +1,8 @@
-"""The folder of a run: resolved configuration, metrics, pictures, and an optional remote tracker."""
+"""The folder of a run: resolved configuration, its history, metrics, pictures, and an optional remote tracker."""
 
 import contextlib
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from torchvision.utils import save_image
 
 from configs.schema import ImageConfig, LatentConfig
-from configs.stored import differences
-from training.files import write_atomic, write_json
+from configs.stored import changes, differences
+from training.files import plain, to_json, write_atomic, write_json
+
+log = logging.getLogger(__name__)
 
 
 def run_path(config: ImageConfig | LatentConfig) -> Path:
@@ -24,6 +27,10 @@ class RunDir:
 
     Nothing is written before `start`. Of several processes the first alone calls it, and what follows it.
 
+    `config.json` holds the configuration in force. `history.jsonl` says how it came about, one JSON object a line:
+    {"step": 3, "changed": {"train.amp": [true, false]}} for fields with another value from that step on, old and new;
+    {"step": 0, "init_from": …} for a run that began with the weights of another.
+
     Args:
         config: the frozen configuration.
         resume: continue what is there. Without it an existing run is refused.
@@ -34,9 +41,10 @@ class RunDir:
 
     def __init__(self, config: ImageConfig | LatentConfig, resume: bool) -> None:
         self.config = config
-        self.plain_config: dict[str, Any] = json.loads(json.dumps(asdict(config)))  # as JSON stores it
+        self.plain_config: dict[str, Any] = plain(asdict(config))
         self.path = run_path(config)
         self.checkpoints = self.path / "checkpoints"
+        self._changed: dict[str, tuple[Any, Any]] = {}
         stored = self.path / "config.json"
         if stored.exists():
             if not resume:
@@ -44,20 +52,34 @@ class RunDir:
                     f"run.experiment={config.run.experiment!r}: {self.path} already holds a run; "
                     "accepted: another name, or train.load_checkpoint=true to continue it"
                 )
-            changed = differences(json.loads(stored.read_text()), self.plain_config)
-            if changed:
+            there = json.loads(stored.read_text())
+            shaping = differences(there, self.plain_config)
+            if shaping:
                 raise ValueError(
-                    f"{self.path} holds a run with another configuration ({'; '.join(changed)}); "
+                    f"{self.path} holds a run with another configuration ({'; '.join(shaping)}); "
                     "accepted: the same values, or another run.experiment"
                 )
+            self._changed = changes(there, self.plain_config)
         self._metrics = None
         self._wandb = None
 
-    def start(self, step: int) -> None:
-        """Write `config.json` and open `metrics.jsonl` to go on from `step`.
+    def start(self, step: int, origin: dict[str, Any] | None = None) -> None:
+        """Write `config.json` and open `metrics.jsonl` to go on from `step`; changed fields are told and kept.
 
-        Lines past `step`, and a last line half-written by a killed process, are dropped.
+        Lines of metrics past `step`, and a last line half-written by a killed process, are dropped.
+
+        Args:
+            step: steps taken so far.
+            origin: for the history, where the weights come from, if not from this run.
         """
+        for field, (old, new) in self._changed.items():
+            log.info("%s is %r from step %d on, %r before", field, new, step, old)
+        events = [origin, {"changed": self._changed} if self._changed else None]
+        history = self.path / "history.jsonl"
+        told = history.read_text() if history.exists() else ""
+        told += "".join(to_json({"step": step, **event}) + "\n" for event in events if event)
+        if told:
+            write_atomic(history, lambda temporary: temporary.write_text(told))
         write_json(self.path / "config.json", self.plain_config)
         path = self.path / "metrics.jsonl"
         kept = []
@@ -88,11 +110,12 @@ class RunDir:
             mode=run.wandb_mode,
             dir=run.wandb_dir or str(self.path),
             config=self.plain_config,
+            allow_val_change=True,
         )
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Append one line to `metrics.jsonl`, flushed at once."""
-        self._metrics.write(json.dumps(metrics) + "\n")
+        """Append one line to `metrics.jsonl`, flushed at once; what is not finite is null there."""
+        self._metrics.write(to_json(metrics) + "\n")
         self._metrics.flush()
         if self._wandb is not None:
             self._wandb.log(metrics, step=metrics["step"])

@@ -1,7 +1,9 @@
 """The training loop of both stages, in one process or in several that train together.
 
-Everything random in step k follows from (run.seed, k), and with several processes from the number of each, so a resumed
-run draws what the uninterrupted one would have drawn, and a state needs no random-number state beside its step.
+Everything random in step k follows from (run.seed, k) and the number of the process, so a resumed run draws what the
+uninterrupted one would have drawn, and a state needs no random-number state beside its step.
+
+A step whose gradient is not finite changes neither weights nor moments, and a state that is not finite is not written.
 """
 
 import contextlib
@@ -20,9 +22,11 @@ from tqdm import tqdm
 
 from configs.processes import ALONE, Processes
 from configs.schema import ImageConfig, LatentConfig
-from diffusion.noise import derive_seed
+from diffusion.random import Purpose, seed_global, stream
 from training.acceleration import accelerate
 from training.checkpoint import (
+    BEST_WEIGHTS,
+    WEIGHTS,
     checkpoint_steps,
     load_checkpoint,
     load_newest_checkpoint,
@@ -30,6 +34,8 @@ from training.checkpoint import (
     save_weights,
 )
 from training.ema import Ema
+from training.guard import StepGuard
+from training.init_from import take_over
 from training.means import Means
 from training.parallel import data_parallel
 from training.precision import Precision
@@ -37,15 +43,22 @@ from training.run_dir import RunDir
 from training.signals import Signals
 
 log = logging.getLogger(__name__)
+# What a training state holds beside the configuration and the versions.
+_STATE = {"step", "seen", "modules", "ema", "optimizer", "scaler", "stage", "means", "guard", "best"}
 
 
 class Stage(Protocol):
-    """What a training stage brings to the loop."""
+    """What a training stage brings to the loop.
+
+    held_out: name of the loss on held-out data in the log. held_out_steps: steps between two of them, 0 for none.
+    """
 
     modules: dict[str, nn.Module]
+    held_out: str
+    held_out_steps: int
 
-    def batches(self, start_step: int) -> Iterator[torch.Tensor]:
-        """Yield this process's share of the batch of every step from `start_step` on, without end."""
+    def batches(self, seen: int) -> Iterator[torch.Tensor]:
+        """Yield this process's share of every batch after the first `seen` examples of all processes, without end."""
 
     def loss(self, batch: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the mean loss of a batch and further scalars to log."""
@@ -53,8 +66,8 @@ class Stage(Protocol):
     def pictures(self, averaged: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
         """Return rows of pictures (N, C, H, W) made with the averaged weights."""
 
-    def evaluate(self, averaged: dict[str, nn.Module], step: int) -> dict[str, float]:
-        """Return held-out metrics if they fall due at the log line of `step`, else nothing."""
+    def held_out_loss(self, averaged: dict[str, nn.Module]) -> float:
+        """Return the mean loss of the averaged weights on held-out data, with the same random draws at every call."""
 
     def weights(self, averaged: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
         """Return the tensors of the inference file."""
@@ -97,22 +110,23 @@ class Trainer:
         self.scaler = precision.scaler()
         self.ema = Ema(stage.modules, config.train.ema_decay)
         accelerate(stage.modules, config.train, self.device)
-        self.generator = torch.Generator(self.device)
-        self.step = 0
-        self.means = Means(processes)
+        self.step = self.seen = 0  # steps taken, and examples seen in them by all processes
+        self.means, self.guard = Means(processes), StepGuard(optim, self.device)
+        self.best: dict[str, float] = {}  # least held-out loss so far, and its step
         self.signals = Signals()
 
     def run(self) -> None:
         """Train up to `train.steps`, continuing the newest checkpoint of the run.
 
         Leaves with status 128 + signal after saving when SIGINT or SIGTERM asks it, or any process that trains with it,
-        to stop. Raises ValueError when the run has weights but nothing to continue.
+        to stop. Raises ValueError when the run has weights but nothing to continue, or train.init_from does not fit;
+        FloatingPointError when training has diverged, with the last checkpoint as it was.
         """
         train, first = self.config.train, self.processes.is_first
-        self._resume()
-        batches = itertools.islice(self.stage.batches(self.step), max(train.steps - self.step, 0))
+        origin = self._resume()
+        batches = itertools.islice(self.stage.batches(self.seen), max(train.steps - self.step, 0))
         if first:
-            self.run_dir.start(self.step)
+            self.run_dir.start(self.step, origin)
         bar = tqdm(
             total=train.steps, initial=self.step, unit="step", disable=None if first else True, dynamic_ncols=True
         )
@@ -132,6 +146,7 @@ class Trainer:
                     if first:
                         self._report(bar, means, (self.step - clock_step) * train.batch_size / seconds)
                     self.means.clear()
+                    self.guard.clear()
                     clock, clock_step = time.perf_counter(), self.step
                 if self.step % train.plot_samples_steps == 0 or done:
                     if first:
@@ -155,27 +170,29 @@ class Trainer:
 
     def train_step(self, batch: torch.Tensor) -> None:
         """One step of the optimiser on `batch` (uint8 images, or latents), and of the averages where they fall due."""
-        train, optim = self.config.train, self.config.optimizer
-        own = (self.processes.rank,) if self.processes.world_size > 1 else ()
-        seed = derive_seed(self.config.run.seed, "step", self.step, *own)
-        self.generator.manual_seed(seed)
-        torch.manual_seed(seed)  # dropout draws from the global generator
+        run, train, optim = self.config.run, self.config.train, self.config.optimizer
+        indices = self.step, self.processes.rank
+        generator = stream(run.seed, Purpose.STEP, *indices, device=self.device)
+        seed_global(run.seed, Purpose.DROPOUT, *indices, device=self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = optim.learning_rate * min(1.0, (self.step + 1) / max(optim.warmup_steps, 1))
 
         with self.precision.autocast():
             loss_of = self.parallel or self.stage.loss
-            loss, scalars = loss_of(batch.to(self.device, non_blocking=True), self.generator)
+            loss, scalars = loss_of(batch.to(self.device, non_blocking=True), generator)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norms = {name: self._clip(module) for name, module in self.stage.modules.items()}
         norm = torch.stack(list(norms.values())).norm()
-        if not (optim.gradient_skip and norm.item() >= optim.gradient_skip_threshold):
-            self.scaler.step(self.optimizer)
+        skip = self.guard.skips(norm)
+        # The fused kernel leaves weights, moments and its count of steps alone where this is 1, without a wait for it.
+        self.optimizer.found_inf = skip.float()
+        self.optimizer.step()
         self.scaler.update()
 
         self.step += 1
+        self.seen += train.batch_size
         if self.step % train.ema_update_every == 0:
             self.ema.update()
         self.means.add(
@@ -184,7 +201,8 @@ class Trainer:
                 "grad_norm": norm,
                 **scalars,
                 **{f"grad_norm_{name}": n for name, n in norms.items() if len(norms) > 1},
-            }
+            },
+            taken=~skip,
         )
 
     def _clip(self, module: nn.Module) -> torch.Tensor:
@@ -195,14 +213,15 @@ class Trainer:
     def _report(self, bar: tqdm, means: dict[str, float], images_per_second: float) -> None:
         metrics = {
             "step": self.step,
-            "images": self.step * self.config.train.batch_size,
+            "images": self.seen,
             **means,
+            "skipped_steps": self.guard.read()[0],
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "images_per_second": round(images_per_second, 2),
         }
         if self.device.type == "cuda":
             metrics["peak_memory_gb"] = round(torch.cuda.max_memory_allocated(self.device) / 1e9, 3)
-        metrics.update(self.stage.evaluate(self.ema.modules, self.step))
+        metrics.update(self._held_out())
         self.run_dir.log(metrics)
         if bar.disable:
             log.info(
@@ -216,17 +235,31 @@ class Trainer:
         else:
             bar.set_postfix(loss=f"{means['loss']:.4f}", grad=f"{means['grad_norm']:.3f}")
 
+    def _held_out(self) -> dict[str, float]:
+        """The held-out loss, if this log line just passed a multiple of its interval; the best weights are kept."""
+        every, stage = self.stage.held_out_steps, self.stage
+        if not every or self.step // every == (self.step - self.config.train.plot_graph_steps) // every:
+            return {}
+        loss = stage.held_out_loss(self.ema.modules)
+        if math.isfinite(loss) and loss < self.best.get("loss", math.inf):
+            self.best = {"loss": loss, "step": self.step}
+            header = {**self._header(), stage.held_out: loss}
+            save_weights(self.run_dir.path / BEST_WEIGHTS, stage.weights(self.ema.modules), header)
+        return {stage.held_out: loss}
+
     def _shared_means(self) -> dict[str, float]:
-        """The means since the last log line, the same in all processes; FloatingPointError for a loss not finite."""
+        """The means since the last log line, the same in all processes; FloatingPointError after too many bad steps."""
+        row, limit = self.guard.read()[1], self.config.optimizer.max_nonfinite_steps
+        if row >= limit:
+            raise self._diverged(f"the gradient was not finite in {row} steps in a row (max_nonfinite_steps={limit})")
         self.means.share()
-        means = self.means.read()
-        loss = means.get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {self.step}; the last checkpoint is intact: "
-                "continue with a smaller optimizer.learning_rate or train.amp=false"
-            )
-        return means
+        return self.means.read()
+
+    def _diverged(self, reason: str) -> FloatingPointError:
+        steps = checkpoint_steps(self.run_dir.checkpoints)
+        kept = f"the checkpoint of step {steps[0]} is as it was: continue" if steps else "there is no checkpoint: begin"
+        advice = "with a smaller optimizer.learning_rate or train.amp=false"
+        return FloatingPointError(f"{reason} at step {self.step}; {kept} {advice}")
 
     def _save(self) -> None:
         self._shared_means()
@@ -234,17 +267,22 @@ class Trainer:
             return
         state = {
             "step": self.step,
+            "seen": self.seen,
             "modules": {name: module.state_dict() for name, module in self.stage.modules.items()},
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "stage": self.stage.state_dict(),
-            "sums": self.means.sums,
-            "summed": self.means.count,
+            "means": self.means.state_dict(),
+            "guard": self.guard.state_dict(),
+            "best": self.best,
             **self._header(),
         }
-        save_checkpoint(self.run_dir.checkpoints, self.step, state, self.config.train.keep_checkpoints)
-        save_weights(self.run_dir.path / "weights.safetensors", self.stage.weights(self.ema.modules), self._header())
+        try:
+            save_checkpoint(self.run_dir.checkpoints, self.step, state, self.config.train.keep_checkpoints)
+        except FloatingPointError as error:
+            raise self._diverged(str(error)) from None
+        save_weights(self.run_dir.path / WEIGHTS, self.stage.weights(self.ema.modules), self._header())
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -254,27 +292,50 @@ class Trainer:
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         }
 
-    def _resume(self) -> None:
-        """Continue the newest checkpoint; which that is, the first process says, as it alone removes old ones."""
+    def _resume(self) -> dict[str, Any] | None:
+        """Continue the newest checkpoint; which that is, the first process says, as it alone removes old ones.
+
+        Without one, start from the run that train.init_from names, and return what that is for the history.
+        """
         state = self._newest() if self.processes.is_first else None
         step = self.processes.from_first(lambda: None if state is None else state["step"])
         if step is None:
-            return
+            return self._initialise()
         state = state or load_checkpoint(self.run_dir.checkpoints, step, self.device)
+        if missing := _STATE - state.keys():
+            raise ValueError(
+                f"{self.run_dir.checkpoints} holds states of another version, without {', '.join(sorted(missing))}; "
+                f"accepted: another run.experiment, and train.init_from={self.run_dir.path} to start from its weights"
+            )
         for name, module in self.stage.modules.items():
             module.load_state_dict(state["modules"][name])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        # Moments are of the state; rates and decays are of the configuration, which may have changed.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        if state["scaler"]:  # that of a run without loss scaling is empty
+            self.scaler.load_state_dict(state["scaler"])
         self.stage.load_state_dict(state["stage"])
-        self.step, self.means.sums, self.means.count = state["step"], state["sums"], state["summed"]
+        self.means.load_state_dict(state["means"])
+        self.guard.load_state_dict(state["guard"])
+        self.step, self.seen, self.best = state["step"], state["seen"], state["best"]
         log.info("continuing %s at step %d", self.run_dir.path, self.step)
+        return None
+
+    def _initialise(self) -> dict[str, Any] | None:
+        run = self.config.train.init_from
+        if not run:
+            return None
+        line, event = take_over(run, self.stage.modules, self.run_dir.plain_config)
+        self.ema.restart(self.stage.modules)
+        log.info(line)
+        return event
 
     def _newest(self) -> dict[str, Any] | None:
-        weights = self.run_dir.path / "weights.safetensors"
+        weights = self.run_dir.path / WEIGHTS
         if weights.exists() and not checkpoint_steps(self.run_dir.checkpoints):
             raise ValueError(
                 f"{weights} would be overwritten, with no training state to continue (an imported run has none); "
-                "accepted: another run.experiment"
+                f"accepted: another run.experiment, and train.init_from={self.run_dir.path} to start from its weights"
             )
         return load_newest_checkpoint(self.run_dir.checkpoints, self.device)

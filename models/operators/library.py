@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 
 from diffusion.coordinates import Points, Size
+from diffusion.random import Purpose, stream
 from models.operators.base import (
     Plan,
     check_features,
@@ -146,7 +147,7 @@ def check_conventions(backend: LibraryBackend) -> None:
 
     Neither lattice nor kernel is square, and no two taps are alike. Gradients are compared too, if there are any.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = stream(0, Purpose.SELF_CHECK)
     index = torch.stack([torch.randperm(_SIZE[0] * _SIZE[1], generator=generator)[:15] for _ in range(2)])
     for groups in (1, _CHANNELS) if backend.depthwise else (1,):
         weight = torch.randn(_CHANNELS, _CHANNELS // groups, *_EXTENT, generator=generator)
