@@ -94,6 +94,9 @@ def test_overrides_are_typed(path, text, value):
     ("diffusion.noise_schedule", "const2", "0 < beta < 1"),
     ("run.experiment", "a/b", "without slashes"),
     ("optimizer.learning_rate", 0.0, "> 0"),
+    ("optimizer.gradient_skip_threshold", float("inf"), "a finite number"),
+    ("diffusion.gaussian_filter_std", float("nan"), "a finite number"),
+    ("optimizer.max_nonfinite_steps", 0, "accepted: int >= 1"),
 ])  # fmt: skip
 def test_a_wrong_value_is_one_line(path, value, part):
     config = image_config()
@@ -136,6 +139,11 @@ def test_what_a_later_command_may_change():
     assert differences(plain, dataclasses.asdict(wider)) == ["model.nf is 64 there, 32 here"]
     assert relocate(config, moved, ["data.root_dir"], "run").data.root_dir == "elsewhere"
     assert relocate(config, wider, [], "run") == config
+    precise = dataclasses.replace(config, train=dataclasses.replace(config.train, amp=False))
+    assert relocate(config, precise, ["train.amp"], "run").train.amp is False
+    sparser = dataclasses.replace(config, mc_integral=dataclasses.replace(config.mc_integral, ratio=0.5))
+    with pytest.raises(ValueError, match=r"mc_integral.ratio=0.5: run was trained with 0.25"):
+        relocate(config, sparser, ["mc_integral.ratio"], "run")
     with pytest.raises(ValueError, match=r"model.nf=32: run was trained with 64"):
         relocate(config, wider, ["model.nf"], "run")
 

@@ -32,6 +32,7 @@ from test_generation import build, folder_options
 from test_training import everything, image_trainer, metrics
 from training.checkpoint import checkpoint_steps, load_newest_checkpoint
 from training.precision import pick_device
+from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 COUNT = 2
@@ -71,9 +72,12 @@ def work(rank: int, port: int, root: Path) -> None:
             second.run()
             kept[name] = {"weights": weights(whole), "resumed": weights(second), "stage": whole.stage.state_dict()}
         image_trainer(root / "grown", processes=processes).run()
+        skipping = overflowing(root / "skipping", processes, range(2, 4))
+        skipping.run()
+        kept["skipping"] = {"weights": weights(skipping), "held_out": skipping.best}
         for seeds in ([4], [0, 1, 2, 4]):
             draw_folder(build(root), root / "samples", seeds, folder_options(), {}, processes)
-        kept["faults"] = {fault.__name__: outcome(fault, root, processes) for fault in (share, image, loss)}
+        kept["faults"] = {fault.__name__: outcome(fault, root, processes) for fault in (share, image, loss, state)}
     torch.save(kept, root / f"process_{rank}.pt")
 
 
@@ -95,17 +99,36 @@ def image(root: Path, processes: Processes) -> None:
     trainer.run()
 
 
-def loss(root: Path, processes: Processes) -> None:
-    """A loss that overflows in one process."""
-    trainer = image_trainer(root / "loss", processes=processes)
+def overflowing(root: Path, processes: Processes, steps: range, changes: dict | None = None) -> Trainer:
+    """A trainer whose loss overflows in the second process, in some steps."""
+    trainer = image_trainer(root, changes, processes)
     plain = trainer.stage.loss
 
-    def overflowing(*given) -> tuple[torch.Tensor, dict]:
+    def loss(*given) -> tuple[torch.Tensor, dict]:
         value, scalars = plain(*given)
-        return value * torch.inf, scalars
+        return value * (torch.inf if trainer.step in steps else 1.0), scalars
 
     if not processes.is_first:
-        trainer.stage.loss = overflowing
+        trainer.stage.loss = loss
+    return trainer
+
+
+def loss(root: Path, processes: Processes) -> None:
+    """A loss that overflows in one process, too often."""
+    overflowing(root / "loss", processes, range(10), {"optimizer.max_nonfinite_steps": 2}).run()
+
+
+def state(root: Path, processes: Processes) -> None:
+    """A state that is not finite, which the first process alone writes."""
+    trainer = image_trainer(root / "state", {"train.checkpoint_steps": 2}, processes)
+    update = trainer.ema.update
+
+    def broken() -> None:
+        update()
+        if trainer.step == 4:
+            next(trainer.ema.modules["encoder"].parameters()).view(-1)[0] = torch.nan
+
+    trainer.ema.update = broken
     trainer.run()
 
 
@@ -202,6 +225,16 @@ def test_their_run_resumes_exactly_and_continues_alone(root, case):
     assert [line["step"] for line in metrics(alone)][-1] == 8 and checkpoint_steps(alone.run_dir.checkpoints) == [8, 6]
 
 
+def test_a_gradient_that_is_not_finite_in_one_is_skipped_by_all(root):
+    first, second = kept(root, "skipping")
+    assert differing(first["weights"], second["weights"]) == []
+    lines = [json.loads(line) for line in metrics_file(root / "skipping").read_text().splitlines()]
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 0, 0]
+    assert [line["loss"] is None for line in lines] == [False, False, True, True, False, False]
+    assert [line["step"] for line in lines if "val_loss" in line] == [2, 4, 6]
+    assert first["held_out"]["loss"] == min(line["val_loss"] for line in lines if "val_loss" in line)
+
+
 def test_a_run_of_one_process_continues_in_two(root):
     assert load_newest_checkpoint(root / "grown" / "micro" / "checkpoints")["step"] == 6
     lines = [json.loads(line) for line in metrics_file(root / "grown").read_text().splitlines()]
@@ -262,7 +295,11 @@ def test_a_fault_of_any_ends_all_with_one_line_of_the_first(root):
     first, second = kept(root, "faults")
     assert first["share"] == (2, "error: train.batch_size: 5, accepted are multiples of the 2 processes\n")
     assert first["image"] == (2, "error: process 1: 17.png is damaged\n")
-    assert first["loss"][0] == 1 and re.fullmatch(r"error: the loss is (inf|nan) at step 1; .*\n", first["loss"][1])
+    said = r"error: the gradient was not finite in 2 steps in a row \(.*\) at step 2; there is no checkpoint: begin .*\n"
+    assert first["loss"][0] == 1 and re.fullmatch(said, first["loss"][1])
+    said = r"error: ema\.modules\.encoder\..* is not finite at step 4; the checkpoint of step 2 is as it was: .*\n"
+    assert first["state"][0] == 1 and re.fullmatch(said, first["state"][1])
+    assert checkpoint_steps(root / "state" / "micro" / "checkpoints") == [2]
     assert second == {name: (status, "") for name, (status, _) in first.items()}
     assert not (root / "share").exists()
 
@@ -297,7 +334,7 @@ def test_malformed_variables_and_missing_devices_are_one_line(monkeypatch):
 
 
 def test_a_signal_to_torchrun_saves_one_state_that_continues(tmp_path):
-    """Decoding processes get it too; the next command has another end, which does not shape the run."""
+    """Decoding processes get it too; the next command has another end and other rates, which do not shape the run."""
     endless = {name: 100_000 for name in ("train.steps", "train.checkpoint_steps", "train.plot_samples_steps")}
     endless |= {"data.in_memory": "never", "data.num_workers": 1}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={COUNT}"]
@@ -312,7 +349,10 @@ def test_a_signal_to_torchrun_saves_one_state_that_continues(tmp_path):
     step = int(re.fullmatch(r"step_(\d+)\.pt", state.name)[1])
     assert step > 0 and torch.load(state)["step"] == step
     assert f"stopped by signal 15 at step {step}" in errors and errors.count("stopped by") == 1
-    done = together(stage_one(tmp_path, {**endless, "train.steps": step + 2}))
+    changed = {"train.steps": step + 2, "train.amp": False, "optimizer.learning_rate": 1e-4}
+    done = together(stage_one(tmp_path, {**endless, **changed}))
     assert [status for status, _ in done] == [0, 0], done
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == list(range(1, step + 3))
+    (told,) = map(json.loads, (tmp_path / "micro" / "history.jsonl").read_text().splitlines())
+    assert told["step"] == step and told["changed"].keys() == changed.keys()
