@@ -105,7 +105,7 @@ def test_a_state_of_another_version_is_one_line(tmp_path):
     state = load_checkpoint(trainer.run_dir.checkpoints, 1)
     del state["guard"], state["seen"]
     save_checkpoint(trainer.run_dir.checkpoints, 1, state, keep=1)
-    with pytest.raises(ValueError, match="of another version, without guard, seen; accepted: another run.experiment"):
+    with pytest.raises(ValueError, match=r"of another version, without guard, seen; accepted: another run\.experiment"):
         image_trainer(tmp_path).run()
 
 

@@ -97,11 +97,11 @@ def test_numbers_are_the_formula():
     keys, (height, width) = [key(1, Purpose.IMAGE), key(2, Purpose.IMAGE_STEP, 4)], (5, 7)
     found = normals(keys, 2, (height, width)).double().numpy()
     assert found.shape == (2, 2, 5, 7)
-    for b, c, k, l in np.ndindex(2, 2, height, width):
-        words = philox((l // 4, k, c, keys[b][2]), *keys[b][:2])
-        u, v = words[2 * (l % 4 // 2) : 2 * (l % 4 // 2) + 2]
+    for b, c, k, j in np.ndindex(2, 2, height, width):
+        words = philox((j // 4, k, c, keys[b][2]), *keys[b][:2])
+        u, v = words[2 * (j % 4 // 2) : 2 * (j % 4 // 2) + 2]
         radius, angle = (-2 * np.log((u + 0.5) / 2**32)) ** 0.5, 2 * np.pi * v / 2**32
-        assert found[b, c, k, l] == pytest.approx(radius * (np.cos(angle), np.sin(angle))[l % 2], abs=3e-6)
+        assert found[b, c, k, j] == pytest.approx(radius * (np.cos(angle), np.sin(angle))[j % 2], abs=3e-6)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (40, 3), (3, 1030)])

@@ -34,8 +34,8 @@ ALLOWED = {
                  "safetensors", "tqdm", "wandb"},
 }  # fmt: skip
 TRAINER = {"configs.processes", "configs.schema", "diffusion.random", "training.acceleration", "training.checkpoint",
-           "training.ema", "training.guard", "training.init_from", "training.means", "training.parallel", "training.precision", "training.run_dir",
-           "training.signals"}  # fmt: skip
+           "training.ema", "training.guard", "training.init_from", "training.means", "training.parallel",
+           "training.precision", "training.run_dir", "training.signals"}  # fmt: skip
 
 
 def imports(file: Path) -> set[str]:
