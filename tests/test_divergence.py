@@ -2,6 +2,7 @@
 
 import copy
 import json
+import signal
 
 import pytest
 import torch
@@ -10,7 +11,14 @@ from configs.flags import readable_errors
 from configs.processes import ALONE
 from configs.schema import OptimizerConfig
 from test_training import everything, image_trainer, latent_trainer, metrics
-from training.checkpoint import checkpoint_steps, load_checkpoint, require_finite, save_checkpoint, save_weights
+from training.checkpoint import (
+    checkpoint_steps,
+    load_checkpoint,
+    load_weights,
+    require_finite,
+    save_checkpoint,
+    save_weights,
+)
 from training.guard import StepGuard
 from training.means import Means
 from training.precision import Precision
@@ -58,7 +66,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, make, skip_larg
         assert all(value["step"].item() == (step + 1 if step < 2 else step) for value in now.values())
         if step == 2:
             assert all(torch.equal(value[key], now[i][key]) for i, value in moments.items() for key in value)
-    assert trainer.guard.read() == (1, 1) and trainer.means.read()["grad_norm"] > 0
+    assert trainer.guard.read() == (1, 0) and trainer.means.read()["grad_norm"] > 0
     require_finite([m.state_dict() for m in trainer.stage.modules.values()])
 
 
@@ -98,6 +106,42 @@ def test_too_many_in_a_row_stop_the_run_which_goes_on_as_the_message_says(tmp_pa
     again = image_trainer(tmp_path, advised)
     again.run()
     assert metrics(again)[-1]["learning_rate"] == 1e-5 and checkpoint_steps(again.run_dir.checkpoints) == [6, 3]
+
+
+def test_a_checkpoint_waits_for_the_end_of_a_row(tmp_path):
+    """Weights after which no gradient is finite push no good checkpoint out, and are no inference weights."""
+    changes = {"train.checkpoint_steps": 2, "train.keep_checkpoints": 1, "train.plot_graph_steps": 12,
+               "train.plot_samples_steps": 100, "optimizer.max_nonfinite_steps": 5}  # fmt: skip
+    trainer = image_trainer(tmp_path, {**changes, "train.steps": 12})
+    spoil(trainer, {3, *range(7, 12)})
+    save, saved = trainer._save, []
+    trainer._save = lambda: (saved.append(trainer.step), save())
+    with pytest.raises(FloatingPointError, match=r"5 steps in a row .*; the checkpoint of step 6 is as it was"):
+        trainer.run()
+    assert saved == [2, 5, 6] and checkpoint_steps(trainer.run_dir.checkpoints) == [6]
+
+
+def test_a_signal_within_a_row_saves_what_may_be_dropped_later(tmp_path):
+    changes = {"train.checkpoint_steps": 2, "train.keep_checkpoints": 1, "train.plot_graph_steps": 1,
+               "train.steps": 20, "optimizer.max_nonfinite_steps": 4}  # fmt: skip
+    first = image_trainer(tmp_path, changes)
+    spoil(first, range(3, 20))
+    step = first.train_step
+
+    def signalled(batch):
+        step(batch)
+        first.signals.number = signal.SIGTERM if first.step == 5 else 0
+
+    first.train_step = signalled
+    with pytest.raises(SystemExit):
+        first.run()
+    _, header = load_weights(tmp_path / "micro" / "weights.safetensors")
+    assert checkpoint_steps(first.run_dir.checkpoints) == [5, 2] and header["step"] == 2
+    second = image_trainer(tmp_path, changes)
+    spoil(second, range(3, 20))
+    with pytest.raises(FloatingPointError, match=r"4 steps in a row .*; the checkpoint of step 2 is as it was"):
+        second.run()
+    assert checkpoint_steps(second.run_dir.checkpoints) == [2]
 
 
 def test_the_last_step_is_no_exception(tmp_path):
@@ -170,7 +214,7 @@ def test_guard_counts_on_its_own():
     assert guard.read() == (1, 4)  # the row goes on
     other = StepGuard(OptimizerConfig(), CPU)
     other.load_state_dict(guard.state_dict())
-    assert not other.skips(torch.tensor(1e30)) and other.read() == (1, 4)
+    assert not other.skips(torch.tensor(1e30)) and other.read() == (1, 0)
 
 
 def test_means_leave_out_what_does_not_count():

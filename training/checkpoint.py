@@ -29,8 +29,8 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return sorted((int(name[1]) for name in names if name), reverse=True)
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write the training state of `step` atomically and delete all but the newest `keep`.
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int | None) -> Path:
+    """Write the training state of `step` atomically and delete all but the newest `keep`, none for None.
 
     Raises:
         FloatingPointError: when a tensor of the state is not finite; then nothing is written.
@@ -38,9 +38,16 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     path = _path(folder, step)
     require_finite(state)
     write_atomic(path, lambda temporary: torch.save(state, temporary))
-    for old in checkpoint_steps(folder)[keep:]:
+    for old in [] if keep is None else checkpoint_steps(folder)[keep:]:
         _path(folder, old).unlink(missing_ok=True)
     return path
+
+
+def drop_checkpoints(folder: Path, after: int) -> None:
+    """Delete the training states of steps past `after`."""
+    for step in checkpoint_steps(folder):
+        if step > after:
+            _path(folder, step).unlink(missing_ok=True)
 
 
 def require_finite(state: Mapping[str, Any]) -> None:

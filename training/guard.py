@@ -15,27 +15,26 @@ class StepGuard:
 
     def __init__(self, config: OptimizerConfig, device: torch.device) -> None:
         self._limit = config.gradient_skip_threshold if config.gradient_skip else torch.inf
-        # Left out; for a norm that is not finite in a row, up to now and at most.
-        self._counts = torch.zeros(3, dtype=torch.int64, device=device)
+        # Steps left out; and how many, up to the last, in a row for a norm that is not finite.
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)
 
     def skips(self, norm: torch.Tensor) -> torch.Tensor:
         """Whether the step with this gradient norm () is left out, bool (); it is counted."""
         finite = norm.isfinite()
         skip = ~(finite & (norm < self._limit))
-        left_out, row, longest = self._counts.unbind()
-        row = torch.where(finite, 0, row + 1)
-        self._counts = torch.stack([left_out + skip, row, torch.maximum(longest, row)])
+        left_out, row = self._counts.unbind()
+        self._counts = torch.stack([left_out + skip, torch.where(finite, 0, row + 1)])
         return skip
 
     def read(self) -> tuple[int, int]:
-        """Steps left out, and the most in a row for a norm that is not finite, since `clear`; waits for the device."""
-        left_out, _, longest = self._counts.tolist()
-        return left_out, longest
+        """Steps left out since `clear`, and of the last ones how many for a norm that is not finite; waits."""
+        left_out, row = self._counts.tolist()
+        return left_out, row
 
     def clear(self) -> None:
-        """Begin to count anew. A row that has not ended goes on."""
+        """Begin to count anew; a row goes on."""
         row = self._counts[1]
-        self._counts = torch.stack([torch.zeros_like(row), row, row])
+        self._counts = torch.stack([torch.zeros_like(row), row])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {"counts": self._counts}

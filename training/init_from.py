@@ -46,7 +46,7 @@ def take_over(run: str, modules: dict[str, nn.Module], config: dict[str, Any]) -
     event = {"init_from": str(run), "weights_step": header.get("step"), "tensors": counts}
     taken = ", ".join(f"{count} tensors of {name}" for name, count in counts.items())
     left = sorted(key for key in tensors if not key.startswith(tuple(f"{name}." for name in modules)))
-    other = differences(header.get("config", {}), config)
+    other = differences(header.get("config", {}), {**config, "train": {}})
     line = (
         f"starting from {path}, averaged weights of step {header.get('step')}: {taken}; averages, optimiser, steps"
         f"{''.join(f', {name}' for name in left)} are this run's own"

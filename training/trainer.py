@@ -4,6 +4,7 @@ Everything random in step k follows from (run.seed, k) and the number of the pro
 uninterrupted one would have drawn, and a state needs no random-number state beside its step.
 
 A step whose gradient is not finite changes neither weights nor moments, and a state that is not finite is not written.
+After a row of such steps weights may be of no use though finite: until it ends, nothing good is overwritten by them.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from training.checkpoint import (
     BEST_WEIGHTS,
     WEIGHTS,
     checkpoint_steps,
+    drop_checkpoints,
     load_checkpoint,
     load_newest_checkpoint,
     save_checkpoint,
@@ -130,7 +132,7 @@ class Trainer:
         bar = tqdm(
             total=train.steps, initial=self.step, unit="step", disable=None if first else True, dynamic_ncols=True
         )
-        clock, clock_step = time.perf_counter(), self.step
+        clock, clock_step, due = time.perf_counter(), self.step, False
         with self.signals, contextlib.closing(self.run_dir), bar:
             while True:
                 batch = next(batches, None)  # before they agree: what one cannot read stops all of them
@@ -152,8 +154,10 @@ class Trainer:
                     if first:
                         self._save_pictures()
                     clock, clock_step = time.perf_counter(), self.step
-                if self.step % train.checkpoint_steps == 0 or done:
+                due |= self.step % train.checkpoint_steps == 0
+                if done or (due and not self.guard.read()[1]):
                     self._save()
+                    due = False
             if stop:
                 self._save()
                 self.processes.agree()  # the others wait for the first, whose state it is that counts
@@ -251,6 +255,8 @@ class Trainer:
         """The means since the last log line, the same in all processes; FloatingPointError after too many bad steps."""
         row, limit = self.guard.read()[1], self.config.optimizer.max_nonfinite_steps
         if row >= limit:
+            if self.processes.is_first:  # a signal may have saved one within the row
+                drop_checkpoints(self.run_dir.checkpoints, self.step - row)
             raise self._diverged(f"the gradient was not finite in {row} steps in a row (max_nonfinite_steps={limit})")
         self.means.share()
         return self.means.read()
@@ -265,6 +271,7 @@ class Trainer:
         self._shared_means()
         if not self.processes.is_first:
             return
+        train, row = self.config.train, self.guard.read()[1]
         state = {
             "step": self.step,
             "seen": self.seen,
@@ -279,10 +286,13 @@ class Trainer:
             **self._header(),
         }
         try:
-            save_checkpoint(self.run_dir.checkpoints, self.step, state, self.config.train.keep_checkpoints)
+            save_checkpoint(self.run_dir.checkpoints, self.step, state, None if row else train.keep_checkpoints)
         except FloatingPointError as error:
             raise self._diverged(str(error)) from None
-        save_weights(self.run_dir.path / WEIGHTS, self.stage.weights(self.ema.modules), self._header())
+        if not row or self.step == train.steps:
+            save_weights(self.run_dir.path / WEIGHTS, self.stage.weights(self.ema.modules), self._header())
+        if row:
+            log.warning("the gradient was not finite in the last %d steps, up to step %d", row, self.step)
 
     def _header(self) -> dict[str, Any]:
         return {
