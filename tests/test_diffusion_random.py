@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[1]
 SEEDS = (0, 7, 1 << 32, 7 + (1 << 32), 7 + (1 << 70))
 INDICES = ((), (0,), (7,), (0, 7), (7, 0), (0, 7, 0), (1 << 32,), (7, 1 << 40))
 # Comparisons with other code, which must draw as that does: of clean-fid, and of the published training.
-FOREIGN = {("metrics/frechet.py", "RandomState"), ("benchmarks/baselines.py", "choice")}
+FOREIGN = {
+    ("metrics/frechet.py", "RandomState"), ("benchmarks/baselines.py", "choice"), ("benchmarks/published.py", "choice"),
+}  # fmt: skip
 
 
 def all_keys():

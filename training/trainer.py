@@ -102,8 +102,10 @@ class Trainer:
         self.device, self.processes = precision.device, processes
         self.parallel = data_parallel(stage, processes, self.device)
         optim = config.optimizer
+        # Collected once: walking the modules takes longer than clipping.
+        self.parameters = {name: list(module.parameters()) for name, module in stage.modules.items()}
         self.optimizer = torch.optim.AdamW(
-            [p for module in stage.modules.values() for p in module.parameters()],
+            [p for parameters in self.parameters.values() for p in parameters],
             lr=optim.learning_rate,
             betas=(optim.adam_beta1, optim.adam_beta2),
             weight_decay=optim.weight_decay,
@@ -187,7 +189,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        norms = {name: self._clip(module) for name, module in self.stage.modules.items()}
+        norms = {name: self._clip(parameters) for name, parameters in self.parameters.items()}
         norm = torch.stack(list(norms.values())).norm()
         skip = self.guard.skips(norm)
         # The fused kernel leaves weights, moments and its count of steps alone where this is 1, without a wait for it.
@@ -209,10 +211,10 @@ class Trainer:
             taken=~skip,
         )
 
-    def _clip(self, module: nn.Module) -> torch.Tensor:
+    def _clip(self, parameters: list[nn.Parameter]) -> torch.Tensor:
         """Clip the gradients of one network (the authors clip encoder and denoiser apart); return the norm before."""
         limit = self.config.train.gradient_clip or math.inf
-        return nn.utils.clip_grad_norm_(module.parameters(), limit, foreach=True)
+        return nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
 
     def _report(self, bar: tqdm, means: dict[str, float], images_per_second: float) -> None:
         metrics = {
