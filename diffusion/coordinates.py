@@ -113,12 +113,16 @@ def scatter_points(values: torch.Tensor, points: Points, fill: float = 0.0) -> t
 
 @dataclass(frozen=True)
 class CoordinateConvention:
-    """What the coordinate of a pixel is, and how the coarse grid of the network is read at a coordinate.
+    """What the coordinate of a pixel is, and how the networks go between lattices.
 
     The only place that distinguishes the conventions; `CONVENTIONS` lists them.
     end_points: pixels 0 and n-1 sit on the border of the unit square; else pixels are the centres of n equal cells.
-    align_corners, padding_mode: arguments of `torch.nn.functional.grid_sample` for the read.
+    align_corners, padding_mode: arguments of `torch.nn.functional.grid_sample` for reading the coarse grid.
     transposed_quadrant: pass (row, column) to the read as they are, as the published models do.
+    shares_ties: points tied at the K-th distance from a node of the grid share its weight; else the first by pixel id
+        are taken.
+    overlaps_cells: at another lattice a kernel's values are averages over the cells of the pixels; else they are
+        interpolated between the centres, and the window is rounded to whole pixels.
     """
 
     name: str
@@ -126,6 +130,8 @@ class CoordinateConvention:
     align_corners: bool
     padding_mode: str
     transposed_quadrant: bool
+    shares_ties: bool
+    overlaps_cells: bool
 
     def pixel_coordinate(self, i: torch.Tensor, n: int) -> torch.Tensor:
         """Coordinate in [0, 1] of pixel i on an axis of n; i: integers, or fractions for positions between pixels."""
@@ -163,13 +169,33 @@ CONVENTIONS: dict[str, CoordinateConvention] = {
     for convention in (
         # Positions mean the same at every resolution: pixel i is the cell [i/n, (i+1)/n].
         CoordinateConvention(
-            "cell_centred", False, align_corners=False, padding_mode="border", transposed_quadrant=False
+            "cell_centred",
+            end_points=False,
+            align_corners=False,
+            padding_mode="border",
+            transposed_quadrant=False,
+            shares_ties=True,
+            overlaps_cells=True,
         ),
         # What the published models compute: end points, and a read confined to a transposed quadrant of the grid.
-        CoordinateConvention("reference", True, align_corners=False, padding_mode="zeros", transposed_quadrant=True),
-        # The published coordinates with the read at the coordinate itself.
         CoordinateConvention(
-            "corner_aligned", True, align_corners=True, padding_mode="border", transposed_quadrant=False
+            "reference",
+            end_points=True,
+            align_corners=False,
+            padding_mode="zeros",
+            transposed_quadrant=True,
+            shares_ties=False,
+            overlaps_cells=False,
+        ),
+        # The published coordinates and networks with the read at the coordinate itself.
+        CoordinateConvention(
+            "corner_aligned",
+            end_points=True,
+            align_corners=True,
+            padding_mode="border",
+            transposed_quadrant=False,
+            shares_ties=False,
+            overlaps_cells=False,
         ),
     )
 }

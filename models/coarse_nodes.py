@@ -19,7 +19,7 @@ from itertools import pairwise
 import torch
 
 from diffusion.coordinates import CoordinateConvention, Points
-from models.interpolation import WeightedGather, batched, grid_to_points, nearest_weights, points_to_grid
+from models.interpolation import WeightedGather, grid_to_points, points_to_grid
 from models.point_conv import Stencil, stencil_between
 from models.windows import Window
 
@@ -50,15 +50,16 @@ class GridNodes:
     def enter_pieces(self, pieces: Iterable[tuple[Window, torch.Tensor]]) -> torch.Tensor:
         """`enter` for a full lattice in pieces: windows that cover it, and features (B, points, C) in each."""
         points, batch, grid = self._geometry
-        ids, weights = nearest_weights(points, grid, self._neighbours, self._convention, self._device)  # (1, Q, K)
-        ids, read = ids.flatten(), None  # (QK,)
+        gather, read = points_to_grid(points, 1, grid, self._neighbours, self._convention, self._device), None
+        ids = gather.rows  # (E,)
         rows, cols = ids.div(points.size[1], rounding_mode="floor"), ids.remainder(points.size[1])
         for window, h in pieces:
             read = h.new_empty(batch, len(ids), h.shape[2]) if read is None else read
             inside = (window.top <= rows) & (rows < window.bottom) & (window.left <= cols) & (cols < window.right)
             read[:, inside] = h[:, (rows[inside] - window.top) * window.size[1] + cols[inside] - window.left]
-        places = torch.arange(len(ids), device=ids.device).view_as(weights)
-        return batched(batch, len(ids), places, weights)(read).unflatten(1, grid)
+        places = torch.arange(len(ids), device=ids.device)
+        gather = WeightedGather(1, places, gather.ends, gather.weights).expand(batch, len(ids))
+        return gather(read).unflatten(1, grid)
 
     def leave_at(self, nodes: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """`leave` at some pixels of a full lattice, int64 (M,), alone."""
@@ -123,11 +124,7 @@ class PointNodes:
             return torch.empty_like(nodes).scatter(1, self._chosen.unsqueeze(2).expand_as(nodes), nodes)
         batch, size = len(nodes), self._points.size
         gather = points_to_grid(self._nodes, batch, size, self._neighbours, self._convention, nodes.device)
-        if self._points.index is None:
-            return gather(nodes)
-        ids = self._points.index.unsqueeze(2).expand(-1, -1, self._neighbours)  # the pixels' rows of the gather
-        rows, weights = (part.unflatten(0, (batch, -1)).gather(1, ids) for part in (gather.rows, gather.weights))
-        return WeightedGather(batch, rows.flatten(0, 1), weights.flatten(0, 1))(nodes)
+        return (gather if self._points.index is None else gather.some(self._points.index))(nodes)
 
 
 @lru_cache(maxsize=4)

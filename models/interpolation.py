@@ -2,7 +2,7 @@
 
 Both are sparse linear maps with a few entries per output, fixed once the points are known. Positions and weights are
 float32 in every precision and carry no gradient. Letters: B batch, C channels, M points, N source rows, Q output
-rows, U_h × U_w grid, K entries per output.
+rows, U_h × U_w grid, K neighbours, E entries of all outputs.
 """
 
 from __future__ import annotations
@@ -22,74 +22,89 @@ _CLOSEST = 1e-16  # squared distance below which a pixel coincides with a node, 
 
 @dataclass(frozen=True, eq=False)
 class WeightedGather:
-    """out(b, q) = Σ_k weights(b·Q + q, k) · x(rows(b·Q + q, k)), rows counted through the batch laid end to end.
+    """out(b, q) = Σ_e weights(e) · x(rows(e)) over the entries e of the output b·Q + q.
 
-    batch: B. rows: int64 (B·Q, K). weights: float32 (B·Q, K).
+    batch: B. rows: integers (E,), counted through the batch laid end to end. ends: like rows, (B·Q + 1,), where the
+    entries of an output begin, and the end. weights: float32 (E,).
     """
 
     batch: int
     rows: torch.Tensor
+    ends: torch.Tensor
     weights: torch.Tensor
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, N, C). Returns (B, Q, C) in the dtype of x, summed in float32 at least."""
         source = x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32))  # (BN, C)
-        out = _Gather.apply(source, self.rows, self.weights.to(source.dtype))
+        out = _Gather.apply(source, self.rows, self.ends, self.weights.to(source.dtype))
         return out.unflatten(0, (self.batch, -1)).to(x.dtype)  # (BQ, C) -> (B, Q, C)
+
+    def expand(self, batch: int, rows_per_item: int) -> WeightedGather:
+        """The gather of one item (B = 1) from `rows_per_item` rows for a batch of such items."""
+        if self.batch == batch:
+            return self
+        item = torch.arange(batch, dtype=self.rows.dtype, device=self.rows.device)[:, None]
+        ends = (self.ends[1:] + item * len(self.rows)).flatten()
+        rows, weights = (self.rows + item * rows_per_item).flatten(), self.weights.expand(batch, -1).flatten()
+        return WeightedGather(batch, rows, F.pad(ends, (1, 0)), weights)
+
+    def some(self, outputs: torch.Tensor) -> WeightedGather:
+        """Of these outputs alone, int64 (B, M) within each item; the shapes depend on values."""
+        counts = self.ends.diff()
+        first = torch.arange(0, len(counts), len(counts) // self.batch, device=counts.device)
+        wanted = (outputs + first[:, None]).flatten()
+        counts, first = counts[wanted], self.ends[wanted]
+        ends = F.pad(counts.cumsum(0), (1, 0))
+        entries = (first - ends[:-1]).repeat_interleave(counts)
+        entries += torch.arange(len(entries), device=entries.device)
+        return WeightedGather(self.batch, self.rows[entries], ends, self.weights[entries])
 
 
 class _Gather(torch.autograd.Function):
-    """Σ_k weights(q, k) · x(rows(q, k)). Its gradient gathers too: no sum depends on the order of threads."""
+    """The sums of `WeightedGather`. Their gradient gathers too: no sum depends on the order of threads."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(rows, weights)
+    def forward(
+        ctx: Any, x: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows, ends, weights)
         ctx.source_rows = len(x)
-        return F.embedding_bag(rows, x, per_sample_weights=weights, mode="sum")
+        return _sums(x, rows, ends, weights)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        rows, weights = ctx.saved_tensors
-        readers, order = rows.flatten().sort(stable=True)
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        rows, ends, weights = ctx.saved_tensors
+        readers, order = rows.sort(stable=True)
         numbers = torch.arange(ctx.source_rows + 1, dtype=rows.dtype, device=rows.device)
-        ends = torch.searchsorted(readers, numbers)
-        dx = F.embedding_bag(
-            order.div(rows.shape[1], rounding_mode="floor"),
-            gradient.contiguous(),
-            ends,
-            per_sample_weights=weights.flatten()[order],
-            mode="sum",
-            include_last_offset=True,
-        )
-        return dx, None, None
+        outputs = _spread(torch.arange(len(ends) - 1, device=rows.device), ends, len(rows))
+        begins = torch.searchsorted(readers, numbers)
+        return _sums(gradient.contiguous(), outputs[order], begins, weights[order]), None, None, None
 
 
-def batched(batch: int, rows_per_item: int, index: torch.Tensor, weights: torch.Tensor) -> WeightedGather:
-    """The gather from rows `index` (B or 1, Q, K), counted within an item, and weights of the same shape."""
-    if batch == 1:
-        return WeightedGather(1, index.flatten(0, 1), weights.flatten(0, 1))
-    first = torch.arange(batch, dtype=index.dtype, device=index.device) * rows_per_item
-    rows = (index + first[:, None, None]).flatten(0, 1)  # (BQ, K)
-    return WeightedGather(batch, rows, weights.expand(batch, -1, -1).flatten(0, 1))
+def _sums(x: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return F.embedding_bag(rows, x, ends, per_sample_weights=weights, mode="sum", include_last_offset=True)
+
+
+def _spread(values: torch.Tensor, ends: torch.Tensor, entries: int) -> torch.Tensor:
+    """Values of outputs to their entries."""
+    return values.repeat_interleave(ends.diff(), output_size=entries)
 
 
 def points_to_grid(
     points: Points, batch: int, grid: Size, neighbours: int, convention: CoordinateConvention, device: torch.device
 ) -> WeightedGather:
-    """Features (B, M, C) to grid nodes (B, U_h·U_w, C): mean of the K nearest points weighted by 1 / max(d², 1e-16).
+    """Features (B, M, C) to grid nodes (B, U_h·U_w, C): mean of the nearest points weighted by s / max(d², 1e-16).
 
-    Raises ValueError when there are fewer than K points.
+    The nearest points and their shares s are those of `models.neighbours`. Raises ValueError when there are fewer than
+    K points.
     """
-    return batched(batch, points.count, *nearest_weights(points, grid, neighbours, convention, device))
-
-
-def nearest_weights(
-    points: Points, grid: Size, neighbours: int, convention: CoordinateConvention, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The places of the nearest points in their list and the weights of `points_to_grid`: (B or 1, Q, K) each."""
-    rows, squared = nearest_rows(points, grid, neighbours, convention, device)
-    weights = 1 / squared.clamp(min=_CLOSEST)
-    return rows, weights / weights.sum(2, keepdim=True)
+    rows, squared, shares, ends = nearest_rows(points, grid, neighbours, convention, device)
+    weights = shares / squared.clamp(min=_CLOSEST)
+    every = torch.arange(len(rows), device=device)
+    sums = _sums(weights.unsqueeze(1), every, ends, torch.ones_like(weights)).squeeze(1)
+    weights /= _spread(sums, ends, len(rows))
+    items = 1 if points.index is None else len(points.index)
+    return WeightedGather(items, rows, ends, weights).expand(batch, points.count)
 
 
 def grid_to_points(
@@ -98,7 +113,12 @@ def grid_to_points(
     """Grid features (B, U_h·U_w, C) to points (B, M, C): bilinear, read where the convention says."""
     geometry = (grid, convention, device)
     reads = _full_lattice_reads(points.size, *geometry) if points.index is None else _bilinear_reads(points, *geometry)
-    return batched(batch, grid[0] * grid[1], *reads)
+    index, weights = reads  # (B or 1, M, 4) each
+    if len(index) > 1:
+        index = index + (grid[0] * grid[1] * torch.arange(len(index), device=device))[:, None, None]
+    ends = torch.arange(0, index.numel() + 1, 4, dtype=index.dtype, device=device)
+    gather = WeightedGather(len(index), index.flatten(), ends, weights.flatten())
+    return gather.expand(batch, grid[0] * grid[1])
 
 
 def _bilinear_reads(

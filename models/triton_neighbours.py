@@ -1,9 +1,9 @@
 """Exact nearest present pixels of every grid node on a GPU, in Triton: the look-up of `neighbours` without the host.
 
-A program walks the tables of a block of nodes of one image until each has K present pixels. A node whose table runs out
-is searched for among all points of its image by the same program, by the same order: (distance, pixel id) in exact
-integers. So nothing is read back from the device. Letters: B batch, M points, Q nodes, K neighbours, L length of the
-table.
+A program walks the tables of a block of nodes of one image until each has K present pixels and those tied with the
+last. A node whose table runs out is searched for among all points of its image by the same program, by the same order:
+(distance, pixel id) in exact integers. So nothing is read back from the device. Letters: B batch, M points, Q nodes,
+K neighbours, W width of the gather, L length of the table.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ def _search(index, points, row, col, last_distance, last_pixel, pixel_rows, pixe
 
 @triton.jit
 def nearest_kernel(
-    pixels, places, squared, index, present, table, pixel_rows, pixel_cols, node_rows, node_cols,
+    pixels, places, squared, shares, index, present, table, ends, pixel_rows, pixel_cols, node_rows, node_cols,
     points, nodes, length, lattice, width, grid_width, denominator,
-    K: tl.constexpr, NODES: tl.constexpr, STEPS: tl.constexpr, POINTS: tl.constexpr,
+    K: tl.constexpr, WIDTH: tl.constexpr, NODES: tl.constexpr, STEPS: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
-    """(B, Q, K) pixels, places and squared distances. present: (B, H·W), places of pixels in index (B, M), else −1."""
+    """The outputs of `nearest_present`. present: int32 (B, H·W), places of pixels in index (B, M), or −1."""
     blocks = tl.cdiv(nodes, NODES)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     lane = tl.arange(0, NODES)
@@ -69,81 +69,113 @@ def nearest_kernel(
     exists = node < nodes
     index += image * points
     present += image * lattice
-    found = tl.where(exists, 0, K)
-    pixel = (tl.zeros((NODES,), tl.int64),) * K
-    place = pixel
-    entry = table + node
+    to = (image * nodes + node) * WIDTH
+    found = tl.zeros((NODES,), tl.int32)
+    entry = node
     column = tl.zeros((NODES,), tl.int32)
-    wanted = exists & (column < length)
+    end = tl.where(exists, length, 0)  # of what the node takes
+    wanted = column < end
     while tl.max(wanted.to(tl.int32), 0) > 0:
         for _ in tl.static_range(STEPS):
-            candidate = tl.load(entry, mask=wanted, other=0).to(tl.int64)
+            candidate = tl.load(table + entry, mask=wanted, other=0).to(tl.int64)
             there = tl.load(present + candidate, mask=wanted, other=-1).to(tl.int64)
-            new_pixel, new_place = (), ()
-            for k in tl.static_range(K):
-                hit = (there >= 0) & (found == k)
-                new_pixel += (tl.where(hit, candidate, pixel[k]),)
-                new_place += (tl.where(hit, there, place[k]),)
-            pixel, place = new_pixel, new_place
-            found += (there >= 0).to(tl.int32)
+            hit = there >= 0
+            tl.store(pixels + to + found, candidate, mask=hit)
+            tl.store(places + to + found, there, mask=hit)
+            last = hit & (found == K - 1)
+            end = tl.where(last, tl.load(ends + entry, mask=last, other=0), end)
+            found += hit.to(tl.int32)
             entry += nodes
             column += 1
-            wanted = (found < K) & (column < length)
+            wanted = (column < tl.minimum(end, length)) & (found < WIDTH)
     row = tl.load(node_rows + node // grid_width, mask=exists, other=0)
     col = tl.load(node_cols + node % grid_width, mask=exists, other=0)
-    if tl.min(found, 0) < K:
+    starved = exists & ((found < K) | ((end > length) & (found < WIDTH)))
+    if tl.max(starved.to(tl.int32), 0) > 0:
         for i in range(0, NODES):
             this = lane == i
-            if tl.min(tl.where(this, found, K), 0) < K:
+            if tl.max((this & starved).to(tl.int32), 0) > 0:
                 here, across = tl.sum(tl.where(this, row, 0), 0), tl.sum(tl.where(this, col, 0), 0)
                 distance, first = tl.full((), -1, tl.int64), tl.full((), -1, tl.int64)
-                new_pixel, new_place = (), ()
-                for k in tl.static_range(K):
+                farthest = distance
+                number = tl.full((), 0, tl.int32)
+                going = number < 1
+                while going:
                     distance, first, at = _search(
                         index, points, here, across, distance, first, pixel_rows, pixel_cols, width, POINTS
                     )
-                    new_pixel += (tl.where(this, first, pixel[k]),)
-                    new_place += (tl.where(this, at, place[k]),)
-                pixel, place = new_pixel, new_place
-    for k in tl.static_range(K):
-        rows, cols = _offsets(pixel[k], row, col, pixel_rows, pixel_cols, width)
-        rows, cols = tl.div_rn(rows.to(tl.float32), denominator), tl.div_rn(cols.to(tl.float32), denominator)
-        to = (image * nodes + node) * K + k
-        tl.store(pixels + to, pixel[k], mask=exists)
-        tl.store(places + to, place[k], mask=exists)
-        tl.store(squared + to, rows * rows + cols * cols, mask=exists)
+                    farthest = tl.where(number < K, distance, farthest)
+                    going = distance == farthest
+                    tl.store(pixels + to + number, tl.where(this, first, 0), mask=this & going)
+                    tl.store(places + to + number, tl.where(this, at, 0), mask=this & going)
+                    number += going.to(tl.int32)
+                    going = going & (number < WIDTH)
+                found = tl.where(this, number, found)
+    tl.debug_barrier()  # what follows reads what was stored
+    first = tl.load(pixels + to, mask=exists, other=0)
+    place = tl.load(places + to, mask=exists, other=0)
+    rows, cols = _offsets(
+        tl.load(pixels + to + K - 1, mask=exists, other=0), row, col, pixel_rows, pixel_cols, width
+    )
+    farthest = rows * rows + cols * cols
+    room = tl.zeros((NODES,), tl.int32)
+    tied = room
+    for k in range(0, WIDTH):
+        taken = exists & (k < found)
+        rows, cols = _offsets(
+            tl.load(pixels + to + k, mask=taken, other=0), row, col, pixel_rows, pixel_cols, width
+        )
+        at_farthest = (taken & (rows * rows + cols * cols == farthest)).to(tl.int32)
+        tied += at_farthest
+        room += tl.where(k < K, at_farthest, 0)
+    share = tl.div_rn(room.to(tl.float32), tl.maximum(tied, 1).to(tl.float32))
+    for k in range(0, WIDTH):
+        taken = exists & (k < found)
+        pixel = tl.where(taken, tl.load(pixels + to + k, mask=taken, other=0), first)
+        rows, cols = _offsets(pixel, row, col, pixel_rows, pixel_cols, width)
+        counts_with = tl.where(rows * rows + cols * cols == farthest, share, 1.0)
+        y, x = tl.div_rn(rows.to(tl.float32), denominator), tl.div_rn(cols.to(tl.float32), denominator)
+        tl.store(pixels + to + k, pixel, mask=exists)
+        tl.store(places + to + k, place, mask=exists & (k >= found))
+        tl.store(squared + to + k, y * y + x * x, mask=exists)
+        tl.store(shares + to + k, tl.where(taken, counts_with, 0.0), mask=exists)
 
 
 @torch.library.custom_op("infty_diff::nearest_present", mutates_args=())
 def nearest_present(
     index: torch.Tensor,
     table: torch.Tensor,
+    ends: torch.Tensor,
     axes: Sequence[torch.Tensor],
     denominator: int,
     neighbours: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The K nearest of the pixels `index` (B, M) to every node by (distance, id), for K ≤ M and H·W < 2³¹.
+    width: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What every node takes of the pixels `index` (B, M), at most W of them, for K ≤ W ≤ M and H·W < 2³¹.
 
-    table: int32 (L, Q), the nearest pixels of every node, present or not, in this order; L may be 0. axes: int64
-    positions of pixel rows (H,), pixel columns (W,), node rows and node columns over the common `denominator`.
-    Returns pixel ids and places in the list of points, int64 (B, Q, K), and squared distances, float32 (B, Q, K).
+    table, ends: int32 (L, Q), the table of `neighbours` transposed; L may be 0. axes: int64 positions of pixel rows
+    (H,), pixel columns (W,), node rows and node columns over the common `denominator`.
+    Returns pixel ids and places in the list of points, int64 (B, Q, W), and squared distances and shares, float32
+    (B, Q, W).
     """
     (batch, points), (length, nodes) = index.shape, table.shape
-    (height, width), grid_width = map(len, axes[:2]), len(axes[3])
+    (height, columns), grid_width = map(len, axes[:2]), len(axes[3])
     index = index.contiguous()
     order = torch.arange(points, dtype=torch.int32, device=index.device).expand(batch, -1)
-    present = torch.full((batch, height * width), -1, dtype=torch.int32, device=index.device).scatter_(1, index, order)
-    pixels, places, squared = _outputs(index, table, axes, denominator, neighbours)
+    present = torch.full((batch, height * columns), -1, dtype=torch.int32, device=index.device)
+    present.scatter_(1, index, order)
+    found = _outputs(index, table, ends, axes, denominator, neighbours, width)
     with torch.cuda.device_of(index):
         nearest_kernel[(batch * triton.cdiv(nodes, _NODES),)](
-            pixels, places, squared, index, present, table, *axes,
-            points, nodes, length, height * width, width, grid_width, float(denominator),
-            K=neighbours, NODES=_NODES, STEPS=_STEPS, POINTS=_POINTS, num_warps=1,
+            *found, index, present, table, ends, *axes,
+            points, nodes, length, height * columns, columns, grid_width, float(denominator),
+            K=neighbours, WIDTH=width, NODES=_NODES, STEPS=_STEPS, POINTS=_POINTS, num_warps=1,
         )  # fmt: skip
-    return pixels, places, squared
+    return found
 
 
 @nearest_present.register_fake
-def _outputs(index, table, axes, denominator, neighbours):
-    shape = (index.shape[0], table.shape[1], neighbours)
-    return index.new_empty(shape), index.new_empty(shape), index.new_empty(shape, dtype=torch.float32)
+def _outputs(index, table, ends, axes, denominator, neighbours, width):
+    shape = (index.shape[0], table.shape[1], width)
+    numbers = (torch.int64, torch.int64, torch.float32, torch.float32)
+    return tuple(index.new_empty(shape, dtype=dtype) for dtype in numbers)

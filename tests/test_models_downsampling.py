@@ -179,8 +179,11 @@ def test_nodes_keep_their_values_and_the_others_take_the_mean_of_the_nearest(kin
                 continue
             row, col = pixel // size[1] * size[1], pixel % size[1] * size[0]
             near = sorted(((row - r) ** 2 + (col - c) ** 2, i, k) for k, ((r, c), i) in enumerate(zip(where, chosen)))
-            near = near[:3]
-            weights = torch.tensor([1 / d for d, _, _ in near])
+            farthest = near[2][0]  # those tied there share its weight
+            near = [entry for entry in near if entry[0] <= farthest]
+            before = sum(d < farthest for d, _, _ in near)
+            share = (3 - before) / (len(near) - before)
+            weights = torch.tensor([(1 if d < farthest else share) / d for d, _, _ in near])
             values = torch.stack([inside[b, k, 0] for _, _, k in near])
             mean = (weights[:, None] * values).sum(0) / weights.sum()
             torch.testing.assert_close(back[b, m], mean, rtol=1e-4, atol=1e-5)

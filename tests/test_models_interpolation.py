@@ -28,11 +28,14 @@ def test_points_to_grid_is_the_inverse_square_mean(name, size, grid, count, k):
     nodes = torch.cartesian_prod(*(convention.pixel_coordinate(torch.arange(n).double(), n) for n in grid))
     where = coordinates(points, convention, torch.float64)
     squared = (nodes[None, :, None] - where[:, None]).square().sum(3)  # (B, Q, M)
-    ties_by_id = squared.round(decimals=10) + 1e-13 * points.index[:, None]
-    nearest = ties_by_id.topk(k, dim=2, largest=False).indices
-    weights = 1 / squared.gather(2, nearest).clamp(min=1e-16)
-    values = torch.stack([item[chosen] for item, chosen in zip(x.double(), nearest)])  # (B, Q, K, C)
-    expected = (weights.unsqueeze(3) * values).sum(2) / weights.sum(2, keepdim=True)
+    distance = squared.round(decimals=10)
+    if not convention.shares_ties:
+        distance += 1e-13 * points.index[:, None]
+    farthest = distance.kthvalue(k, dim=2, keepdim=True).values
+    before, tied = (distance < farthest).double(), (distance == farthest).double()
+    shares = before + tied * (k - before.sum(2, keepdim=True)) / tied.sum(2, keepdim=True)
+    weights = shares / squared.clamp(min=1e-16)  # (B, Q, M)
+    expected = weights @ x.double() / weights.sum(2, keepdim=True)
     ours = points_to_grid(points, 2, grid, k, convention, CPU)(x)
     torch.testing.assert_close(ours, expected.float(), rtol=1e-4, atol=1e-5)
 
