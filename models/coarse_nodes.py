@@ -105,9 +105,9 @@ class PointNodes:
     ) -> None:
         counts = tuple(min(points.count, side**2) for side in sides)
         if points.index is None:
-            chosen, pyramid = _of_full_lattice(points.size, kind, tuple(sides), counts, device)
+            chosen, pyramid = _of_full_lattice(points.size, kind, tuple(sides), counts, convention, device)
         else:
-            chosen, pyramid = _levels(points, kind, sides, counts, device)
+            chosen, pyramid = _levels(points, kind, sides, counts, convention, device)
         self.pyramid = pyramid.expand(batch)
         self._chosen = chosen.expand(batch, -1)
         self._points, self._neighbours, self._convention = points, neighbours, convention
@@ -129,13 +129,23 @@ class PointNodes:
 
 @lru_cache(maxsize=4)
 def _of_full_lattice(
-    size: tuple[int, int], kind: str, sides: tuple[int, ...], counts: tuple[int, ...], device: torch.device
+    size: tuple[int, int],
+    kind: str,
+    sides: tuple[int, ...],
+    counts: tuple[int, ...],
+    convention: CoordinateConvention,
+    device: torch.device,
 ) -> tuple[torch.Tensor, Pyramid]:
-    return _levels(Points(size), kind, sides, counts, device)
+    return _levels(Points(size), kind, sides, counts, convention, device)
 
 
 def _levels(
-    points: Points, kind: str, sides: Sequence[int], counts: Sequence[int], device: torch.device
+    points: Points,
+    kind: str,
+    sides: Sequence[int],
+    counts: Sequence[int],
+    convention: CoordinateConvention,
+    device: torch.device,
 ) -> tuple[torch.Tensor, Pyramid]:
     """Positions of the nodes in the list of points, (B, N) or (1, N), and the stencils between the levels."""
     if kind not in SUBSETS:
@@ -145,9 +155,9 @@ def _levels(
     order = _random_order(ids) if kind == "random" else _farthest_first(points, ids, picks)
     chosen = order[:, : counts[0]]
     levels = [Points(points.size, ids.gather(1, order[:, :count])) for count in counts]
-    same = [stencil_between(level, level, side) for level, side in zip(levels, sides)]
-    down = [stencil_between(*pair, side) for pair, side in zip(pairwise(levels), sides)]
-    up = [stencil_between(*pair, side) for pair, side in zip(zip(levels[1:], levels), sides[1:])]
+    same = [stencil_between(level, level, side, convention) for level, side in zip(levels, sides)]
+    down = [stencil_between(*pair, side, convention) for pair, side in zip(pairwise(levels), sides)]
+    up = [stencil_between(*pair, side, convention) for pair, side in zip(zip(levels[1:], levels), sides[1:])]
     return chosen, Pyramid(same, [*down, same[-1]], [same[0], *up])
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from diffusion.coordinates import Size
+from models.operators.base import Span, coverage
 
 _WIDTH = 32  # of the hidden layers
 
@@ -52,13 +53,18 @@ class ContinuousKernel(nn.Module):
         nn.init.uniform_(self.layers[2].weight, -bound * math.sqrt(2 / _WIDTH), bound * math.sqrt(2 / _WIDTH))
         nn.init.zeros_(self.layers[2].bias)
 
-    def forward(self, size: Size, extent: Size) -> torch.Tensor:
-        """Weights (C_out, C_in/groups, k'_h, k'_w) at the offsets of a window of k'_h × k'_w pixels of a lattice."""
+    def forward(self, size: Size, extent: Size, span: Span | None = None) -> torch.Tensor:
+        """Weights (C_out, C_in/groups, k'_h, k'_w) at the offsets of a window of k'_h × k'_w pixels of a lattice.
+
+        With a span, each is multiplied by the part of its pixel's cell that is in the window, as the density counts it;
+        a pixel whose centre is outside has the value at the edge.
+        """
         device = self.layers[2].weight.device
         axes = [self._offsets(axis, size, extent, device) for axis in (0, 1)]
         u = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=2).to(self.layers[2].weight.dtype)  # (k'_h, k'_w, 2)
         with torch.autocast(device.type, enabled=False):  # phases lose their meaning at half precision
-            return self.layers(u).permute(2, 0, 1).unflatten(0, self.shape)
+            weights = self.layers(u.clamp(-1, 1)).permute(2, 0, 1).unflatten(0, self.shape)
+            return weights if span is None else weights * coverage(extent, span, device).to(weights.dtype)
 
     def _offsets(self, axis: int, size: Size, extent: Size, device: torch.device) -> torch.Tensor:
         pixels = torch.arange(extent[axis], device=device) - extent[axis] // 2

@@ -30,7 +30,7 @@ from models.pixel_order import Geometry, PixelTable, geometry_of, ordered_pixels
 _EXPECTED_PER_NEIGHBOUR = 5
 _LONGEST_TABLE = 1024  # entries per node; sparser points are searched directly, which is then cheaper and smaller
 _CHUNK = 1 << 22  # distances held at a time
-# More points at one distance from a node do not occur by chance. At 1/4 of 256 × 256 pixels there are at most 12, unless
+# More points at one distance from a node do not occur by chance: at 1/4 of 256 × 256 pixels there are at most 12 unless
 # the 64 pixels nearest to a node hold fewer than K points.
 _MOST_TIED = 16
 

@@ -2,7 +2,7 @@
 
 It computes, at the target points p, with S the source points and W the window of 3 × 3 pixels of an s × s lattice,
 
-    out(p) = bias + 9 / |S ∩ W| · Σ_{q ∈ S ∩ W} weight(q − p) · x(q),
+    out(p) = bias + 9 / Σ_{q ∈ S ∩ W} c(q − p) · Σ_{q ∈ S ∩ W} weight(q − p) · x(q),
 
 with the kernel resampled to the lattice the points lie on. The resampling is linear, so every pair (p, q) is shared
 out to the taps of the 3 × 3 kernel first: the cost follows the pairs, not the pixels of the window.
@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion.coordinates import Points, Size
-from models.operators.base import lattice_extent, resample_kernel
+from diffusion.coordinates import CoordinateConvention, Points, Size
+from models.operators.base import coverage, kernel_window, resample_kernel
 
 _SIDE = 3  # of the kernel, as in the grid's convolutions
 _TAPS = _SIDE * _SIDE
@@ -62,14 +62,14 @@ class Stencil:
         return Stencil(batch, self.sources, rows, F.pad(ends, (1, 0)), self.weights.repeat(batch))
 
 
-def stencil_between(sources: Points, targets: Points, side: int) -> Stencil:
+def stencil_between(sources: Points, targets: Points, side: int, convention: CoordinateConvention) -> Stencil:
     """The stencil of a 3 × 3 kernel of an s × s lattice between points of one lattice.
 
     sources: index (B, N). targets: index (B, M). side: s. A target without sources in its window reads nothing.
     """
-    table, reach = _tap_table(sources.size, side, sources.index.device)
+    table, covered = _tap_table(sources.size, side, convention, sources.index.device)
     parts = [
-        _entries(source, target, table, reach)
+        _entries(source, target, table, covered)
         for source, target in zip(_positions(sources), _positions(targets), strict=True)
     ]
     rows, bags, weights = zip(*parts)
@@ -79,11 +79,14 @@ def stencil_between(sources: Points, targets: Points, side: int) -> Stencil:
     return Stencil(batch, sources.count, rows, F.pad(counts.cumsum(0), (1, 0)), torch.cat(weights))
 
 
-def _tap_table(size: Size, side: int, device: torch.device) -> tuple[torch.Tensor, Size]:
-    """What each tap contributes at each offset of the window, (k'_h, k'_w, 9), and how far the window reaches."""
-    extent = lattice_extent(_SIDE, size, (side, side))
+def _tap_table(
+    size: Size, side: int, convention: CoordinateConvention, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each tap contributes at each offset of the window, (k'_h, k'_w, 9), and c there, float64 (k'_h, k'_w)."""
+    extent, span = kernel_window(_SIDE, size, (side, side), convention)
     taps = torch.eye(_TAPS, device=device).view(_TAPS, 1, _SIDE, _SIDE)
-    return resample_kernel(taps, extent).squeeze(1).permute(1, 2, 0), (extent[0] // 2, extent[1] // 2)
+    covered = coverage(extent, span or extent, device)
+    return resample_kernel(taps, extent, span).squeeze(1).permute(1, 2, 0), covered
 
 
 def _positions(points: Points) -> list[torch.Tensor]:
@@ -92,14 +95,17 @@ def _positions(points: Points) -> list[torch.Tensor]:
 
 
 def _entries(
-    source: torch.Tensor, target: torch.Tensor, table: torch.Tensor, reach: Size
+    source: torch.Tensor, target: torch.Tensor, table: torch.Tensor, covered: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows, tap numbers 9·target + tap, ascending, and weights of the entries of one item: (E,) each."""
     row, col = source[:, None, :] - target[:, :, None]  # offsets, (M, N) each
+    reach = (covered.shape[0] // 2, covered.shape[1] // 2)
     inside = (row.abs() <= reach[0]) & (col.abs() <= reach[1])
     to, of = inside.nonzero(as_tuple=True)  # (P,) each
-    density = inside.sum(1)[to] / _TAPS  # (P,)
-    weights = table[row[to, of] + reach[0], col[to, of] + reach[1]] / density[:, None]  # (P, 9)
+    offset = (row[to, of] + reach[0], col[to, of] + reach[1])
+    ends, area = (F.pad(t.cumsum(0), (1, 0)) for t in (inside.sum(1), covered[offset]))
+    density = (area[ends].diff() / _TAPS).to(table.dtype)[to]  # (P,)
+    weights = table[offset] / density[:, None]  # (P, 9)
     pair, tap = weights.nonzero(as_tuple=True)  # (E,)
     bags = to[pair] * _TAPS + tap
     bags, order = bags.sort(stable=True)

@@ -6,6 +6,7 @@ Letters: B batch, C channels, M points, k kernel side.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +109,8 @@ class SparseBlock(nn.Module):
         """Eq. (20), or with a nonlinear kernel a case of eq. (18), at the points."""
         kernel = self.kernel
         if isinstance(kernel, ContinuousKernel):
-            kernel = kernel(plan.lattice or plan.points.size, plan.extent)
+            kernel = kernel(plan.lattice or plan.points.size, plan.extent, plan.span)
+            plan = replace(plan, span=None)  # it is made for this lattice, not resampled
         elif self.second_kernel is not None:
             h, kernel = F.gelu(self.backend.conv(h, kernel, plan, self.groups)), self.second_kernel
         return self.backend.conv(h, kernel, plan, self.groups, residual)

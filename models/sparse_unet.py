@@ -19,7 +19,7 @@ from models.coarse_nodes import GridNodes, PointNodes
 from models.conv_uno import GridSpec, GridUNet
 from models.layers import sinusoidal_features
 from models.operators import get_backend
-from models.operators.base import Plan, lattice_extent
+from models.operators.base import Plan, kernel_window
 from models.sparse_block import SparseBlock
 
 
@@ -103,8 +103,8 @@ class SparseDescent(nn.Module):
     def plan(self, x: torch.Tensor, points: Points) -> Plan:
         """What all sparse blocks share in a forward pass."""
         kernel_size = self.sparse_spec.kernel_size
-        extent = lattice_extent(kernel_size, points.size, self.train_size)
-        return self.backend.plan(points, x.shape[0], extent, kernel_size, x.device)
+        extent, span = kernel_window(kernel_size, points.size, self.train_size, self.convention)
+        return self.backend.plan(points, x.shape[0], extent, kernel_size, x.device, span)
 
     def in_tiles(self, points: Points) -> bool:
         """Whether functions known at these points are too large to be held at once."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from diffusion.coordinates import Points, Size
 from models.coarse_nodes import GridNodes
-from models.operators.base import lattice_extent
+from models.operators.base import kernel_window
 from models.sparse_block import SparseBlock
 from models.windows import Window, tiling
 
@@ -96,16 +96,16 @@ def _step(
     network: SparseDescent, block: SparseBlock, h: torch.Tensor, at: Window, lattice: Size, **others: Any
 ) -> tuple[torch.Tensor, Window]:
     spec = network.sparse_spec
-    extent = lattice_extent(spec.kernel_size, lattice, network.train_size)
-    plan = network.backend.plan(Points(at.size), h.shape[0], extent, spec.kernel_size, h.device)
+    extent, span = kernel_window(spec.kernel_size, lattice, network.train_size, network.convention)
+    plan = network.backend.plan(Points(at.size), h.shape[0], extent, spec.kernel_size, h.device, span)
     known = at.shrunk(_reach(network, lattice), lattice)
     return known.cut(block(h, replace(plan, lattice=lattice), **others), at), known
 
 
 def _reach(network: SparseDescent, lattice: Size) -> Size:
     """How far a block sees, along each axis."""
-    spec = network.sparse_spec
-    extent = lattice_extent(spec.kernel_size, lattice, network.train_size)
+    kernel_size = network.sparse_spec.kernel_size
+    extent, _ = kernel_window(kernel_size, lattice, network.train_size, network.convention)
     return _times(network.down_blocks[0].convolutions, (extent[0] // 2, extent[1] // 2))
 
 

@@ -1,11 +1,13 @@
 """The enlarged kernel as a product of low rank, against convolution with the resampled kernel in float64."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from models.operators.native import compiled
-from models.operators.native.enlarged import enlarged, interpolation, pays, segments
+from models.operators.native.enlarged import axis, enlarged, pays
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float64: 1e-12}
@@ -25,8 +27,21 @@ def draw(size, channels, k, dtype=torch.float32, batch=2):
     return x, torch.randn(channels, k, k), torch.rand(size) + 0.5, residual
 
 
-def direct(x, weight, extent, scale=None, residual=None):
-    kernel = F.interpolate(weight.double().unsqueeze(1), size=extent, mode="bilinear", align_corners=False)
+def overlaps_in_loops(k, extent, span):
+    """How much of `extent` pixels around a middle each of the k cells covers that `span` pixels are divided into."""
+    return torch.tensor([
+        [max(0.0, min(t + 0.5, (i - k / 2 + 1) * span / k) - max(t - 0.5, (i - k / 2) * span / k))
+         for t in range(-(extent // 2), extent // 2 + 1)] for i in range(k)
+    ], dtype=torch.float64)  # fmt: skip
+
+
+def direct(x, weight, extent, scale=None, residual=None, span=None):
+    kernel = weight.double().unsqueeze(1)
+    if span is None:
+        kernel = F.interpolate(kernel, size=extent, mode="bilinear", align_corners=False)
+    else:
+        u, v = (overlaps_in_loops(weight.shape[-1], side, covered) for side, covered in zip(extent, span))
+        kernel = torch.einsum("ocij,it,js->octs", kernel, u, v)
     padding = (extent[0] // 2, extent[1] // 2)
     out = F.conv2d(x.double().permute(0, 3, 1, 2), kernel, padding=padding, groups=len(weight)).permute(0, 2, 3, 1)
     out = out if scale is None else out * scale.view(*x.shape[1:3], 1)
@@ -55,6 +70,29 @@ def test_equals_the_direct_convolution(case, dtype, engine):
     for band in (None, 1, 3, size[0]):
         assert_close(enlarged(x, weight, extent, scale, residual, band=band), expected, dtype)
     assert_close(enlarged(x, weight, extent), direct(x, weight, extent), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("k", "extent", "span"),
+    [
+        (3, (7, 7), (6.0, 6.0)),
+        (7, (15, 29), (14.0, 28.0)),
+        (5, (9, 13), (7.5, 11.25)),
+        (7, (7, 9), (7.0, 7.21875)),  # the training size along one axis
+        (5, (11, 5), (10.0, 4.9)),  # coarser along one: no product
+        (3, (1, 3), (0.75, 1.5)),
+    ],
+)
+def test_cells_overlap_as_in_the_direct_convolution(k, extent, span, dtype, engine):
+    x, weight, scale, residual = draw((20, 18), 20, k, dtype)
+    x.requires_grad_()
+    expected = direct(x, weight, extent, scale, residual, span)
+    found = enlarged(x, weight, extent, scale, residual, span=span)
+    assert_close(found, expected, dtype)
+    dout = torch.randn_like(x)
+    assert_close(*(torch.autograd.grad(out, x, dout.to(out.dtype))[0] for out in (found, expected)), dtype)
+    assert pays(k, extent, span) <= (min(span) >= k)
 
 
 @torch.no_grad()
@@ -89,19 +127,22 @@ def test_strides_do_not_matter(engine):
 
 
 @pytest.mark.parametrize("k", [3, 5, 7, 9])
-def test_segments_bound_the_support_of_the_interpolation(k):
-    for extent in range(3, 60, 2):
-        first, weights = segments(k, extent), interpolation(k, extent, CPU)
+def test_segments_bound_the_support_of_the_resampling(k):
+    bilinear = [(extent, None) for extent in range(3, 60, 2)]
+    overlaps = [(2 * math.ceil((span - 1) / 2) + 1, span) for span in (k * n / 24 for n in range(24, 200))]
+    for extent, span in bilinear + overlaps:
+        weights, first = axis(k, extent, span, CPU)
+        weights, first = weights.clone(), first.tolist()
         assert first == sorted(first) and len(first) == k
         for i in range(k - 1):
             weights[i : i + 2, first[i] : first[i + 1]].zero_()
         assert weights.abs().max() < 1e-6
-        interpolation.cache_clear()  # its tensor was written to
 
 
 def test_pays_where_kernels_are_enlarged():
     assert all(pays(7, extent) for extent in [(11, 11), (13, 13), (29, 29), (7, 29)])
     assert not any(pays(7, extent) for extent in [(3, 3), (7, 7), (3, 29)])
+    assert pays(7, (15, 15), (14.0, 14.0)) and not pays(7, (101, 5), (100.0, 4.0))
 
 
 def test_is_opaque_to_the_compiler():
@@ -109,7 +150,9 @@ def test_is_opaque_to_the_compiler():
     arguments = (x, weight, (5, 5), scale, residual, 1, 4, None)
     torch.library.opcheck(torch.ops.infty_diff.enlarged.default, arguments)
     x.requires_grad_()
-    torch.library.opcheck(torch.ops.infty_diff.enlarged.default, (x, weight, (5, 5), scale, residual, 0, 6, None))
+    arguments = (x, weight, (5, 5), scale, residual, 0, 6, None)
+    torch.library.opcheck(torch.ops.infty_diff.enlarged.default, arguments)
+    torch.library.opcheck(torch.ops.infty_diff.enlarged.default, (*arguments, (4.5, 4.0)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -9,7 +9,7 @@ from diffusion.subsets import draw_points
 from models.coarse_nodes import PointNodes, _farthest_first, _levels, _random_order
 from models.conv_uno import GridSpec
 from models.operators import get_backend
-from models.operators.base import lattice_extent, resample_kernel
+from models.operators.base import coverage, kernel_window, resample_kernel
 from models.point_conv import PointConv, stencil_between
 from models.sparse_unet import SparseSpec
 from test_models_networks import all_parameters_have_gradients, denoiser, encoder, inputs, random_points
@@ -24,10 +24,10 @@ def grid_spec(nodes: str) -> GridSpec:
     return GridSpec(4, 6, (1, 2), (1, 1), attention_resolutions=(2,), nodes=nodes)
 
 
-def between_in_loops(conv: PointConv, x, sources: Points, targets: Points, side: int) -> torch.Tensor:
-    """bias + 9 / count · Σ weight · x over the window, pair by pair."""
-    width, extent = sources.size[1], lattice_extent(3, sources.size, (side, side))
-    weight = resample_kernel(conv.weight, extent)
+def between_in_loops(conv: PointConv, x, sources: Points, targets: Points, side: int, convention) -> torch.Tensor:
+    """bias + 9 / Σ c · Σ weight · x over the window, pair by pair."""
+    width, (extent, span) = sources.size[1], kernel_window(3, sources.size, (side, side), convention)
+    weight, covered = resample_kernel(conv.weight, extent, span), coverage(extent, span or extent, CPU)
     out = torch.zeros(len(x), targets.count, conv.out_channels, dtype=x.dtype)
     for b in range(len(x)):
         for m, target in enumerate(targets.index[b].tolist()):
@@ -36,7 +36,7 @@ def between_in_loops(conv: PointConv, x, sources: Points, targets: Points, side:
                 i = source // width - target // width + extent[0] // 2
                 j = source % width - target % width + extent[1] // 2
                 if 0 <= i < extent[0] and 0 <= j < extent[1]:
-                    count += 1
+                    count += covered[i, j]
                     total = total + weight[:, :, i, j] @ x[b, n]
             out[b, m] = conv.bias + (9 / count * total if count else 0)
     return out
@@ -46,14 +46,16 @@ def between_in_loops(conv: PointConv, x, sources: Points, targets: Points, side:
     ("size", "side", "sources", "targets"),
     [((6, 6), 6, 20, 9), ((9, 5), 4, 17, 12), ((8, 13), 2, 5, 30), ((7, 7), 3, 1, 49), ((4, 3), 8, 6, 2)],
 )
-def test_convolution_between_points_is_its_definition(size, side, sources, targets):
+@pytest.mark.parametrize("name", ["cell_centred", "reference"])
+def test_convolution_between_points_is_its_definition(name, size, side, sources, targets):
     torch.manual_seed(0)
     conv = PointConv(3, 4).double()
     sources, targets = random_points(2, size, sources), random_points(2, size, targets)
     x = torch.randn(2, sources.count, 3, dtype=torch.float64)
-    stencil = stencil_between(sources, targets, side)
+    stencil = stencil_between(sources, targets, side, CONVENTIONS[name])
     ours = conv(x.unsqueeze(2), stencil).squeeze(2)
-    torch.testing.assert_close(ours, between_in_loops(conv, x, sources, targets, side), rtol=1e-5, atol=1e-6)
+    expected = between_in_loops(conv, x, sources, targets, side, CONVENTIONS[name])
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("size", "side", "count"), [((12, 12), 12, 144), ((16, 10), 8, 40), ((9, 14), 3, 30)])
@@ -62,9 +64,10 @@ def test_within_a_set_it_is_the_sparse_convolution(size, side, count):
     torch.manual_seed(0)
     conv, points = PointConv(3, 4), random_points(2, size, count)
     x = torch.randn(2, count, 3)
-    plan = BACKEND.plan(points, 2, lattice_extent(3, size, (side, side)), 3, CPU)
+    extent, span = kernel_window(3, size, (side, side), CONVENTION)
+    plan = BACKEND.plan(points, 2, extent, 3, CPU, span)
     expected = BACKEND.conv(x, conv.weight, plan, 1) + conv.bias
-    ours = conv(x.unsqueeze(2), stencil_between(points, points, side)).squeeze(2)
+    ours = conv(x.unsqueeze(2), stencil_between(points, points, side, CONVENTION)).squeeze(2)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -72,8 +75,7 @@ def test_on_a_whole_grid_it_is_a_convolution_inside():
     torch.manual_seed(0)
     conv, points = PointConv(2, 5), Points((6, 8), torch.arange(48).repeat(1, 1))
     x = torch.randn(1, 2, 6, 8)
-    stencil = stencil_between(points, points, 7)
-    assert lattice_extent(3, (6, 8), (7, 7)) == (3, 3)
+    stencil = stencil_between(points, points, 7, CONVENTIONS["reference"])  # whose window is rounded to 3 × 3
     ours = conv(x.flatten(2).transpose(1, 2).unsqueeze(2), stencil)
     expected = F.conv2d(x, conv.weight, conv.bias)
     torch.testing.assert_close(ours.view(1, 6, 8, 5)[:, 1:-1, 1:-1].permute(0, 3, 1, 2), expected, rtol=1e-4, atol=1e-5)
@@ -82,7 +84,7 @@ def test_on_a_whole_grid_it_is_a_convolution_inside():
 def test_gradients_of_the_convolution_between_points():
     torch.manual_seed(0)
     conv, sources, targets = PointConv(2, 3).double(), random_points(2, (7, 5), 9), random_points(2, (7, 5), 4)
-    stencil = stencil_between(sources, targets, 3)
+    stencil = stencil_between(sources, targets, 3, CONVENTION)
     x = torch.randn(2, 9, 1, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *_: conv(x, stencil), (x, *conv.parameters()))
 
@@ -91,8 +93,8 @@ def test_a_stencil_serves_a_batch():
     one = random_points(1, (6, 9), 20)
     three = Points(one.size, one.index.repeat(3, 1))
     x = torch.randn(3, 20, 2)
-    for other in (stencil_between(one, one, 4).expand(3), stencil_between(three, three, 4)):
-        expected = torch.cat([stencil_between(one, one, 4)(x[b : b + 1]) for b in range(3)])
+    for other in (stencil_between(one, one, 4, CONVENTION).expand(3), stencil_between(three, three, 4, CONVENTION)):
+        expected = torch.cat([stencil_between(one, one, 4, CONVENTION)(x[b : b + 1]) for b in range(3)])
         torch.testing.assert_close(other(x), expected)
 
 
@@ -147,7 +149,7 @@ def test_equidistant_subsets_are_farthest_first(size, count, picks):
 def test_levels_are_nested_and_as_large_as_the_grids(kind):
     points = random_points(2, (9, 11), 50)
     counts = [min(50, side**2) for side in (8, 4, 2)]
-    chosen, pyramid = _levels(points, kind, (8, 4, 2), counts, CPU)
+    chosen, pyramid = _levels(points, kind, (8, 4, 2), counts, CONVENTION, CPU)
     assert chosen.shape == (2, 50)
     x = torch.randn(2, 50, 1)
     for stencils, inputs_, outputs in (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.operators.native.enlarged import interpolation
+from models.operators.native.enlarged import axis
 from test_enlarged import assert_close, direct, draw
 
 triton_enlarged = pytest.importorskip("models.operators.native.triton_enlarged")
@@ -11,8 +11,8 @@ triton_enlarged = pytest.importorskip("models.operators.native.triton_enlarged")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def run(x, weight, extent, scale=None, residual=None, first_row=0, rows=None, band=None):
-    axes = [interpolation(weight.shape[-1], side, DEVICE) for side in extent]
+def run(x, weight, extent, scale=None, residual=None, first_row=0, rows=None, band=None, span=(None, None)):
+    axes = [axis(weight.shape[-1], *lengths, DEVICE) for lengths in zip(extent, span)]
     rows = x.shape[1] - first_row if rows is None else rows
     x, weight, scale, residual = (None if t is None else t.to(DEVICE) for t in (x, weight, scale, residual))
     return triton_enlarged.enlarged(x, weight, *axes, scale, residual, first_row, rows, band).cpu()
@@ -35,6 +35,15 @@ def test_equals_the_direct_convolution(size, channels, k, extent, dtype):
     assert_close(run(x, weight, extent, scale, residual), expected, dtype)
 
 
+@pytest.mark.parametrize(
+    ("k", "extent", "span"), [(3, (7, 5), (6.0, 4.2)), (5, (11, 5), (9.5, 5.0)), (3, (9, 9), (9.0, 7.5))]
+)
+def test_cells_overlap_as_in_the_direct_convolution(k, extent, span):
+    x, weight, scale, residual = draw((9, 6), 5, k, batch=1)
+    expected = direct(x, weight, extent, scale, residual, span)
+    assert_close(run(x, weight, extent, scale, residual, span=span), expected, torch.float32)
+
+
 @pytest.mark.parametrize("band", [1, 4])
 def test_bands_give_the_same_bits(band):
     x, weight, scale, residual = draw((9, 5), 4, 3)
@@ -55,11 +64,11 @@ def test_compiles_for_an_h100(tmp_path):
     kernels = compiled(
         """
 import torch
-from models.operators.native.enlarged import interpolation
+from models.operators.native.enlarged import axis
 from models.operators.native.triton_enlarged import enlarged
 for k, extent, channels, dtype in ((7, 29, 64, torch.float32), (5, 13, 3, torch.bfloat16)):
     x, scale = torch.empty(1, 64, 64, channels, dtype=dtype), torch.empty(64, 64)
-    u = interpolation(k, extent, x.device)
+    u = axis(k, extent, extent - 0.5, x.device)
     enlarged(x, torch.empty(channels, k, k), u, u, scale, x, 0, 64, None)
 """,
         tmp_path,

@@ -2,23 +2,36 @@
 
 At a present pixel p of a lattice, with P the present pixels and W a k'_h × k'_w window around p,
 
-    out(p) = k² / |P ∩ W| · Σ_{q ∈ P ∩ W} weight(q − p) · x(q),
+    out(p) = k² / Σ_{q ∈ P ∩ W} c(q − p) · Σ_{q ∈ P ∩ W} weight(q − p) · x(q),
 
 a cross-correlation over the present pixels divided by their local density (paper, section 4.1). It depends on the
 density of points neither when they are thinned out nor, since the kernel is resampled with the lattice, when the
-lattice is refined. Letters: B batch, C channels, M points, H × W lattice, k kernel side at the training lattice, k'
-at the lattice in use.
+lattice is refined.
+
+Resampled by overlap of cells (`CoordinateConvention.overlaps_cells`), a kernel covers the same part of the image on
+every lattice: s = k·n/n_train pixels along an axis, its span. W is the smallest odd window that holds it. A tap is the
+mean of the kernel over the cell of its pixel, zero beyond the span, and c is the part of the cell within the span. Away
+from borders Σ c = s_h·s_w and Σ weight = (s_h·s_w / k²) · Σ of the trained kernel on a full lattice, so that a constant
+keeps its gain at every size. Else the kernel is resampled bilinearly to a window of whole pixels, as published, and
+c = 1. At the training lattice both are the kernel itself.
+
+Letters: B batch, C channels, M points, H × W lattice, k kernel side at the training lattice, k' extent of W at the
+lattice in use, s span.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
-from diffusion.coordinates import Points, Size, scatter_points
+from diffusion.coordinates import CoordinateConvention, Points, Size, scatter_points
+
+Span = tuple[float, float]  # rows and columns of pixels that a kernel covers
 
 
 def kernel_extent(kernel_size: int, n: int, train_n: int) -> int:
@@ -36,11 +49,44 @@ def lattice_extent(kernel_size: int, size: Size, train_size: Size) -> Size:
     return kernel_extent(kernel_size, size[0], train_size[0]), kernel_extent(kernel_size, size[1], train_size[1])
 
 
-def resample_kernel(weight: torch.Tensor, extent: Size) -> torch.Tensor:
-    """Bilinear resampling of kernels (C_out, C_in/groups, k, k) to (…, k'_h, k'_w), values not rescaled.
+def kernel_window(
+    kernel_size: int, size: Size, train_size: Size, convention: CoordinateConvention
+) -> tuple[Size, Span | None]:
+    """(k'_h, k'_w) and (s_h, s_w) at a lattice; no span where kernels are not resampled by overlap of cells."""
+    if tuple(size) == tuple(train_size) or not convention.overlaps_cells:
+        return lattice_extent(kernel_size, size, train_size), None
+    rows, cols = (kernel_size * n / train_n for n, train_n in zip(size, train_size))
+    return (2 * math.ceil((rows - 1) / 2) + 1, 2 * math.ceil((cols - 1) / 2) + 1), (rows, cols)
 
-    The division by the density, whose k² stays that of the training kernel, makes up for the larger number of taps.
+
+@lru_cache(maxsize=64)
+def cell_overlaps(kernel_size: int, extent: int, span: float, device: torch.device) -> torch.Tensor:
+    """Part of each of the k' cells of a window that each of the k cells of a kernel covers, float64 (k, k').
+
+    In pixels around the middle, cell i of the kernel is [i·s/k, (i + 1)·s/k] − s/2, pixel t is [t, t + 1] − k'/2.
     """
+    with torch.inference_mode(False):  # it is kept, and gradients may want it later
+        cells = torch.arange(kernel_size + 1, dtype=torch.float64) * (span / kernel_size) - span / 2
+        pixels = torch.arange(extent + 1, dtype=torch.float64) - extent / 2
+        right, left = torch.minimum(cells[1:, None], pixels[1:]), torch.maximum(cells[:-1, None], pixels[:-1])
+        return (right - left).clamp(min=0).to(device)
+
+
+def coverage(extent: Size, span: Span, device: torch.device) -> torch.Tensor:
+    """c of the module: float64 (k'_h, k'_w)."""
+    rows, cols = (cell_overlaps(1, side, covered, device)[0] for side, covered in zip(extent, span))
+    return rows[:, None] * cols
+
+
+def resample_kernel(weight: torch.Tensor, extent: Size, span: Span | None = None) -> torch.Tensor:
+    """Kernels (C_out, C_in/groups, k, k) resampled to (…, k'_h, k'_w): by overlap of cells, without a span bilinearly.
+
+    Values are not rescaled: the division by the density, whose k² stays that of the training kernel, makes up for the
+    larger number of taps.
+    """
+    if span is not None:
+        rows, cols = (cell_overlaps(weight.shape[-1], *axis, weight.device) for axis in zip(extent, span))
+        return (rows.T @ weight.double() @ cols).to(weight.dtype)  # float64: no autocast or TF32 rounds the kernel
     if tuple(weight.shape[-2:]) == tuple(extent):
         return weight
     return F.interpolate(weight, size=extent, mode="bilinear", align_corners=False)
@@ -53,7 +99,7 @@ def _window_lengths(n: int, extent: int, device: torch.device) -> torch.Tensor:
 
 
 def _window_sums(x: torch.Tensor, dim: int, extent: int) -> torch.Tensor:
-    """Sums of integers over the window of `extent` entries around each along `dim`, those outside counting zero."""
+    """Sums over the window of `extent` entries around each along `dim`, those outside counting zero."""
     n, i = x.shape[dim], torch.arange(x.shape[dim], device=x.device)
     total = F.pad(x.transpose(dim, -1).cumsum(-1), (1, 0)).transpose(dim, -1)  # n + 1 entries along dim
     upper, lower = (i + extent // 2 + 1).clamp(max=n), (i - extent // 2).clamp(min=0)
@@ -71,15 +117,41 @@ def window_counts(points: Points, extent: Size, device: torch.device) -> torch.T
     return counts.flatten(1).gather(1, points.index)  # (B, M)
 
 
-def inverse_density(points: Points, extent: Size, kernel_size: int, device: torch.device) -> torch.Tensor:
-    """k² / |P ∩ W| of the module's equation: float32 (B, M, 1), or (1, H·W, 1) for a full lattice."""
-    return kernel_size**2 / window_counts(points, extent, device).unsqueeze(2).float()
+def covered_area(points: Points, extent: Size, span: Span, device: torch.device) -> torch.Tensor:
+    """Σ c of the module's equation, in pixels: float64 (B, M), or (1, H·W) for a full lattice."""
+    height, width = points.size
+    if points.index is None:
+        ones = (torch.ones(n, dtype=torch.float64, device=device) for n in (height, width))
+        rows, cols = (_covered_sums(one, 0, side, covered) for one, side, covered in zip(ones, extent, span))
+        return (rows[:, None] * cols).view(1, -1)  # (1, HW)
+    present = scatter_points(torch.ones_like(points.index, dtype=torch.float64).unsqueeze(2), points).squeeze(1)
+    area = _covered_sums(_covered_sums(present, 1, extent[0], span[0]), 2, extent[1], span[1])  # (B, H, W)
+    return area.flatten(1).gather(1, points.index)  # (B, M)
+
+
+def _covered_sums(x: torch.Tensor, dim: int, extent: int, span: float) -> torch.Tensor:
+    """Sums of float64 over `span` pixels around each along `dim`: the outermost of the window count in part."""
+    if extent == 1:
+        return x * span
+    part = (span - extent + 2) / 2
+    whole = _window_sums(x, dim, extent) if part > 0 else 0
+    return part * whole + (1 - part) * _window_sums(x, dim, extent - 2)
+
+
+def inverse_density(
+    points: Points, extent: Size, kernel_size: int, device: torch.device, span: Span | None = None
+) -> torch.Tensor:
+    """k² / Σ c of the module's equation: float32 (B, M, 1), or (1, H·W, 1) for a full lattice."""
+    if span is None:
+        return kernel_size**2 / window_counts(points, extent, device).unsqueeze(2).float()
+    return (kernel_size**2 / covered_area(points, extent, span, device)).unsqueeze(2).float()
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What the blocks of one forward pass share: points, kernel extent, and k²/count as float32 (B or 1, M, 1).
+    """What the blocks of one forward pass share: points, kernel extent, and k²/Σc as float32 (B or 1, M, 1).
 
+    span: what kernels are resampled to by overlap of cells; None: bilinearly to the extent, unless they are of it.
     lattice: where the points' lattice is a window of a larger one, that one, which says how far apart pixels are.
     """
 
@@ -87,6 +159,7 @@ class Plan:
     batch: int
     extent: Size
     inverse_density: torch.Tensor
+    span: Span | None = field(default=None, kw_only=True)
     lattice: Size | None = field(default=None, kw_only=True)
 
 
@@ -149,8 +222,16 @@ class Backend(Protocol):
     name: str
     plain: bool  # whether everything else of a network is to be computed in plain PyTorch too
 
-    def plan(self, points: Points, batch: int, extent: Size, kernel_size: int, device: torch.device) -> Plan:
-        """Prepare one forward pass. `kernel_size` is the side at the training lattice, `extent` that at this one."""
+    def plan(
+        self,
+        points: Points,
+        batch: int,
+        extent: Size,
+        kernel_size: int,
+        device: torch.device,
+        span: Span | None = None,
+    ) -> Plan:
+        """Prepare one forward pass. `kernel_size` is k, `extent` and `span` are those of `kernel_window`."""
         ...
 
     def conv(
@@ -163,7 +244,7 @@ class Backend(Protocol):
     ) -> torch.Tensor:
         """out of the module's equation, plus `residual` if given: (B, M, C) to (B, M, C_out).
 
-        `weight` (C_out, C/groups, k, k) is the kernel of the training lattice; the back end resamples it to
-        `plan.extent`, unless that is its extent already.
+        `weight` (C_out, C/groups, k, k) is the kernel of the training lattice; the back end resamples it as
+        `resample_kernel` does for `plan.extent` and `plan.span`.
         """
         ...

@@ -20,6 +20,7 @@ from diffusion.coordinates import Points, Size
 from diffusion.random import Purpose, stream
 from models.operators.base import (
     Plan,
+    Span,
     check_features,
     check_points,
     inverse_density,
@@ -89,7 +90,15 @@ class LibraryBackend(ABC):
     def _convolve(self, rows: torch.Tensor, kernel: torch.Tensor, plan: LibraryPlan, depthwise: bool) -> torch.Tensor:
         """Cross-correlation of rows (N, C) with a kernel (C_out, C/groups, k'_h, k'_w): (N, C_out)."""
 
-    def plan(self, points: Points, batch: int, extent: Size, kernel_size: int, device: torch.device) -> LibraryPlan:
+    def plan(
+        self,
+        points: Points,
+        batch: int,
+        extent: Size,
+        kernel_size: int,
+        device: torch.device,
+        span: Span | None = None,
+    ) -> LibraryPlan:
         if device.type != self.device_type:
             raise ValueError(
                 f"run.device is {device.type}; model.backend={self.name} as installed computes on "
@@ -100,7 +109,8 @@ class LibraryBackend(ABC):
         image = torch.arange(batch, device=device)[:, None]
         coordinates = torch.stack(torch.broadcast_tensors(image, rows, cols), dim=2).flatten(0, 1).int()  # (N, 3)
         geometry = self._geometry(coordinates, batch, points.size, extent)
-        return LibraryPlan(points, batch, extent, inverse_density(points, extent, kernel_size, device), geometry)
+        density = inverse_density(points, extent, kernel_size, device, span)
+        return LibraryPlan(points, batch, extent, density, geometry, span=span)
 
     def conv(
         self,
@@ -116,7 +126,7 @@ class LibraryBackend(ABC):
         if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device_type)
         inner = dtype if dtype in self.dtypes else torch.float32
-        kernel = resample_kernel(weight, plan.extent).to(inner)
+        kernel = resample_kernel(weight, plan.extent, plan.span).to(inner)
         with torch.autocast(device_type, enabled=False):  # the libraries' own rules for it differ
             rows = x.flatten(0, 1).to(inner)
             if plan.extent == (1, 1):  # each library has another layout for this one

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from diffusion.coordinates import Points, Size
 from models.operators.base import (
     Plan,
+    Span,
     check_features,
     check_points,
     inverse_density,
@@ -40,9 +41,17 @@ class TorchDenseBackend:
 
     name, plain = "torch_dense", True
 
-    def plan(self, points: Points, batch: int, extent: Size, kernel_size: int, device: torch.device) -> DensePlan:
+    def plan(
+        self,
+        points: Points,
+        batch: int,
+        extent: Size,
+        kernel_size: int,
+        device: torch.device,
+        span: Span | None = None,
+    ) -> DensePlan:
         check_points(points, batch, device)
-        return DensePlan(points, batch, extent, inverse_density(points, extent, kernel_size, device))
+        return DensePlan(points, batch, extent, inverse_density(points, extent, kernel_size, device, span), span=span)
 
     def conv(
         self,
@@ -59,7 +68,7 @@ class TorchDenseBackend:
             x = lattice.index_copy(0, rows, x.reshape(-1, channels))  # (BHW, C)
         image = x.reshape(plan.batch, height, width, channels).permute(0, 3, 1, 2)  # (B, C, H, W), channels last
         padding = (plan.extent[0] // 2, plan.extent[1] // 2)
-        out = F.conv2d(image, resample_kernel(weight, plan.extent), padding=padding, groups=groups)
+        out = F.conv2d(image, resample_kernel(weight, plan.extent, plan.span), padding=padding, groups=groups)
         out = out.permute(0, 2, 3, 1).reshape(plan.batch, height * width, -1)  # (B, HW, C_out)
         if rows is not None:
             out = out.flatten(0, 1).index_select(0, rows).unflatten(0, (plan.batch, -1))  # (B, M, C_out)

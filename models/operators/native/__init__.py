@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from diffusion.coordinates import Points, Size
-from models.operators.base import check_features, check_points, inverse_density, resample_kernel
+from models.operators.base import Span, check_features, check_points, inverse_density, resample_kernel
 from models.operators.dispatch import kernels
 from models.operators.native import enlarged, pairs
 from models.operators.torch_dense import DensePlan, TorchDenseBackend
@@ -49,9 +49,17 @@ class NativeBackend:
     def __init__(self) -> None:
         self._dense = TorchDenseBackend()
 
-    def plan(self, points: Points, batch: int, extent: Size, kernel_size: int, device: torch.device) -> NativePlan:
+    def plan(
+        self,
+        points: Points,
+        batch: int,
+        extent: Size,
+        kernel_size: int,
+        device: torch.device,
+        span: Span | None = None,
+    ) -> NativePlan:
         check_points(points, batch, device)
-        return NativePlan(points, batch, extent, inverse_density(points, extent, kernel_size, device))
+        return NativePlan(points, batch, extent, inverse_density(points, extent, kernel_size, device, span), span=span)
 
     def conv(
         self,
@@ -67,10 +75,11 @@ class NativeBackend:
             image = x.unflatten(1, plan.points.size)  # (B, H, W, C)
             image_residual = None if residual is None else residual.to(x.dtype).view(image.shape)
             scale = plan.inverse_density.view(plan.points.size)
-            return enlarged.enlarged(image, weight.squeeze(1), plan.extent, scale, image_residual).flatten(1, 2)
+            out = enlarged.enlarged(image, weight.squeeze(1), plan.extent, scale, image_residual, span=plan.span)
+            return out.flatten(1, 2)
         if engine is None:
             return self._dense.conv(x, weight, plan, groups, residual)
-        taps = resample_kernel(weight, plan.extent).flatten(1).t()  # (C, 1, k', k') -> (K, C)
+        taps = resample_kernel(weight, plan.extent, plan.span).flatten(1).t()  # (C, 1, k', k') -> (K, C)
         taps = taps.to(torch.promote_types(taps.dtype, torch.float32))
         return engine.depthwise(x, taps, plan.inverse_density, plan.neighbours(engine), residual)
 
@@ -82,8 +91,8 @@ def _engine(x: torch.Tensor, weight: torch.Tensor, plan: NativePlan, groups: int
     training = torch.is_grad_enabled()
     if plan.points.is_full and not (training and weight.requires_grad):
         # Only the gradient of the kernel is slow in dense arithmetic, and what grows with the resolution.
-        resampled = tuple(weight.shape[-2:]) != tuple(plan.extent)
-        cheaper = resampled and enlarged.pays(weight.shape[-1], plan.extent)
+        resampled = plan.span is not None or tuple(weight.shape[-2:]) != tuple(plan.extent)
+        cheaper = resampled and enlarged.pays(weight.shape[-1], plan.extent, plan.span)
         return enlarged if cheaper else None
     density = plan.points.count / (plan.points.size[0] * plan.points.size[1])
     if x.dtype != torch.float64:

@@ -7,7 +7,7 @@ needs, so that each is computed once whatever the size of bands.
 A row of the lattice is W·C numbers in a line: a shift by a pixel is one by C, and what it takes past an end of the line
 is what lies outside the lattice. Programs take a few rows of a piece of the line, so that what they read once, a tap or
 a row in between, serves them all. Sums are float32 in a fixed order, hence bit-reproducible. Letters: B batch,
-C channels, H × W lattice, N = W·C, k kernel side, U (k, k'_h) and V (k, k'_w) the interpolation along the axes.
+C channels, H × W lattice, N = W·C, k kernel side, U (k, k'_h) and V (k, k'_w) the resampling along the axes.
 """
 
 from __future__ import annotations
@@ -27,16 +27,6 @@ _ROWS = ("first_row", "rows", "start", "end", "slots", "height")
 
 
 @triton.jit
-def _first(i: tl.constexpr, K: tl.constexpr, EXTENT: tl.constexpr):
-    """`enlarged.segments`: columns _first(i) to _first(i + 1) of U are zero but in the rows i and i + 1."""
-    if i == 0:
-        return 0
-    if i == K - 1:
-        return EXTENT
-    return (EXTENT * (2 * i + 1) + K - 1) // (2 * K)
-
-
-@triton.jit
 def _place(rows, length, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Image, group of rows and places in the line of this program; those beyond the line are for masks."""
     pieces = tl.cdiv(length, BLOCK)
@@ -47,7 +37,7 @@ def _place(rows, length, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=_ROWS)
 def filter_kernel(
-    ring, x, kernel, interpolation, first_row, rows, slots, height, length, channels,
+    ring, x, kernel, interpolation, segments, first_row, rows, slots, height, length, channels,
     K: tl.constexpr, EXTENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Σ_j K[i, j] Σ_s V[j, s] x(y, · + s) for the rows y from first_row on: into slot y % slots of (B, slots, k, N)."""
@@ -60,7 +50,7 @@ def filter_kernel(
     for j in tl.static_range(K):
         following = (zero,) * ROWS
         if j + 1 < K:
-            for s in range(_first(j, K, EXTENT), _first(j + 1, K, EXTENT)):
+            for s in range(tl.load(segments + j), tl.load(segments + j + 1)):
                 near = tl.load(interpolation + j * EXTENT + s)
                 far = tl.load(interpolation + (j + 1) * EXTENT + s)
                 place = lane + (s - EXTENT // 2) * channels
@@ -88,7 +78,7 @@ def filter_kernel(
 
 @triton.jit(do_not_specialize=_ROWS)
 def spread_kernel(
-    out, ring, interpolation, scale, residual, first_row, rows, start, end, slots, height, length, channels,
+    out, ring, interpolation, segments, scale, residual, first_row, rows, start, end, slots, height, length, channels,
     K: tl.constexpr, EXTENT: tl.constexpr, SCALED: tl.constexpr, RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -105,8 +95,8 @@ def spread_kernel(
     sums = (tl.zeros((BLOCK,), tl.float32),) * ROWS
     for i in tl.static_range(K):
         # Row i of U reaches over two segments; t is the tap that the uppermost row of the program takes.
-        low = tl.maximum(_first(i - 1 if i > 0 else 0, K, EXTENT), -above)
-        high = tl.minimum(_first(i + 1 if i + 1 < K else i, K, EXTENT) + ROWS - 1, last - above)
+        low = tl.maximum(tl.load(segments + (i - 1 if i > 0 else 0)), -above)
+        high = tl.minimum(tl.load(segments + (i + 1 if i + 1 < K else i)) + ROWS - 1, last - above)
         for t in range(low, high):
             row = ring + ((image * slots + (above + t) % slots) * K + i) * length
             value = tl.load(row + lane, mask=exists, other=0.0)
@@ -130,20 +120,22 @@ def spread_kernel(
 def enlarged(
     x: torch.Tensor,
     weight: torch.Tensor,
-    vertical: torch.Tensor,
-    horizontal: torch.Tensor,
+    vertical: tuple[torch.Tensor, torch.Tensor],
+    horizontal: tuple[torch.Tensor, torch.Tensor],
     scale: torch.Tensor | None,
     residual: torch.Tensor | None,
     first_row: int,
     rows: int,
     band: int | None,
 ) -> torch.Tensor:
-    """`enlarged.enlarged` with U and V, float32 (k, k'_h) and (k, k'_w), for float32, bfloat16 and float16 x.
+    """`enlarged.enlarged` with U and V and their segments, of `enlarged.axis`, for float32, bfloat16 and float16 x.
 
     The ring holds float32: rounding it to shorter types would triple the error of the result.
     """
     batch, height, width, channels = x.shape
+    (vertical, vertical_first), (horizontal, horizontal_first) = vertical, horizontal
     (kernel_size, extent_h), extent_w, length = vertical.shape, horizontal.shape[1], width * channels
+    vertical_first, horizontal_first = vertical_first.int(), horizontal_first.int()
     x, kernel = x.contiguous(), weight.float().permute(1, 2, 0).contiguous()  # (k, k, C)
     reach = extent_h // 2
     if band is None:
@@ -162,12 +154,13 @@ def enlarged(
             last = min(end + reach, height)
             if last > filtered:
                 filter_kernel[_grid(batch, last - filtered, length, _FILTER_ROWS, _FILTER_BLOCK)](
-                    ring, x, kernel, horizontal, filtered, last - filtered, slots, height, length, channels,
-                    K=kernel_size, EXTENT=extent_w, ROWS=_FILTER_ROWS, BLOCK=_FILTER_BLOCK,
+                    ring, x, kernel, horizontal, horizontal_first, filtered, last - filtered, slots, height, length,
+                    channels, K=kernel_size, EXTENT=extent_w, ROWS=_FILTER_ROWS, BLOCK=_FILTER_BLOCK,
                 )  # fmt: skip
                 filtered = last
             spread_kernel[_grid(batch, end - start, length, _SPREAD_ROWS, _SPREAD_BLOCK)](
-                out, ring, padded, scaled, added, first_row, rows, start, end, slots, height, length, channels,
+                out, ring, padded, vertical_first, scaled, added, first_row, rows, start, end, slots, height, length,
+                channels,
                 K=kernel_size, EXTENT=extent_h, SCALED=scale is not None, RESIDUAL=residual is not None,
                 ROWS=_SPREAD_ROWS, BLOCK=_SPREAD_BLOCK,
             )  # fmt: skip
