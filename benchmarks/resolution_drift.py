@@ -1,0 +1,193 @@
+"""How far samples of one seed drift apart between sizes, and what becomes of a constant there.
+
+    python benchmarks/resolution_drift.py --json=benchmarks/results/resolution_drift.json
+    python benchmarks/resolution_drift.py --quick
+
+Two ways to take the networks from the training lattice to another, each trained by itself with configs/tiny_config.py:
+
+    published  kernels interpolated bilinearly to windows of whole pixels; the first K points at a node of the grid
+    overlap    kernels averaged over the cells of the pixels; points tied at the K-th distance share its weight
+
+Both have the coordinates of cell_centred. One latent and one noise function a seed give an image at every size. drift
+is ‖a − b‖ / ‖b‖ of the mollified image a at a size and that of the training lattice b, the finer read at the pixels of
+the coarser by its cosine series, over all seeds.
+
+A constant through the first trained kernels of the denoiser is multiplied by a gain for each channel. inside, border
+and thinned are root mean squares over pixels and channels of its difference from that of the training lattice, over the
+gain inside: away from borders by half a kernel, nearer than that (from the training pixel that holds the pixel), and at
+a random quarter of the points (from the gain inside; at the training size thinning alone).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks.report import machine
+from configs.schema import ImageConfig
+from configs.tiny_config import get_config
+from configs.validate import freeze
+from data.datasets import open_dataset
+from data.pixels import to_float
+from diffusion.coordinates import CONVENTIONS, Points, Size, points_to_image
+from diffusion.cosine import cosine_matrix, on_rows
+from diffusion.subsets import draw_points
+from generation.infty_diff import InftyDiff, SamplingOptions
+from models.operators.base import kernel_window
+from models.sparse_unet import SparseUNet
+from training.files import write_json
+from training.image_stage import ImageStage
+from training.precision import Precision
+from training.run_dir import RunDir
+from training.trainer import Trainer
+
+NAME, CPU = "cell_centred", torch.device("cpu")
+WAYS = {"published": {"shares_ties": False, "overlaps_cells": False}, "overlap": {}}
+SIZES = (16, 24, 32, 48, 64, 96, 128)
+SEEDS = range(4)
+STEPS, QUICK_STEPS = 400, 5
+
+
+@contextlib.contextmanager
+def way_of(name: str) -> Iterator[None]:
+    """Let networks go between lattices in one of `WAYS`."""
+    with mock.patch.dict(CONVENTIONS, {NAME: dataclasses.replace(CONVENTIONS[NAME], **WAYS[name])}):
+        yield
+
+
+def tiny(steps: int, root: str) -> ImageConfig:
+    config = get_config()
+    config.run.root_dir, config.run.device, config.model.coordinate_convention = root, "cpu", NAME
+    config.train.steps = config.train.plot_samples_steps = config.train.checkpoint_steps = steps
+    config.train.plot_graph_steps, config.train.plot_sampling_steps = steps, "2"
+    return freeze(config, ImageConfig)
+
+
+def trained(steps: int) -> InftyDiff:
+    """The tiny model after so many steps from one seed."""
+    with tempfile.TemporaryDirectory() as root:
+        config, precision = tiny(steps, root), Precision(CPU, None)
+        images = open_dataset(config.data, "train")
+        torch.manual_seed(config.run.seed)
+        Trainer(config, ImageStage(config, images, images, precision), RunDir(config, resume=False), precision).run()
+        return InftyDiff.from_runs(Path(root) / config.run.experiment, device="cpu")
+
+
+def drifts(model: InftyDiff, sizes: list[int], steps: str) -> list[float]:
+    """‖a − b‖ / ‖b‖ at every size."""
+    side = model.config.size[0]
+    images = open_dataset(model.config.data, "train")
+    latents = model.encode(to_float(torch.stack([images[i] for i in SEEDS])))
+    options = SamplingOptions(steps)
+
+    def at(n: int) -> torch.Tensor:
+        return model.decode(latents, model.initial_noise(SEEDS, (n, n)), options, deblur=False).double()
+
+    reference, found = at(side), []
+    for n in sizes:
+        a, b = read_at(at(n), min(n, side)), read_at(reference, min(n, side))
+        found.append(((a - b).square().mean() / b.square().mean()).sqrt().item())
+    return found
+
+
+def read_at(x: torch.Tensor, n: int) -> torch.Tensor:
+    """Images (B, C, m, m) at the n × n pixels of a coarser lattice, by their cosine series."""
+    m = x.shape[-1]
+    k, place = torch.arange(m, dtype=torch.float64), (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    basis = torch.cos(math.pi * place[:, None] * k) * math.sqrt(2 / m)
+    basis[:, 0] *= math.sqrt(0.5)
+    reader = (basis @ cosine_matrix(m)).mT  # (m, n)
+    return on_rows(lambda rows: rows @ reader, x @ reader)
+
+
+@torch.no_grad()
+def gains(network: SparseUNet, size: Size, points: Points | None = None) -> torch.Tensor:
+    """What the first kernels make of a constant: (C, H, W), or (C, M) at some points."""
+    kernel = network.down_blocks[0].kernel
+    extent, span = kernel_window(kernel.shape[-1], size, network.train_size, network.convention)
+    points = points or Points(size)
+    plan = network.backend.plan(points, 1, extent, kernel.shape[-1], CPU, span)
+    out = network.backend.conv(torch.ones(1, points.count, len(kernel)), kernel, plan, len(kernel))
+    return points_to_image(out, size)[0] if points.is_full else out[0].T
+
+
+def gain_changes(network: SparseUNet, sizes: list[int]) -> list[dict[str, float]]:
+    """inside, border and thinned of the module's text at every size."""
+    side, kernel_size = network.train_size[0], network.sparse_spec.kernel_size
+    at_training = gains(network, network.train_size)
+    inner = at_training[:, side // 2, side // 2]  # (C,)
+
+    def relative(difference: torch.Tensor) -> float:
+        return (difference.square().mean() / inner.square().mean()).sqrt().item()
+
+    rows = []
+    for n in sizes:
+        centre = (torch.arange(n) + 0.5) * side / n  # in training pixels
+        near = torch.minimum(centre, side - centre) < (kernel_size + max(side / n, 1)) / 2
+        border, holder = near[:, None] | near, centre.long()
+        difference = gains(network, (n, n)) - at_training[:, holder[:, None], holder]
+        some = draw_points("uniform", torch.Generator().manual_seed(0), 1, (n, n), n * n // 4, CPU)
+        thinned = gains(network, (n, n), some) - inner[:, None]
+        rows.append({"inside": relative(difference[:, ~border]), "border": relative(difference[:, border]),
+                     "thinned": relative(thinned)})  # fmt: skip
+    return rows
+
+
+def measure(sizes: list[int], training_steps: int, sampling_steps: str) -> list[dict[str, Any]]:
+    """One row per size, with the numbers of each way."""
+    rows: list[dict[str, Any]] = [{"size": n} for n in sizes]
+    for way in WAYS:
+        with way_of(way):
+            model = trained(training_steps)
+            changes = gain_changes(model.denoiser, sizes)
+            for row, drift, change in zip(rows, drifts(model, sizes, sampling_steps), changes, strict=True):
+                row[way] = {"drift": drift, **change}
+    return rows
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as aligned text."""
+    columns = ("drift", "inside", "border", "thinned")
+    lines = [
+        f"{result['device']}, torch {result['torch']}, {result['training_steps']} steps of training at "
+        f"{result['train_size']}x{result['train_size']}, samplers of {result['sampling_steps']}, {result['date']}, "
+        f"commit {result['commit']}",
+        "",
+        f"{'':<10}" + "".join(f"{way:^40}" for way in WAYS),
+        f"{'size':<10}" + "".join(f"{column:>10}" for _ in WAYS for column in columns),
+    ]
+    for row in result["rows"]:
+        size = "{0}x{0}".format(row["size"])
+        lines.append(f"{size:<10}" + "".join(f"{row[way][column]:>10.2%}" for way in WAYS for column in columns))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file for the result; default: none, the table alone")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps of training, three sizes")
+    arguments = parser.parse_args()
+    if arguments.json and (arguments.json.is_dir() or not arguments.json.parent.is_dir()):
+        parser.error(f"--json={arguments.json}: accepted: a file in a folder that exists")
+    quick = arguments.quick
+    training_steps, sampling_steps = (QUICK_STEPS, "ddim3") if quick else (STEPS, "ddim25")
+    result = {"benchmark": "resolution_drift", **machine(CPU), "train_size": get_config().data.img_size,
+              "training_steps": training_steps, "sampling_steps": sampling_steps}  # fmt: skip
+    result["rows"] = measure([16, 32, 48] if quick else list(SIZES), training_steps, sampling_steps)
+    if arguments.json:
+        write_json(arguments.json, result)
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
