@@ -155,7 +155,7 @@ class ModelConfig:
     kld_weight: float = option(1e-4, "weight of the KL term of a stochastic encoder", low=0.0, shapes=True)
     coordinate_convention: str = option(
         "cell_centred",
-        "where pixel i of n sits; reference = the authors' code",
+        "where pixel i of n sits, and how networks go between lattices; reference = the authors' code",
         choices=("cell_centred", "reference", "corner_aligned"),
         shapes=True,
     )
