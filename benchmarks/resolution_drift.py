@@ -3,19 +3,22 @@
     python benchmarks/resolution_drift.py --json=benchmarks/results/resolution_drift.json
     python benchmarks/resolution_drift.py --quick
 
-Two ways to take the networks from the training lattice to another, each trained by itself with configs/tiny_config.py:
+Two ways to take the networks from the training lattice to another, each with models of its own, trained with
+configs/tiny_config.py from several seeds:
 
     published  kernels interpolated bilinearly to windows of whole pixels; the first K points at a node of the grid
     overlap    kernels averaged over the cells of the pixels; points tied at the K-th distance share its weight
 
 Both have the coordinates of cell_centred. One latent and one noise function a seed give an image at every size. drift
 is ‖a − b‖ / ‖b‖ of the mollified image a at a size and that of the training lattice b, the finer read at the pixels of
-the coarser by its cosine series, over all seeds.
+the coarser by its cosine series, over all seeds of images.
 
 A constant through the first trained kernels of the denoiser is multiplied by a gain for each channel. inside, border
 and thinned are root mean squares over pixels and channels of its difference from that of the training lattice, over the
 gain inside: away from borders by half a kernel, nearer than that (from the training pixel that holds the pixel), and at
 a random quarter of the points (from the gain inside; at the training size thinning alone).
+
+The table has the means over the models; the file has the numbers of each.
 """
 
 import argparse
@@ -54,8 +57,8 @@ from training.trainer import Trainer
 NAME, CPU = "cell_centred", torch.device("cpu")
 WAYS = {"published": {"shares_ties": False, "overlaps_cells": False}, "overlap": {}}
 SIZES = (16, 24, 32, 48, 64, 96, 128)
-SEEDS = range(4)
-STEPS, QUICK_STEPS = 400, 5
+SEEDS = range(8)
+COLUMNS = ("drift", "inside", "border", "thinned")
 
 
 @contextlib.contextmanager
@@ -65,18 +68,19 @@ def way_of(name: str) -> Iterator[None]:
         yield
 
 
-def tiny(steps: int, root: str) -> ImageConfig:
+def tiny(steps: int, seed: int, root: str) -> ImageConfig:
     config = get_config()
+    config.run.seed = seed
     config.run.root_dir, config.run.device, config.model.coordinate_convention = root, "cpu", NAME
     config.train.steps = config.train.plot_samples_steps = config.train.checkpoint_steps = steps
     config.train.plot_graph_steps, config.train.plot_sampling_steps = steps, "2"
     return freeze(config, ImageConfig)
 
 
-def trained(steps: int) -> InftyDiff:
-    """The tiny model after so many steps from one seed."""
+def trained(steps: int, seed: int) -> InftyDiff:
+    """The tiny model after so many steps."""
     with tempfile.TemporaryDirectory() as root:
-        config, precision = tiny(steps, root), Precision(CPU, None)
+        config, precision = tiny(steps, seed, root), Precision(CPU, None)
         images = open_dataset(config.data, "train")
         torch.manual_seed(config.run.seed)
         Trainer(config, ImageStage(config, images, images, precision), RunDir(config, resume=False), precision).run()
@@ -143,47 +147,48 @@ def gain_changes(network: SparseUNet, sizes: list[int]) -> list[dict[str, float]
     return rows
 
 
-def measure(sizes: list[int], training_steps: int, sampling_steps: str) -> list[dict[str, Any]]:
-    """One row per size, with the numbers of each way."""
-    rows: list[dict[str, Any]] = [{"size": n} for n in sizes]
-    for way in WAYS:
-        with way_of(way):
-            model = trained(training_steps)
-            changes = gain_changes(model.denoiser, sizes)
-            for row, drift, change in zip(rows, drifts(model, sizes, sampling_steps), changes, strict=True):
-                row[way] = {"drift": drift, **change}
+def measure(sizes: list[int], models: int, training_steps: int, sampling_steps: str) -> list[dict[str, Any]]:
+    """One row per size; for each way the numbers of all models, by column."""
+    rows: list[dict[str, Any]] = [{"size": n, **{way: {c: [] for c in COLUMNS} for way in WAYS}} for n in sizes]
+    for seed in range(models):
+        for way in WAYS:
+            with way_of(way):
+                model = trained(training_steps, seed)
+                changes = gain_changes(model.denoiser, sizes)
+                for row, drift, change in zip(rows, drifts(model, sizes, sampling_steps), changes, strict=True):
+                    for column, number in {"drift": drift, **change}.items():
+                        row[way][column].append(number)
     return rows
 
 
 def table(result: dict[str, Any]) -> str:
     """The result as aligned text."""
-    columns = ("drift", "inside", "border", "thinned")
     lines = [
-        f"{result['device']}, torch {result['torch']}, {result['training_steps']} steps of training at "
-        f"{result['train_size']}x{result['train_size']}, samplers of {result['sampling_steps']}, {result['date']}, "
-        f"commit {result['commit']}",
+        f"{result['device']}, torch {result['torch']}, {result['models']} models, {result['training_steps']} steps of "
+        f"training at {result['train_size']}x{result['train_size']}, samplers of {result['sampling_steps']}, "
+        f"{result['date']}, commit {result['commit']}",
         "",
         f"{'':<10}" + "".join(f"{way:^40}" for way in WAYS),
-        f"{'size':<10}" + "".join(f"{column:>10}" for _ in WAYS for column in columns),
+        f"{'size':<10}" + "".join(f"{column:>10}" for _ in WAYS for column in COLUMNS),
     ]
     for row in result["rows"]:
         size = "{0}x{0}".format(row["size"])
-        lines.append(f"{size:<10}" + "".join(f"{row[way][column]:>10.2%}" for way in WAYS for column in columns))
+        means = [sum(row[way][column]) / len(row[way][column]) for way in WAYS for column in COLUMNS]
+        lines.append(f"{size:<10}" + "".join(f"{mean:>10.2%}" for mean in means))
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file for the result; default: none, the table alone")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps of training, three sizes")
+    parser.add_argument("--quick", action="store_true", help="a model after 5 steps of training, at three sizes")
     arguments = parser.parse_args()
     if arguments.json and (arguments.json.is_dir() or not arguments.json.parent.is_dir()):
         parser.error(f"--json={arguments.json}: accepted: a file in a folder that exists")
-    quick = arguments.quick
-    training_steps, sampling_steps = (QUICK_STEPS, "ddim3") if quick else (STEPS, "ddim25")
-    result = {"benchmark": "resolution_drift", **machine(CPU), "train_size": get_config().data.img_size,
-              "training_steps": training_steps, "sampling_steps": sampling_steps}  # fmt: skip
-    result["rows"] = measure([16, 32, 48] if quick else list(SIZES), training_steps, sampling_steps)
+    quick = {"models": 1, "training_steps": 5, "sampling_steps": "ddim3"}
+    settings = quick if arguments.quick else {"models": 4, "training_steps": 400, "sampling_steps": "ddim25"}
+    result = {"benchmark": "resolution_drift", **machine(CPU), "train_size": get_config().data.img_size, **settings}
+    result["rows"] = measure([16, 32, 48] if arguments.quick else list(SIZES), **settings)
     if arguments.json:
         write_json(arguments.json, result)
     print(table(result))
