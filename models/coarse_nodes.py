@@ -33,14 +33,22 @@ class GridNodes:
     pyramid = None
 
     def __init__(
-        self, points: Points, batch: int, side: int, neighbours: int, convention: CoordinateConvention, device
+        self,
+        points: Points,
+        batch: int,
+        side: int,
+        neighbours: int,
+        convention: CoordinateConvention,
+        device: torch.device,
+        plain: bool = False,
     ) -> None:
         self._geometry = (points, batch, (side, side))
-        self._neighbours, self._convention, self._device = neighbours, convention, device
+        self._neighbours, self._convention, self._device, self._plain = neighbours, convention, device, plain
 
     def enter(self, h: torch.Tensor) -> torch.Tensor:
         """Features at the points (B, M, C) to nodes (B, U, U, C)."""
-        gather = points_to_grid(*self._geometry, self._neighbours, self._convention, self._device)
+        options = (self._neighbours, self._convention, self._device, self._plain)
+        gather = points_to_grid(*self._geometry, *options)
         return gather(h).unflatten(1, self._geometry[2])
 
     def leave(self, nodes: torch.Tensor) -> torch.Tensor:
@@ -50,7 +58,8 @@ class GridNodes:
     def enter_pieces(self, pieces: Iterable[tuple[Window, torch.Tensor]]) -> torch.Tensor:
         """`enter` for a full lattice in pieces: windows that cover it, and features (B, points, C) in each."""
         points, batch, grid = self._geometry
-        gather, read = points_to_grid(points, 1, grid, self._neighbours, self._convention, self._device), None
+        geometry = (points, 1, grid, self._neighbours, self._convention, self._device)
+        gather, read = points_to_grid(*geometry, self._plain), None
         ids = gather.rows  # (E,)
         rows, cols = ids.div(points.size[1], rounding_mode="floor"), ids.remainder(points.size[1])
         for window, h in pieces:
@@ -102,6 +111,7 @@ class PointNodes:
         neighbours: int,
         convention: CoordinateConvention,
         device: torch.device,
+        plain: bool = False,
     ) -> None:
         counts = tuple(min(points.count, side**2) for side in sides)
         if points.index is None:
@@ -110,7 +120,7 @@ class PointNodes:
             chosen, pyramid = _levels(points, kind, sides, counts, convention, device)
         self.pyramid = pyramid.expand(batch)
         self._chosen = chosen.expand(batch, -1)
-        self._points, self._neighbours, self._convention = points, neighbours, convention
+        self._points, self._neighbours, self._convention, self._plain = points, neighbours, convention, plain
         self._nodes = Points(points.size, points.ids(device).gather(1, chosen))
 
     def enter(self, h: torch.Tensor) -> torch.Tensor:
@@ -123,7 +133,8 @@ class PointNodes:
         if self._nodes.count == self._points.count:
             return torch.empty_like(nodes).scatter(1, self._chosen.unsqueeze(2).expand_as(nodes), nodes)
         batch, size = len(nodes), self._points.size
-        gather = points_to_grid(self._nodes, batch, size, self._neighbours, self._convention, nodes.device)
+        geometry = (self._nodes, batch, size, self._neighbours, self._convention, nodes.device)
+        gather = points_to_grid(*geometry, self._plain)
         return (gather if self._points.index is None else gather.some(self._points.index))(nodes)
 
 

@@ -91,14 +91,20 @@ def _spread(values: torch.Tensor, ends: torch.Tensor, entries: int) -> torch.Ten
 
 
 def points_to_grid(
-    points: Points, batch: int, grid: Size, neighbours: int, convention: CoordinateConvention, device: torch.device
+    points: Points,
+    batch: int,
+    grid: Size,
+    neighbours: int,
+    convention: CoordinateConvention,
+    device: torch.device,
+    plain: bool = False,
 ) -> WeightedGather:
     """Features (B, M, C) to grid nodes (B, U_h·U_w, C): mean of the nearest points weighted by s / max(d², 1e-16).
 
-    The nearest points and their shares s are those of `models.neighbours`. Raises ValueError when there are fewer than
-    K points.
+    The nearest points and their shares s are those of `models.neighbours`, plain as there. Raises ValueError when there
+    are fewer than K points.
     """
-    rows, squared, shares, ends = nearest_rows(points, grid, neighbours, convention, device)
+    rows, squared, shares, ends = nearest_rows(points, grid, neighbours, convention, device, plain)
     weights = shares / squared.clamp(min=_CLOSEST)
     every = torch.arange(len(rows), device=device)
     sums = _sums(weights.unsqueeze(1), every, ends, torch.ones_like(weights)).squeeze(1)

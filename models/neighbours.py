@@ -61,21 +61,32 @@ class _Entries(NamedTuple):
 
 
 def nearest_points(
-    points: Points, grid: Size, neighbours: int, convention: CoordinateConvention, device: torch.device
+    points: Points,
+    grid: Size,
+    neighbours: int,
+    convention: CoordinateConvention,
+    device: torch.device,
+    plain: bool = False,
 ) -> Nearest:
     """The K nearest present pixels of every grid node, by their ids, with those tied at the K-th distance.
 
     That of the full lattice is static and cached. Listed points are padded to W a node where Triton looks them up, so
-    that no shape depends on a value. Raises ValueError when there are fewer than K points.
+    that no shape depends on a value. plain: compute in PyTorch wherever it is. Raises ValueError when there are fewer
+    than K points.
     """
-    return _nearest(points, grid, neighbours, convention, device)[0]
+    return _nearest(points, grid, neighbours, convention, device, plain)[0]
 
 
 def nearest_rows(
-    points: Points, grid: Size, neighbours: int, convention: CoordinateConvention, device: torch.device
+    points: Points,
+    grid: Size,
+    neighbours: int,
+    convention: CoordinateConvention,
+    device: torch.device,
+    plain: bool = False,
 ) -> Nearest:
     """`nearest_points` with places in the list of points, through the batch laid end to end, instead of pixel ids."""
-    found, rows = _nearest(points, grid, neighbours, convention, device)
+    found, rows = _nearest(points, grid, neighbours, convention, device, plain)
     if rows is None:
         pixels = points.size[0] * points.size[1]
         first = pixels * torch.arange(points.index.shape[0], device=device)  # of each image
@@ -88,7 +99,12 @@ def nearest_rows(
 
 
 def _nearest(
-    points: Points, grid: Size, neighbours: int, convention: CoordinateConvention, device: torch.device
+    points: Points,
+    grid: Size,
+    neighbours: int,
+    convention: CoordinateConvention,
+    device: torch.device,
+    plain: bool = False,
 ) -> tuple[Nearest, torch.Tensor | None]:
     """The nearest by pixel ids, and their places in the list of points where they come at no cost."""
     if points.count < neighbours:
@@ -102,7 +118,7 @@ def _nearest(
     length = min(1 << math.ceil(math.log2(wanted)), pixels)  # powers of two: few tables serve all densities
     most = _most_tied(points.size, grid, length, convention)
     width = min(neighbours - 1 + most, points.count)
-    if geometry.fits_int64 and pixels < 2**31 and (kernels := _kernels(device.type)) is not None:
+    if geometry.fits_int64 and pixels < 2**31 and (kernels := _kernels(device.type, plain)) is not None:
         # Twice as long: the kernel reads no further than it must, and is slow where it has to search.
         length = min(2 * length, pixels, _LONGEST_TABLE) if length <= _LONGEST_TABLE else 0
         table = _columns(points.size, grid, length, convention, device)
@@ -119,9 +135,9 @@ def _nearest(
     return _first_present(points.index, table, neighbours, width, pixels, geometry), None
 
 
-def _kernels(device_type: str) -> ModuleType | None:
+def _kernels(device_type: str, plain: bool) -> ModuleType | None:
     """The look-up in Triton, on a GPU if it can be: the other asks the device which nodes to search for."""
-    return dispatch.kernels("nearest points", device_type)
+    return dispatch.kernels("nearest points", device_type, plain)
 
 
 @lru_cache(maxsize=64)

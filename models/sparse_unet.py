@@ -114,10 +114,11 @@ class SparseDescent(nn.Module):
 
     def nodes(self, x: torch.Tensor, points: Points) -> GridNodes | PointNodes:
         """The nodes of the inner network for points with features x (B, M, C)."""
-        spec, grid, batch = self.sparse_spec, self.grid_spec, x.shape[0]
+        grid, batch = self.grid_spec, x.shape[0]
+        geometry = (self.sparse_spec.neighbours, self.convention, x.device, self.backend.plain)
         if grid.nodes == "grid":
-            return GridNodes(points, batch, grid.resolution, spec.neighbours, self.convention, x.device)
-        return PointNodes(points, batch, grid.nodes, grid.sides, spec.neighbours, self.convention, x.device)
+            return GridNodes(points, batch, grid.resolution, *geometry)
+        return PointNodes(points, batch, grid.nodes, grid.sides, *geometry)
 
     def descend(
         self,

@@ -6,11 +6,15 @@ import shutil
 import sysconfig
 
 import pytest
+import torch
 
-from models import triton_support
+from diffusion.coordinates import Points
+from models import pointwise, triton_support
+from models.conv_uno import GridSpec
 from models.operators import dispatch
 from models.operators.dispatch import kernels
 from models.operators.native import compiled
+from models.sparse_unet import SparseSpec, SparseUNet
 
 
 @pytest.fixture
@@ -60,3 +64,25 @@ def test_what_is_missing_is_said_once(asked_anew, tmp_path, monkeypatch, caplog,
             assert kernels(operation, "cuda") is None
     assert len(caplog.records) == 1
     assert {"package": "the package triton", "compiler": "a C compiler", "headers": "Python.h"}[lacking] in caplog.text
+
+
+def test_one_switch_computes_everything_in_pytorch(monkeypatch):
+    """With `model.backend=torch_dense` no network asks for kernels that it then may take."""
+    asked = []
+    known = dispatch.kernels
+
+    def spy(operation, device_type, plain=False):
+        asked.append((operation, plain))
+        return known(operation, device_type, plain)
+
+    for module in (dispatch, pointwise):
+        monkeypatch.setattr(module, "kernels", spy)
+    for backend, plain in (("torch_dense", True), ("native", False)):
+        asked.clear()
+        network = SparseUNet(
+            3, 3, (8, 6), SparseSpec(8, 1, 3, backend=backend), GridSpec(4, 4, (1,), (1,)), time_dim=8, z_dim=5
+        )
+        points = Points((8, 6), torch.randperm(48)[None, :20])
+        network(torch.randn(1, 20, 3), points, torch.ones(1), torch.randn(1, 5))
+        assert {operation for operation, _ in asked} == {"nearest points", "norm and MLP"}
+        assert all(told is plain for _, told in asked)
