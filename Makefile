@@ -1,5 +1,7 @@
 # `make demo` trains and samples the embedded default on a CPU; `make test` lints and tests. Both set themselves up.
+# TORCH: what to install before all else, in pip's words, where PyTorch's default wheels are not what you want.
 PYTHON ?= python3
+TORCH ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -9,6 +11,7 @@ STAMP := $(VENV)/.installed
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
+	$(if $(strip $(TORCH)),$(RUN) -m pip install --quiet $(TORCH))
 	$(RUN) -m pip install --quiet -e ".[dev]"
 	touch $(STAMP)
 

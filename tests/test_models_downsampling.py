@@ -205,12 +205,13 @@ def test_points_all_of_them_and_the_full_lattice_agree(kind):
 
 @pytest.mark.parametrize("kind", ["random", "equidistant"])
 def test_items_of_a_batch_do_not_see_each_other(kind):
-    network, points = denoiser(sparse=SPARSE, grid=grid_spec(kind)), random_points(3, (9, 7), 30)
-    x, t, z = inputs(3, points)
+    """In float64: norms of nearly equal features magnify the rounding of float32, differently on every processor."""
+    network, points = denoiser(sparse=SPARSE, grid=grid_spec(kind)).double(), random_points(3, (9, 7), 30)
+    x, t, z = (tensor.double() for tensor in inputs(3, points))
     y = network(x, points, t, z)
     for b in range(3):
         alone, one = Points((9, 7), points.index[b : b + 1]), slice(b, b + 1)
-        torch.testing.assert_close(network(x[one], alone, t[one], z[one]), y[one], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(network(x[one], alone, t[one], z[one]), y[one])
 
 
 @pytest.mark.parametrize("kind", ["random", "equidistant"])

@@ -106,14 +106,14 @@ def test_the_order_of_points_does_not_matter():
 
 
 def test_items_of_a_batch_do_not_see_each_other():
-    network, coder = denoiser(), encoder()
+    network, coder = denoiser().double(), encoder().double()
     points = random_points(3, (9, 7), 30)
-    x, t, z = inputs(3, points)
+    x, t, z = (tensor.double() for tensor in inputs(3, points))
     y, code = network(x, points, t, z), coder(x, points)
     for b in range(3):
         alone, one = Points((9, 7), points.index[b : b + 1]), slice(b, b + 1)
-        torch.testing.assert_close(network(x[one], alone, t[one], z[one]), y[one], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(coder(x[one], alone), code[one], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(network(x[one], alone, t[one], z[one]), y[one])
+        torch.testing.assert_close(coder(x[one], alone), code[one])
 
 
 def test_predictions_depend_on_time_latent_and_place():
