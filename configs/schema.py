@@ -74,7 +74,7 @@ class DataConfig:
 class TrainConfig:
     steps: int = option(1_000_000, "total optimiser steps", low=1)
     batch_size: int = option(32, "images per step, over all processes", low=1)
-    amp: bool = option(True, "mixed precision on a GPU (always off on a CPU)")
+    amp: bool = option(True, "mixed precision on a GPU (always off on a CPU); False = float32 throughout, without TF32")
     amp_dtype: str = option(
         "auto",
         "bfloat16 where the hardware has it, else float16 with loss scaling",

@@ -16,6 +16,7 @@ from diffusion.noise import function_noise
 from diffusion.process import Denoiser
 from diffusion.random import Purpose, key
 from diffusion.samplers import Callback, Correction, ancestral, ddim, ddim_invert, dpmpp
+from generation.cast_weights import cast_weights
 from generation.factory import build_image_process
 from generation.latent_prior import LatentPrior
 from models.factory import build_denoiser, build_encoder, for_evaluation
@@ -276,11 +277,12 @@ class InftyDiff:
         Gradients are computed where a state requires them, as in guidance, and else not, whatever the caller's mode.
         """
         points, latents = Points(size), latents.to(self.device)
+        denoiser = cast_weights(self.denoiser, self.precision.dtype)
 
         def network(x_t: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
             wanted = torch.is_grad_enabled() and x_t.requires_grad
             with torch.set_grad_enabled(wanted), self.precision.autocast():
-                return points_to_image(self.denoiser(image_to_points(x_t), points, time, latents).float(), size)
+                return points_to_image(denoiser(image_to_points(x_t), points, time, latents).float(), size)
 
         return self.process.respaced(steps).denoiser(network, clip)
 

@@ -1,4 +1,4 @@
-"""Device and mixed-precision choices, made once."""
+"""Device and precision: chosen once, here."""
 
 import contextlib
 from dataclasses import dataclass
@@ -12,11 +12,16 @@ from training.allocator import keep_freed_memory
 def pick_device(name: str) -> torch.device:
     """Return the device for `run.device` = "auto" | "cpu" | "cuda"; under torchrun each process has a GPU of its own.
 
+    From here on float32 means float32: no product of this process is rounded to TF32, which keeps three digits.
+    PyTorch's default is to do so in convolutions on a GPU. What may be coarser is said by autocast, see `Precision`.
+
     Raises:
         ValueError: when CUDA is asked for and not available, or has fewer devices than torchrun started processes.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device='cuda': no CUDA device is visible to PyTorch; accepted: auto, cpu")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
     if name == "cpu" or not torch.cuda.is_available():
         keep_freed_memory()
         return torch.device("cpu")
@@ -33,9 +38,16 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device. A copy to a GPU goes by page-locked memory, so that the host does not wait for it."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Precision:
-    """The autocast data type of a device, or None for full precision.
+    """The autocast data type of a device, or None for full precision: float32 throughout, see `pick_device`.
 
     bfloat16 needs no loss scaling; float16 does, since its gradients underflow.
     """

@@ -1,0 +1,97 @@
+"""What a sampling does once and not at every step, shown where there is no GPU."""
+
+import collections
+import re
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import micro
+from generation.cast_weights import cast_weights
+from generation.infty_diff import InftyDiff, SamplingOptions
+from models.factory import build_denoiser, build_encoder
+from training.precision import Precision, pick_device, to_device
+
+CPU = torch.device("cpu")
+
+
+def model(root, changes=None, dtype=torch.bfloat16) -> InftyDiff:
+    config = micro.image(root, changes)
+    torch.manual_seed(0)
+    networks = [build(config.model, config.data.channels, config.size) for build in (build_encoder, build_denoiser)]
+    for network in networks:
+        network.requires_grad_(False)  # autocast keeps no cast weight that takes no gradient
+    return InftyDiff(config, *networks, precision=Precision(CPU, dtype))
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of every parameter of a network."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.names = {p.data_ptr(): name for name, p in network.named_parameters()}
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+        if operator is torch.ops.aten._to_copy.default and arguments[0].data_ptr() in self.names:
+            self.counts[self.names[arguments[0].data_ptr()]] += 1
+        return operator(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("steps", ["2", "5"])
+def test_weights_are_cast_once_in_a_sampling(tmp_path, steps):
+    drawer = model(tmp_path)
+    noise, latents = drawer.initial_noise([3, 4], (16, 12)), torch.randn(2, drawer.config.model.z_dim)
+    with Casts(drawer.denoiser) as casts:
+        drawer.decode(latents, noise, SamplingOptions(steps))
+    weights = {name for name, p in drawer.denoiser.named_parameters() if p.ndim > 1}
+    assert weights <= casts.counts.keys()
+    again = [name for name, count in casts.counts.items() if count > 1]
+    assert all(re.fullmatch(r"\w+_blocks\.\d\.(kernel|mlp\..*)", name) for name in again), again
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"model.uno_conv_type": "spectral"}, {"model.downsampling": "random"}], ids=str
+)
+def test_cast_weights_give_the_same_bits_and_change_nothing(tmp_path, changes):
+    drawer = model(tmp_path, changes)
+    network, before = drawer.denoiser, {k: v.clone() for k, v in drawer.denoiser.state_dict().items()}
+    cast = cast_weights(network, torch.bfloat16)
+    states = torch.randn(2, 3, 9, 14)
+    inputs = [drawer.process.respaced("3"), states, torch.tensor([1, 1])]
+    latents = torch.randn(2, drawer.config.model.z_dim)
+    results = []
+    for used in (network, cast):
+        drawer.denoiser = used
+        results.append(drawer.denoiser_at(latents, (9, 14), "3")(*inputs[1:]).x_0)
+    assert torch.equal(*results)
+    assert results[0].dtype == torch.float32
+    assert cast_weights(network, None) is network
+    after = network.state_dict()
+    assert all(after[name].dtype == torch.float32 and torch.equal(after[name], before[name]) for name in before)
+    assert cast.grid.fc0.weight.dtype == torch.bfloat16
+    assert cast.grid.mid_block1.norm_in.weight is network.grid.mid_block1.norm_in.weight
+
+
+def test_float32_is_not_rounded_to_tf32():
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    assert pick_device("cpu") == CPU
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_copies_to_a_gpu_are_not_waited_for(monkeypatch):
+    class Host:
+        device, calls = CPU, []
+
+        def pin_memory(self):
+            self.calls.append("pinned")
+            return self
+
+        def to(self, device, non_blocking=False):
+            self.calls.append((device.type, non_blocking))
+
+    to_device(Host(), torch.device("cuda"))
+    assert Host.calls == ["pinned", ("cuda", True)]
+    x = torch.ones(2)
+    assert to_device(x, CPU) is x
