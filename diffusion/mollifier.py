@@ -85,7 +85,7 @@ class Mollifier:
         if not inv_snr > 0:
             raise ValueError(f"inv_snr is {inv_snr}; the Wiener filter needs a number above 0")
         work, sigmas = self._working_copy(x)
-        rows, cols = (_gains(n, sigma).to(work) for n, sigma in zip(x.shape[-2:], sigmas))
+        rows, cols = (_gains_on(n, sigma, work.dtype, work.device) for n, sigma in zip(x.shape[-2:], sigmas))
         gain = torch.outer(rows, cols)
         coefficients = on_rows(dct, dct(work)) * (gain / (gain**2 + inv_snr**2))
         return idct(on_rows(idct, coefficients)).to(x.dtype)
@@ -109,13 +109,19 @@ def _smooth(x: torch.Tensor, sigma: float, kind: str) -> torch.Tensor:
     """Smooth along the last axis. T is separable, and per axis a fixed symmetric matrix: one product does it."""
     n = x.shape[-1]
     if kind == "dct" and n >= FFT_FROM:
-        return idct(dct(x) * _gains(n, sigma).to(x))
+        return idct(dct(x) * _gains_on(n, sigma, x.dtype, x.device))
     return times_matrix(x, partial(_smoothing_matrix, n, sigma, kind))
 
 
 def _gains(n: int, sigma: float) -> torch.Tensor:
     """exp(-(πσk/n)²/2) for k = 0 … n-1, float64."""
     return torch.exp(-0.5 * (math.pi * sigma / n * torch.arange(n, dtype=torch.float64)) ** 2)
+
+
+@lru_cache(maxsize=CACHED_MATRICES)
+def _gains_on(n: int, sigma: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`_gains`, copied to a device once: samplers ask at every step, and a copy makes a GPU wait for the host."""
+    return _gains(n, sigma).to(device, dtype)
 
 
 @lru_cache(maxsize=CACHED_MATRICES)

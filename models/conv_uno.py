@@ -153,7 +153,7 @@ class GridBlock(nn.Module):
         self, x: torch.Tensor, e: torch.Tensor | None, z: torch.Tensor | None, *stencil: Stencil
     ) -> torch.Tensor:
         """x: (B, H, W, c_in); e: (B, time_dim); z: (B, z_dim). Returns (B, H, W, c_out)."""
-        h = self.conv_in(F.gelu(self.norm_in(x)), *stencil)
+        h = self.conv_in(F.gelu(norm_modulate(x, self.norm_in, plain=self.plain)), *stencil)
         h = norm_modulate(h, self.norm_out, *self.modulation.vectors(e, z), self.plain)
         return self.shortcut(x) + self.conv_out(self.dropout(F.gelu(h)), *stencil)
 

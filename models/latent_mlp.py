@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.layers import latent_sinusoidal_features
+from models.layers import LayerNorm, latent_sinusoidal_features
 
 
 class MLPLayer(nn.Module):
@@ -19,7 +19,7 @@ class MLPLayer(nn.Module):
         super().__init__()
         self.linear = nn.Linear(c_in, c_out)
         self.scale = nn.Linear(condition_dim, c_out)
-        self.norm = nn.LayerNorm(c_out)
+        self.norm = LayerNorm(c_out)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, h: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
@@ -56,6 +56,7 @@ class MLPSkipNet(nn.Module):
         """Prediction (B, D or 2·D) for noisy latents x (B, D) at times t (B,), in thousandths of the process."""
         condition = self.time_mlp(latent_sinusoidal_features(t, self.time_dim).to(x.dtype))  # (B, D)
         h = self.in_layer(x, condition)  # (B, W)
+        x = x.to(h.dtype)  # under autocast; beside float32 the hidden state would become that at every layer
         for layer in self.layers:
             h = layer(torch.cat([h, x], dim=1), condition)  # (B, W + D) -> (B, W)
         return self.out_layer(torch.cat([h, x], dim=1))

@@ -58,6 +58,19 @@ def _angles(t: torch.Tensor, log_frequencies: torch.Tensor) -> torch.Tensor:
     return t.float()[:, None] * log_frequencies.double().exp().float()
 
 
+def product_type(x: torch.Tensor) -> torch.dtype:
+    """The type in which x enters matrix products: that of autocast where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` with its result in the type of products: autocast on a GPU leaves it, and GELU after it, float32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).to(product_type(x))
+
+
 class Modulation(nn.Module):
     """Conditioning of normalised features on time and latent: h·(1 + scale(e)) + shift(e), then ·(1 + g(z)).
 
@@ -120,7 +133,7 @@ class Attention(nn.Module):
             raise ValueError(f"model.attention is {kernel!r}; it must be one of {', '.join(ATTENTION_KERNELS)}")
         self.attend = _flash_attention() if kernel == "flash_attn" else _sdpa
         self.heads = max(channels // HEAD_WIDTH, 4)
-        self.norm = nn.LayerNorm(channels)
+        self.norm = LayerNorm(channels)
         self.qkv = nn.Linear(channels, 3 * self.heads * HEAD_WIDTH)
         self.out = nn.Linear(self.heads * HEAD_WIDTH, channels)
 

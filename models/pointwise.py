@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.layers import modulate
+from models.layers import modulate, product_type
 from models.operators.dispatch import kernels
 
 # Numbers computed at once without gradients: on a CPU as many as its caches hold, elsewhere what bounds the memory.
@@ -23,11 +23,11 @@ _PART = {"cpu": 1 << 17, "cuda": 1 << 24}
 def norm_modulate(
     x: torch.Tensor,
     norm: nn.LayerNorm,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
     plain: bool = False,
 ) -> torch.Tensor:
-    """norm(x)·scale + shift; where fused, in the type of autocast.
+    """norm(x)·scale + shift in the type of products, that of autocast.
 
     x: (B, …, C). scale, shift: (B, C), of `Modulation`. plain: compute in PyTorch wherever it is. Returns the shape
     of x.
@@ -35,7 +35,7 @@ def norm_modulate(
     # Under torch.compile, the compiler fuses the formula, and with it what comes before and after.
     fused = None if torch.compiler.is_compiling() else _kernels(x, plain)
     if fused is not None and fused.supports(points := x.flatten(1, -2)):  # (B, M, C)
-        h = fused.norm_modulate(points, norm.weight, norm.bias, scale, shift, norm.eps, _product_type(x))
+        h = fused.norm_modulate(points, norm.weight, norm.bias, scale, shift, norm.eps, product_type(x))
         return h.view(x.shape)
     return _in_parts(partial(_norm_modulate, norm, scale, shift), x)
 
@@ -44,7 +44,7 @@ def _norm_modulate(
     norm: nn.LayerNorm, scale: torch.Tensor | None, shift: torch.Tensor | None, x: torch.Tensor
 ) -> torch.Tensor:
     h = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    return modulate(h, scale, shift)
+    return modulate(h, scale, shift).to(product_type(x))
 
 
 def norm_modulate_mlp(
@@ -60,7 +60,7 @@ def norm_modulate_mlp(
     x: (B, M, C); where no gradient is wanted, the result may take its place. scale, shift: (B, C), of `Modulation`.
     plain: as above. Returns (B, M, C).
     """
-    fused, dtype = _kernels(x, plain), _product_type(x)
+    fused, dtype = _kernels(x, plain), product_type(x)
     if fused is not None and fused.supports_mlp(x, dtype):
         weights = (mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias)
         return fused.norm_modulate_mlp(x, norm.weight, norm.bias, scale, shift, *weights, norm.eps, dtype)
@@ -87,17 +87,12 @@ def _in_parts(
     points = max(_PART.get(x.device.type, _PART["cuda"]) // x.shape[-1], 1)
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.ndim != 3 or x.shape[1] <= points:
         return compute(*features)
-    out = torch.empty_like(x) if out is None else out
-    for place, *part in zip(*(t.split(points, dim=1) for t in (out, *features))):
-        place.copy_(compute(*part))
+    for i, part in enumerate(zip(*(t.split(points, dim=1) for t in features))):
+        made = compute(*part)
+        out = made.new_empty(x.shape) if out is None else out
+        out[:, i * points : (i + 1) * points] = made
     return out
 
 
 def _kernels(x: torch.Tensor, plain: bool) -> ModuleType | None:
     return kernels("norm and MLP", x.device.type, plain)
-
-
-def _product_type(x: torch.Tensor) -> torch.dtype:
-    """The type in which x enters matrix products: that of autocast where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

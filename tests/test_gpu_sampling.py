@@ -8,10 +8,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import micro
+from diffusion.transfer import to_device
 from generation.cast_weights import cast_weights
 from generation.infty_diff import InftyDiff, SamplingOptions
 from models.factory import build_denoiser, build_encoder
-from training.precision import Precision, pick_device, to_device
+from training.precision import Precision, pick_device
 
 CPU = torch.device("cpu")
 

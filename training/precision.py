@@ -38,13 +38,6 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on a device. A copy to a GPU goes by page-locked memory, so that the host does not wait for it."""
-    if device.type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
 @dataclass(frozen=True)
 class Precision:
     """The autocast data type of a device, or None for full precision: float32 throughout, see `pick_device`.

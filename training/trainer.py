@@ -24,6 +24,7 @@ from tqdm import tqdm
 from configs.processes import ALONE, Processes
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.random import Purpose, seed_global, stream
+from diffusion.transfer import to_device
 from training.acceleration import accelerate
 from training.checkpoint import (
     BEST_WEIGHTS,
@@ -185,7 +186,7 @@ class Trainer:
 
         with self.precision.autocast():
             loss_of = self.parallel or self.stage.loss
-            loss, scalars = loss_of(batch.to(self.device, non_blocking=True), generator)
+            loss, scalars = loss_of(to_device(batch, self.device), generator)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
