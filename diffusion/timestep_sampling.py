@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
-
-Seen = tuple[list[int], list[float]]  # steps, and the loss at each
 
 
 class UniformTimesteps:
@@ -38,10 +35,11 @@ class LossAwareTimesteps:
     """Steps drawn with p_t ∝ √E[L_t²] over their recent losses, which gives the loss the least variance.
 
     Uniform until every step has been seen `history` times, and with probability `uniform_probability` afterwards, so
-    that no step is forgotten. The state lives on the CPU. Source: Nichol & Dhariwal 2021, section 3.3.
+    that no step is forgotten. The state lives on `device`, and nothing is read back from there. Source: Nichol &
+    Dhariwal 2021, section 3.3.
 
-    gather: given the steps and losses of this process, returns those of all, in the same order everywhere; the state
-    then is the same in all.
+    gather: given a tensor of this process, returns those of all, stacked in the same order everywhere; the state then
+    is the same in all.
     """
 
     def __init__(
@@ -49,7 +47,8 @@ class LossAwareTimesteps:
         num_steps: int,
         history: int = 10,
         uniform_probability: float = 0.001,
-        gather: Callable[[Seen], list[Seen]] = lambda own: [own],
+        device: torch.device | str = "cpu",
+        gather: Callable[[torch.Tensor], torch.Tensor] = lambda own: own.unsqueeze(0),
     ) -> None:
         if num_steps < 1 or history < 1 or not 0 < uniform_probability <= 1:
             raise ValueError(
@@ -59,37 +58,44 @@ class LossAwareTimesteps:
         self.num_steps = num_steps
         self.uniform_probability = uniform_probability
         self._gather = gather
-        self._losses = torch.zeros(num_steps, history, dtype=torch.float64)
-        self._counts = torch.zeros(num_steps, dtype=torch.int64)
+        self._losses = torch.zeros(num_steps, history, dtype=torch.float64, device=device)
+        self._counts = torch.zeros(num_steps, dtype=torch.int64, device=device)
 
     def probabilities(self) -> torch.Tensor:
-        """The probability of each step, float64 (T,) on the CPU."""
-        uniform = torch.full((self.num_steps,), 1 / self.num_steps, dtype=torch.float64)
-        if bool((self._counts < self._losses.shape[1]).any()):
-            return uniform
+        """The probability of each step, float64 (T,) on the device of the state."""
         wanted = self._losses.square().mean(dim=1).sqrt()
-        total = wanted.sum()
-        if total == 0:
-            return uniform
-        return (1 - self.uniform_probability) * wanted / total + self.uniform_probability * uniform
+        total, uniform = wanted.sum(), 1 / self.num_steps
+        aware = (1 - self.uniform_probability) * wanted / total + self.uniform_probability * uniform
+        known = (self._counts >= self._losses.shape[1]).all() & (total > 0)
+        return torch.where(known, aware, uniform)
 
     def sample(
         self, generator: torch.Generator, batch: int, device: torch.device | str
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Steps t int64 (B,) and weights 1/(T·p_t) float32 (B,); arguments as for `UniformTimesteps`."""
-        probabilities = self.probabilities().to(device)
-        t = torch.multinomial(probabilities, batch, replacement=True, generator=generator)
+        probabilities = self.probabilities()
+        # By the distribution function: `torch.multinomial` reads its argument back for a batch of one.
+        ends = probabilities.cumsum(0)
+        places = torch.rand(batch, generator=generator, dtype=torch.float64, device=device) * ends[-1]
+        t = torch.searchsorted(ends, places, right=True).clamp(max=self.num_steps - 1)
         return t, (1 / (self.num_steps * probabilities[t])).float()
 
     def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
-        """Record unweighted losses (B,) at steps t (B,), of all processes; waits for the device."""
-        length = self._losses.shape[1]
-        for steps, values in self._gather((t.tolist(), losses.detach().double().tolist())):
-            for step, loss in zip(steps, values, strict=True):
-                if not math.isfinite(loss):
-                    continue  # one overflow must not decide the probabilities
-                self._losses[step, self._counts[step] % length] = loss
-                self._counts[step] += 1
+        """Record unweighted losses (B,) at steps t (B,), of all processes, one after the other.
+
+        One that is not finite is passed over: an overflow must not decide the probabilities.
+        """
+        everyones = self._gather(torch.stack([t.double(), losses.detach().double()]))  # (processes, 2, B)
+        steps, values = everyones.transpose(0, 1).flatten(1)
+        steps, finite, length = steps.long(), values.isfinite(), self._losses.shape[1]
+        same = (steps[:, None] == steps) & finite  # of each, which others are recorded at its step
+        place = (self._counts[steps] + same.tril(-1).sum(1)) % length
+        stays = finite & (same.triu(1).sum(1) < length)  # what this update itself would push out is not written
+        beyond = self._losses.numel()  # where the rest goes
+        written = torch.where(stays, steps * length + place, beyond)
+        held = torch.cat([self._losses.flatten(), values.new_zeros(1)]).scatter(0, written, values)
+        self._losses = held[:beyond].view_as(self._losses)
+        self._counts = self._counts.scatter_add(0, steps, finite.long())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The recent losses float64 (T, history) and how many each step has seen, int64 (T,)."""
@@ -101,5 +107,6 @@ class LossAwareTimesteps:
             if name not in state or state[name].shape != own.shape:
                 found = tuple(state[name].shape) if name in state else "missing"
                 raise ValueError(f"state of the timestep sampler: {name} is {found}; this one has {tuple(own.shape)}")
-        self._losses = state["losses"].to("cpu", torch.float64, copy=True)
-        self._counts = state["counts"].to("cpu", torch.int64, copy=True)
+        device = self._losses.device
+        self._losses = state["losses"].to(device, torch.float64, copy=True)
+        self._counts = state["counts"].to(device, torch.int64, copy=True)

@@ -65,7 +65,7 @@ def product_type(x: torch.Tensor) -> torch.dtype:
 
 
 class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` with its result in the type of products: autocast on a GPU leaves it, and GELU after it, float32."""
+    """`nn.LayerNorm` with its result in the type of products: autocast on a GPU leaves it, and GELU next, float32."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x).to(product_type(x))

@@ -34,3 +34,11 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads() -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """See the module `fake_gpu`: a function that gives a context in which tensors are fake."""
+    from fake_gpu import fake_mode
+
+    yield from fake_mode(monkeypatch)

@@ -12,48 +12,24 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusion.coordinates import Points
+from fake_gpu import autocast, can_pretend, moved
 from models.conv_uno import GridEncoder, GridSpec, GridUNet
 from models.latent_mlp import MLPSkipNet
 from models.operators import get_backend
 from models.pointwise import norm_modulate
 from models.sparse_block import SparseBlock
-from test_gpu_step import can_pretend
 
 BF16 = torch.bfloat16
 GRID = GridSpec(8, 8, (1, 2), (1, 1), attention_resolutions=(4,), dropout=0.1, dropout_resolution=8)
-PLACES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not can_pretend(), reason="fake tensors need a driver here")),
-]
-
-
-@contextlib.contextmanager
-def autocast(place):
-    """`torch.autocast`, which switches itself off where there is no GPU."""
-    before = torch.is_autocast_enabled(place), torch.get_autocast_dtype(place)
-    torch.set_autocast_enabled(place, True)
-    torch.set_autocast_dtype(place, BF16)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled(place, before[0])
-        torch.set_autocast_dtype(place, before[1])
+PLACES = ["cpu", pytest.param("cuda", marks=can_pretend)]
 
 
 @contextlib.contextmanager
 def networks_on(place):
     """Autocast on a CPU, or on a GPU that holds no values."""
     fake = FakeTensorMode() if place == "cuda" else contextlib.nullcontext()
-    with fake, torch.device(place), autocast(place):
+    with fake, torch.device(place), autocast(place, BF16):
         yield
-
-
-def moved(network: nn.Module, place: str) -> nn.Module:
-    """The network with parameters on the device of the context."""
-    for module in network.modules():
-        for name, p in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.rand(p.shape, device=place)))
-    return network
 
 
 def types_of_inputs(network: nn.Module, *inputs) -> dict[str, torch.dtype]:

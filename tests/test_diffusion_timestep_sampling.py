@@ -1,5 +1,6 @@
 """Draws of the diffusion step: fair, unbiased when weighted, and resumable."""
 
+import collections
 import math
 
 import pytest
@@ -56,6 +57,31 @@ def test_losses_that_are_not_finite_are_ignored():
 
 def test_vanishing_losses_fall_back_to_uniform():
     assert torch.equal(warmed_up([0.0, 0.0]).probabilities(), torch.tensor([0.5, 0.5]).double())
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_losses_are_recorded_one_after_the_other(processes):
+    """As a list for each step would keep them, with steps that come more often at once than it is long."""
+    draws, history, kept = torch.Generator().manual_seed(2), 3, [collections.deque(maxlen=3) for _ in range(4)]
+    sampler = LossAwareTimesteps(4, history, 0.1, gather=lambda own: everyones)
+    for _ in range(7):
+        t = torch.randint(4, (processes, 9), generator=draws)
+        losses = torch.rand(processes, 9, generator=draws)
+        losses[losses > 0.9] = math.nan
+        everyones = torch.stack([t.double(), losses.double()], dim=1)
+        sampler.update(t[0], losses[0])
+        for step, loss in zip(t.flatten().tolist(), losses.flatten().double().tolist()):
+            if math.isfinite(loss):
+                kept[step].append(loss)
+    wanted = torch.tensor([math.sqrt(sum(x * x for x in losses) / history) for losses in kept], dtype=torch.float64)
+    torch.testing.assert_close(sampler.probabilities(), 0.9 * wanted / wanted.sum() + 0.025)
+
+
+def test_steps_come_as_often_as_they_should():
+    sampler = warmed_up([0.0, 1.0, 3.0, 0.0, 4.0], uniform_probability=1e-9)
+    t, _ = sampler.sample(generator(), 100_000, "cpu")
+    torch.testing.assert_close(torch.bincount(t, minlength=5) / 1e5, sampler.probabilities().float(), rtol=0, atol=0.01)
+    assert sampler.sample(generator(), 1, "cpu")[0].shape == (1,)
 
 
 def test_state_is_restored_exactly():

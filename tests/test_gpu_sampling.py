@@ -2,6 +2,7 @@
 
 import collections
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import micro
 from diffusion.transfer import to_device
+from fake_gpu import Copies, can_pretend, moved
 from generation.cast_weights import cast_weights
 from generation.infty_diff import InftyDiff, SamplingOptions
 from models.factory import build_denoiser, build_encoder
@@ -96,3 +98,33 @@ def test_copies_to_a_gpu_are_not_waited_for(monkeypatch):
     assert Host.calls == ["pinned", ("cuda", True)]
     x = torch.ones(2)
     assert to_device(x, CPU) is x
+
+
+@can_pretend
+@pytest.mark.parametrize(
+    ("sampler", "size", "changes"),
+    [
+        ("ddim", (24, 40), {}),
+        ("ddpm", (24, 40), {}),
+        ("dpmpp", (520, 600), {"diffusion.model_mean_type": "epsilon"}),
+        ("ddim", (16, 9), {"model.kernel": "continuous", "model.learn_sigma": True}),
+    ],
+    ids=str,
+)
+def test_no_step_of_a_sampler_copies_or_waits(tmp_path, fake_gpu, sampler, size, changes):
+    """On tensors that carry a device and no values: reading one is an error, and more steps make no more copies."""
+    counts = []
+    for steps in ("2", "2", "4"):  # the first time tables are copied that last
+        drawer = model(tmp_path, changes)
+        with fake_gpu(), Copies() as copies:
+            for network in (drawer.encoder, drawer.denoiser):
+                moved(network)
+            drawer.device = torch.device("cuda")
+            drawer.precision = Precision(drawer.device, torch.bfloat16)
+            noise = drawer.initial_noise([3, 4], size)
+            latents = torch.empty(2, drawer.config.model.z_dim, device="cuda")
+            options = SamplingOptions(steps, sampler, eta=0.5 * (sampler == "ddim"))
+            out = drawer.decode(latents, noise, options, step_noise=partial(torch.randn_like, noise))
+            assert out.device.type == "cuda" and out.dtype == torch.float32
+        counts.append(copies.count)
+    assert counts[1] == counts[2]

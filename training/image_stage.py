@@ -18,12 +18,12 @@ from diffusion import losses
 from diffusion.coordinates import CONVENTIONS, Points, gather_points
 from diffusion.random import Purpose, stream
 from diffusion.subsets import draw_points
-from diffusion.timestep_sampling import LossAwareTimesteps, UniformTimesteps
 from generation.factory import build_image_process
 from generation.infty_diff import InftyDiff, SamplingOptions
 from models.factory import build_denoiser, build_encoder
 from models.interpolation import interpolate_to_grid
 from training.checkpoint import BEST_WEIGHTS
+from training.parallel import training_timesteps
 from training.precision import Precision
 
 log = logging.getLogger(__name__)
@@ -58,9 +58,7 @@ class ImageStage:
             "denoiser": build_denoiser(config.model, config.data.channels, config.size).to(self.device),
             "encoder": build_encoder(config.model, config.data.channels, config.size).to(self.device),
         }
-        loss_aware = config.diffusion.schedule_sampler == "loss-second-moment"
-        steps = config.diffusion.steps
-        self.timesteps = LossAwareTimesteps(steps, gather=processes.gather) if loss_aware else UniformTimesteps(steps)
+        self.timesteps = training_timesteps(config.diffusion, processes, self.device)
         self.val_set, self.held_out = val_set, "val_loss"
         self.held_out_steps = 0 if val_set is None else config.train.val_loss_steps
         if val_set is None and config.train.val_loss_steps:

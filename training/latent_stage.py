@@ -14,10 +14,10 @@ from data.latents import LatentSet
 from data.loader import index_batches
 from diffusion import losses
 from diffusion.random import Purpose, stream
-from diffusion.timestep_sampling import LossAwareTimesteps, UniformTimesteps
 from generation.infty_diff import InftyDiff, SamplingOptions
 from generation.latent_prior import LatentPrior
 from models.factory import build_latent_model
+from training.parallel import training_timesteps
 from training.precision import Precision
 
 _HELD_OUT_BATCH = 256  # part of what the held-out loss is: the batch size of training may change, its draws may not
@@ -52,9 +52,7 @@ class LatentStage:
         self.mean, self.std = latents.mean, latents.std
         self.prior = self._prior(self.model)
         self.process = self.prior.process
-        loss_aware = config.diffusion.schedule_sampler == "loss-second-moment"
-        steps = config.diffusion.steps
-        self.timesteps = LossAwareTimesteps(steps, gather=processes.gather) if loss_aware else UniformTimesteps(steps)
+        self.timesteps = training_timesteps(config.diffusion, processes, self.device)
 
     def _prior(self, model: nn.Module) -> LatentPrior:
         return LatentPrior(self.config, model, self.mean, self.std)

@@ -1,6 +1,7 @@
 """One training step on the devices of several processes."""
 
 from datetime import timedelta
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from configs.processes import Processes
+from configs.schema import DiffusionConfig, LatentDiffusionConfig
+from diffusion.timestep_sampling import LossAwareTimesteps, UniformTimesteps
 
 # Processes agree before each step, so they enter it together; apart from that they differ in how long they compile.
 _TIMEOUT = timedelta(hours=1)
@@ -35,5 +38,28 @@ def data_parallel(stage: Any, processes: Processes, device: torch.device) -> Dis
     if processes.world_size == 1:
         return None
     processes.agree()  # faults so far are told here; what follows cannot be left alone
-    group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
-    return DistributedDataParallel(_Loss(stage), process_group=group, gradient_as_bucket_view=True)
+    return DistributedDataParallel(_Loss(stage), process_group=_group(device.type), gradient_as_bucket_view=True)
+
+
+@lru_cache
+def _group(device_type: str) -> dist.ProcessGroup:
+    """The processes as they exchange tensors of such a device; all of them ask for it together."""
+    return dist.new_group(backend="nccl" if device_type == "cuda" else "gloo", timeout=_TIMEOUT)
+
+
+def stacked(own: torch.Tensor, processes: Processes) -> torch.Tensor:
+    """The tensors of all processes by rank, (processes, ...); within a step, and on GPUs without waiting for them."""
+    if processes.world_size == 1:
+        return own.unsqueeze(0)
+    everyones = [torch.empty_like(own) for _ in range(processes.world_size)]
+    dist.all_gather(everyones, own, group=_group(own.device.type))
+    return torch.stack(everyones)
+
+
+def training_timesteps(
+    config: DiffusionConfig | LatentDiffusionConfig, processes: Processes, device: torch.device
+) -> UniformTimesteps | LossAwareTimesteps:
+    """How training draws its steps of the diffusion, by `diffusion.schedule_sampler`, on a device."""
+    if config.schedule_sampler == "uniform":
+        return UniformTimesteps(config.steps)
+    return LossAwareTimesteps(config.steps, device=device, gather=partial(stacked, processes=processes))
