@@ -14,17 +14,19 @@ from typing import Any
 
 import torch
 
-from diffusion.coordinates import Points, Size
-from models.operators.base import Span, check_features, check_points, inverse_density, resample_kernel
+from diffusion.coordinates import Points, Size, gather_points, scatter_points
+from models.operators.base import Span, check_features, check_points, inverse_density, normalised, resample_kernel
 from models.operators.dispatch import kernels
 from models.operators.native import enlarged, pairs
 from models.operators.torch_dense import DensePlan, TorchDenseBackend
 
-# Up to these parts of a lattice gathering is faster than dense arithmetic. Whoever measures anew uses
-# benchmarks/operators.py. In C it always is; Triton's part follows from counted instructions (a list costs as much as
-# a lattice at about half) and awaits its measurement.
+# Up to these parts of a lattice gathering is faster than dense arithmetic. In C it always is; Triton's part follows
+# from counted instructions (a list costs as much as a lattice at about half) and awaits its measurement. Whoever
+# measures anew has every engine timed by benchmarks/operators.py --ops=engines.
 _UP_TO = {"cpu": 1, "cuda": 1 / 2}
 _PAIRS_UP_TO = 1 / 5
+# Most bytes of a list. What would need more, as an enlarged kernel on many points, is computed on the whole lattice.
+_LIST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,13 +72,20 @@ class NativeBackend:
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         check_features(x, weight, plan, groups, residual)
-        engine = _engine(x, weight, plan, groups)
+        return self.conv_by(_engine(x, weight, plan, groups), x, weight, plan, groups, residual)
+
+    def conv_by(
+        self,
+        engine: ModuleType | None,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        plan: NativePlan,
+        groups: int,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`conv` by an engine of the caller's choice, one of `engines`."""
         if engine is enlarged:
-            image = x.unflatten(1, plan.points.size)  # (B, H, W, C)
-            image_residual = None if residual is None else residual.to(x.dtype).view(image.shape)
-            scale = plan.inverse_density.view(plan.points.size)
-            out = enlarged.enlarged(image, weight.squeeze(1), plan.extent, scale, image_residual, span=plan.span)
-            return out.flatten(1, 2)
+            return _enlarged(x, weight, plan, residual)
         if engine is None:
             return self._dense.conv(x, weight, plan, groups, residual)
         taps = resample_kernel(weight, plan.extent, plan.span).flatten(1).t()  # (C, 1, k', k') -> (K, C)
@@ -84,19 +93,47 @@ class NativeBackend:
         return engine.depthwise(x, taps, plan.inverse_density, plan.neighbours(engine), residual)
 
 
-def _engine(x: torch.Tensor, weight: torch.Tensor, plan: NativePlan, groups: int) -> ModuleType | None:
-    """What computes this convolution fastest; None for dense arithmetic."""
+def _enlarged(
+    x: torch.Tensor, weight: torch.Tensor, plan: NativePlan, residual: torch.Tensor | None
+) -> torch.Tensor:
+    image, kernel = scatter_points(x, plan.points).permute(0, 2, 3, 1), weight.squeeze(1)  # (B, H, W, C), (C, k, k)
+    if plan.points.is_full:
+        image_residual = None if residual is None else residual.to(x.dtype).view(image.shape)
+        scale = plan.inverse_density.view(plan.points.size)
+        return enlarged.enlarged(image, kernel, plan.extent, scale, image_residual, span=plan.span).flatten(1, 2)
+    out = gather_points(enlarged.enlarged(image, kernel, plan.extent, span=plan.span).permute(0, 3, 1, 2), plan.points)
+    return normalised(out, plan, residual)
+
+
+def engines(x: torch.Tensor, weight: torch.Tensor, plan: NativePlan, groups: int) -> dict[str, ModuleType | None]:
+    """What can compute this convolution, by name; the engine of dense arithmetic is None."""
     if not groups == x.shape[2] == weight.shape[0]:
-        return None
-    training = torch.is_grad_enabled()
-    if plan.points.is_full and not (training and weight.requires_grad):
-        # Only the gradient of the kernel is slow in dense arithmetic, and what grows with the resolution.
-        resampled = plan.span is not None or tuple(weight.shape[-2:]) != tuple(plan.extent)
-        cheaper = resampled and enlarged.pays(weight.shape[-1], plan.extent, plan.span)
-        return enlarged if cheaper else None
-    density = plan.points.count / (plan.points.size[0] * plan.points.size[1])
+        return {"dense": None}
+    found: dict[str, ModuleType | None] = {"dense": None, "pairs": pairs}
+    kernel_gradient = torch.is_grad_enabled() and weight.requires_grad
+    if not kernel_gradient and enlarged.pays(weight.shape[-1], plan.extent, plan.span):
+        found["enlarged"] = enlarged
     if x.dtype != torch.float64:
         engine = kernels("convolution", x.device.type)
         if engine is not None:
-            return engine if density <= _UP_TO[x.device.type] else None
-    return pairs if density <= _PAIRS_UP_TO else None
+            found["kernels"] = engine
+    return found
+
+
+def _engine(x: torch.Tensor, weight: torch.Tensor, plan: NativePlan, groups: int) -> ModuleType | None:
+    """The one place that chooses what computes a convolution; None for dense arithmetic."""
+    possible, points, device = engines(x, weight, plan, groups), plan.points, x.device.type
+    kernel_gradient = torch.is_grad_enabled() and weight.requires_grad
+    resampled = plan.span is not None or tuple(weight.shape[-2:]) != tuple(plan.extent)
+    on_lattice = possible.get("enlarged") if resampled else None
+    if points.is_full and not kernel_gradient:
+        # Only the gradient of the kernel is slow in dense arithmetic, and what grows with the resolution.
+        return on_lattice
+    density = points.count / (points.size[0] * points.size[1])
+    name, most = ("kernels", _UP_TO[device]) if "kernels" in possible else ("pairs", _PAIRS_UP_TO)
+    # On a full lattice Triton's kernels need no list, and cuDNN's gradient of a depthwise kernel is the slow part.
+    without_list = points.is_full and device == "cuda" and name == "kernels"
+    engine = possible.get(name) if density <= most or without_list else None
+    if engine is None or engine.list_bytes(points, plan.batch, plan.extent) > _LIST_BYTES:
+        return on_lattice
+    return engine

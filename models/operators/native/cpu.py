@@ -64,6 +64,13 @@ def _build(index: torch.Tensor, size: Size, extent: Size) -> NeighbourList:
     return NeighbourList(ends, rows, taps)
 
 
+def list_bytes(points: Points, batch: int, extent: Size) -> int:
+    """Bytes of the rows and taps of `NeighbourList` that points spread evenly take; borders have fewer."""
+    images = 1 if points.index is None else batch
+    density = points.count / (points.size[0] * points.size[1])
+    return round(8 * images * points.count * extent[0] * extent[1] * density)
+
+
 def depthwise(
     x: torch.Tensor,
     taps: torch.Tensor,

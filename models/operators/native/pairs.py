@@ -42,6 +42,12 @@ def neighbours(points: Points, batch: int, extent: Size, device: torch.device) -
     return PairList(pairs)
 
 
+def list_bytes(points: Points, batch: int, extent: Size) -> int:
+    """Bytes of a `PairList` that points spread evenly take; borders have fewer."""
+    density = points.count / (points.size[0] * points.size[1])
+    return round(16 * batch * points.count * extent[0] * extent[1] * density)
+
+
 def depthwise(
     x: torch.Tensor, taps: torch.Tensor, scale: torch.Tensor, neighbours: PairList, residual: torch.Tensor | None = None
 ) -> torch.Tensor:

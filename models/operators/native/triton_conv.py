@@ -77,6 +77,14 @@ def neighbours(points: Points, batch: int, extent: Size, device: torch.device) -
     return Neighbours(points.size, extent, *_list(points.index.to(device), points.size, extent))
 
 
+def list_bytes(points: Points, batch: int, extent: Size) -> int:
+    """Most bytes of `Neighbours.entries` for so many points; none on a full lattice."""
+    if points.index is None:
+        return 0
+    taps = extent[0] * extent[1]
+    return batch * points.count * min(taps, points.count) * _entry_format(points.count, taps)[1].itemsize
+
+
 def depthwise(
     x: torch.Tensor,
     taps: torch.Tensor,

@@ -1,0 +1,122 @@
+"""Which engine of the native back end computes what, and that its lists stay within bounds."""
+
+import pytest
+import torch
+
+from diffusion.coordinates import Points
+from fake_gpu import can_pretend
+from models.operators import native
+from models.operators.base import lattice_extent
+from models.operators.native import NativeBackend, compiled, cpu, enlarged, pairs
+from models.operators.torch_dense import TorchDenseBackend
+
+CPU = torch.device("cpu")
+SIZE, CHANNELS = (24, 20), 16
+
+
+def chosen(ratio, size=SIZE, train_size=SIZE, k=7, device="cpu", wants=(True, True), dtype=torch.float32, groups=None):
+    """The engine for part of a lattice; wants: which of features and kernel take gradients."""
+    count = int(size[0] * size[1] * ratio)
+    index = None if ratio == 1 else torch.arange(count, device=device).expand(2, -1)
+    points, extent = Points(size, index), lattice_extent(k, size, train_size)
+    plan = NativeBackend().plan(points, 2, extent, k, torch.device(device))
+    x = torch.empty(2, count, CHANNELS, device=device, dtype=dtype, requires_grad=wants[0])
+    groups = groups or CHANNELS
+    weight = torch.empty(CHANNELS, CHANNELS // groups, k, k, device=device, requires_grad=wants[1])
+    return native._engine(x, weight, plan, groups)
+
+
+@can_pretend
+def test_engines_on_a_gpu(fake_gpu, monkeypatch):
+    triton_conv = pytest.importorskip("models.operators.native.triton_conv")
+    monkeypatch.setattr(native, "kernels", lambda operation, kind: triton_conv if kind == "cuda" else None)
+    with fake_gpu():
+        for size in (SIZE, (256, 256)):
+            both = {"size": size, "train_size": size, "device": "cuda:0", "dtype": torch.bfloat16}
+            assert chosen(1, **both) is triton_conv  # the gradient of a depthwise kernel is slow in cuDNN
+            assert chosen(1, **both, wants=(False, True)) is triton_conv
+            assert chosen(1, **both, wants=(False, False)) is None  # the forward pass is not
+            assert chosen(1, **both, wants=(True, False)) is None
+            with torch.no_grad():
+                assert chosen(1, **both) is None
+            assert [chosen(ratio, **both) for ratio in (1 / 8, 1 / 2, 0.6)] == [triton_conv, triton_conv, None]
+            assert chosen(1, **both, groups=1) is chosen(1 / 4, **both, groups=1) is None  # matrix products
+        large = {"size": (1024, 1024), "train_size": (256, 256), "device": "cuda:0", "dtype": torch.bfloat16}
+        assert chosen(1, **large, wants=(False, False)) is enlarged
+        assert chosen(1, **large) is triton_conv
+        # 841 taps at a quarter of the pixels of two images: 1.8 GB of entries.
+        assert chosen(1 / 4, **large, wants=(False, False)) is enlarged
+        assert chosen(1 / 4, **large) is None
+        assert chosen(1 / 16, **large) is triton_conv
+
+
+@can_pretend
+def test_the_lattice_kernel_is_called_without_a_list(fake_gpu, monkeypatch):
+    triton_conv = pytest.importorskip("models.operators.native.triton_conv")
+    monkeypatch.setattr(native, "kernels", lambda operation, kind: triton_conv if kind == "cuda" else None)
+    calls, depthwise = [], triton_conv.depthwise
+    monkeypatch.setattr(triton_conv, "depthwise", lambda *given: calls.append(given[3]) or depthwise(*given))
+    with fake_gpu():
+        backend, x = NativeBackend(), torch.empty(2, 480, CHANNELS, device="cuda", dtype=torch.bfloat16)
+        plan = backend.plan(Points(SIZE), 2, (7, 7), 7, x.device)
+        kernel = torch.nn.Parameter(torch.empty(CHANNELS, 1, 7, 7, device="cuda"))
+        assert backend.conv(x, kernel, plan, CHANNELS).shape == x.shape
+    assert len(calls) == 1 and calls[0].counts is None
+
+
+def test_lists_take_the_bytes_they_are_said_to():
+    points = Points((40, 32), torch.stack([torch.randperm(1280)[:500] for _ in range(3)]))
+    for engine, fields in ((cpu, ("rows", "taps")), (pairs, None)):
+        if engine is cpu and compiled.library() is None:
+            continue
+        made = engine.neighbours(points, 3, (5, 3), CPU)
+        tensors = [t for pair in made.pairs for t in pair] if fields is None else [getattr(made, f) for f in fields]
+        actual = sum(t.nbytes for t in tensors)
+        assert 0.85 * actual < engine.list_bytes(points, 3, (5, 3)) < 1.15 * actual
+    triton_conv = pytest.importorskip("models.operators.native.triton_conv")
+    entries = triton_conv._list_shapes(points.index, points.size, (5, 3))[0]
+    assert triton_conv.list_bytes(points, 3, (5, 3)) == entries.nbytes
+    assert triton_conv.list_bytes(Points((40, 32)), 3, (5, 3)) == 0
+
+
+@pytest.mark.parametrize("count", [None, 330])
+@pytest.mark.parametrize("kernel_gradient", [True, False])
+def test_beyond_the_bound_the_lattice_is_computed(monkeypatch, count, kernel_gradient):
+    """The same numbers, and no list."""
+    monkeypatch.setattr(native, "_LIST_BYTES", 1000)
+    for engine in (cpu, pairs):
+        monkeypatch.setattr(engine, "neighbours", lambda *_: pytest.fail("a list was made"))
+    torch.manual_seed(0)
+    index = None if count is None else torch.stack([torch.randperm(600)[:count] for _ in range(2)])
+    points, extent = Points((30, 20), index), lattice_extent(5, (30, 20), (10, 10))
+    x, residual = torch.randn(2, 2, points.count, CHANNELS, dtype=torch.float32)
+    kernel = torch.randn(CHANNELS, 1, 5, 5)
+    results = []
+    for backend, dtype in ((NativeBackend(), torch.float32), (TorchDenseBackend(), torch.float64)):
+        plan = backend.plan(points, 2, extent, 5, CPU)
+        inputs = [t.to(dtype).requires_grad_() for t in (x, residual)]
+        weight = kernel.to(dtype).requires_grad_(kernel_gradient)
+        out = backend.conv(inputs[0], weight, plan, CHANNELS, inputs[1])
+        results.append([out, *torch.autograd.grad(out.square().sum(), [*inputs, weight][: 2 + kernel_gradient])])
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+def test_every_engine_gives_the_same_numbers():
+    """Those that a benchmark times beside the one that is chosen."""
+    torch.manual_seed(0)
+    backend, dense = NativeBackend(), TorchDenseBackend()
+    for ratio, size, k in ((1, (12, 9), 3), (0.3, (12, 9), 3), (1, (20, 30), 5), (0.5, (20, 30), 5)):
+        total = size[0] * size[1]
+        index = None if ratio == 1 else torch.stack([torch.randperm(total)[: int(ratio * total)] for _ in range(2)])
+        points, extent = Points(size, index), lattice_extent(k, size, (10, 10))
+        x, kernel = torch.randn(2, points.count, CHANNELS), torch.randn(CHANNELS, 1, k, k)
+        plan = backend.plan(points, 2, extent, k, CPU)
+        expected = dense.conv(x.double(), kernel.double(), dense.plan(points, 2, extent, k, CPU), CHANNELS)
+        with torch.no_grad():
+            possible = native.engines(x, kernel, plan, CHANNELS)
+        assert {"dense", "pairs"} <= possible.keys()
+        for engine in possible.values():
+            with torch.no_grad():
+                found = backend.conv_by(engine, x, kernel, plan, CHANNELS)
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
