@@ -36,7 +36,7 @@ from training.precision import Precision, pick_device
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("sizes", None, "lattices, e.g. 256,512,768x1024; default: that of training, twice and four times it")
-flags.DEFINE_string("baseline", "torch_dense", "back end to compare with")
+flags.DEFINE_string("baseline", "torch_dense", "back end to compare with; empty = none")
 flags.DEFINE_bool("guided", False, "evaluate as guided inpainting does, with the gradient of the state")
 flags.DEFINE_integer("batch", 1, "images", lower_bound=1)
 flags.DEFINE_integer("repeats", 20, "timed evaluations of each", lower_bound=1)
@@ -93,7 +93,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row per lattice. Raises ArithmeticError when the two networks disagree."""
     device = precision.device
-    pair = networks(config, [config.model.backend, baseline], device)
+    pair = networks(config, [config.model.backend, baseline][: 2 if baseline else 1], device)
     rows = []
     for size in sizes:
         calls = [evaluation(network, config, size, batch, precision, guided) for network in pair]
@@ -104,11 +104,11 @@ def measure(
             before = peak_memory(device)
             outputs.append(call(0).float())
             peaks.append(peak_memory(device) - before)
-        error = ((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max()).item()
+        error = ((outputs[0] - outputs[-1]).abs().max() / outputs[-1].abs().max()).item()
         if not error <= _LARGEST_ERROR[precision.dtype or torch.float32]:
             raise ArithmeticError(f"the back ends differ by {error:.1e} at {size}; times of wrong results mean nothing")
-        times = interleaved({"ours": calls[0], "baseline": calls[1]}, device, repeats, warmup=1)
-        ours, theirs = times["ours"], times["baseline"]
+        times = interleaved(dict(zip(("ours", "baseline"), calls)), device, repeats, warmup=1)
+        ours, theirs = times["ours"], times.get("baseline")
         rows.append(
             {
                 "size": list(size),
@@ -118,15 +118,19 @@ def measure(
                 "ms": ours.ms,
                 "quartiles": [ours.low, ours.high],
                 "peak_memory_bytes": peaks[0],
+                "repeats": ours.repeats,
+            }
+        )
+        if theirs is not None:
+            rows[-1] |= {
                 "baseline": pair[1].backend.name,
                 "baseline_ms": theirs.ms,
                 "baseline_quartiles": [theirs.low, theirs.high],
                 "baseline_peak_memory_bytes": peaks[1],
+                "baseline_repeats": theirs.repeats,
                 "speedup": theirs.ms / ours.ms,
                 "max_error": error,
-                "repeats": [ours.repeats, theirs.repeats],
             }
-        )
     return rows
 
 

@@ -175,3 +175,14 @@ def test_sampling_compares_back_ends_at_every_size(tmp_path, guided):
     ]  # fmt: skip
     assert all(0 <= row["max_error"] < 1e-4 and row["speedup"] > 0 for row in rows)
     assert "36x30" in done.stdout and ("guided evaluation" in done.stdout) == guided
+
+
+def test_sampling_is_measured_alone(tmp_path):
+    path = tmp_path / "rows.json"
+    command = [sys.executable, "benchmarks/sampling.py", "--config=configs/tiny_config.py", "--sizes=12x10"]
+    command += [f"--config.{name}={value}" for name, value in SMALL.items()]
+    command += ["--repeats=1", "--baseline=", f"--json={path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(path.read_text())["rows"]
+    assert "baseline_ms" not in row and row["ms"] > 0 and "12x10" in done.stdout

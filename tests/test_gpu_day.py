@@ -1,0 +1,155 @@
+"""A day of measurements: stages are done once, go on, fail without stopping the others; and its quick form, whole."""
+
+import io
+import json
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import gpu_day
+from benchmarks.stages import CUT, DONE, FAILED, WAITS, Day, Stage
+
+COUNTS = "open(r'{here}/runs', 'a').write('x'); print('one line'); print('the last')"
+
+
+def stage(name, code, **others) -> Stage:
+    return Stage(name, f"what {name} does", ["-c", code], **others)
+
+
+def states(day) -> dict[str, str]:
+    return {name: day.record(one)["state"] for name, one in day.stages.items()}
+
+
+def runs(day, name) -> int:
+    path = day.out / name / "runs"
+    return len(path.read_text()) if path.exists() else 0
+
+
+def test_what_is_done_is_not_done_again(tmp_path):
+    data = tmp_path / "data"
+    data.write_text("1")
+    stages = [stage("first", COUNTS, reads=(data,)), stage("second", COUNTS, needs=("first",)), stage("other", COUNTS)]
+    day = Day(stages, tmp_path / "out", 30, 5)
+    assert day.run(["second", "first"]) is False  # in the order asked for
+    assert states(day) == {"first": DONE, "second": WAITS, "other": ""}
+    assert day.run(["first", "second", "other"]) and day.run(["first", "second", "other"])
+    assert [runs(day, name) for name in day.stages] == [1, 1, 1]
+    data.write_text("22")  # what a stage reads, and what it needs, are settings of it
+    assert states(day) == {"first": "", "second": "", "other": DONE}
+    moved = Day([stages[0], stages[1], stage("other", COUNTS + "; 1")], day.out, 30, 5)
+    assert moved.run(list(moved.stages))
+    assert [runs(moved, name) for name in moved.stages] == [2, 2, 2]
+    text = moved.summary({"device": "this one"})
+    assert "this one" in text and text.count("the last") == 3 and "one line" not in text
+    assert "one line" in (day.out / "summary.txt").read_text()
+    rows = json.loads((day.out / "summary.json").read_text())["stages"]
+    assert [row["state"] for row in rows] == [DONE] * 3 and all(row["seconds"] > 0 for row in rows)
+
+
+def test_a_stage_that_fails_is_recorded_and_the_next_goes_on(tmp_path):
+    code = "import sys; print('error: no such thing', file=sys.stderr); sys.exit(2)"
+    day = Day([stage("bad", code), stage("on_it", COUNTS, needs=("bad",)), stage("good", COUNTS)], tmp_path, 30, 5)
+    assert day.run(list(day.stages)) is False
+    assert states(day) == {"bad": FAILED, "on_it": WAITS, "good": DONE}
+    assert day.record(day.stages["bad"])["said"] == "status 2: error: no such thing"
+    assert day.record(day.stages["on_it"])["said"] == "for bad" and runs(day, "on_it") == 0
+
+
+def test_a_stage_that_is_cut_goes_on(tmp_path):
+    """It is asked to stop, saves, and the next call starts it anew; one that cannot go on has failed."""
+    saves = (
+        "import pathlib, signal, sys, time\n"
+        "place = pathlib.Path(r'{here}/saved')\n"
+        "def save(*_): place.write_text('x'); sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "if place.exists(): print('continued'); sys.exit()\n"
+        "print('begun', file=sys.stderr, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    stages = [stage("long", saves, continues=True), stage("short", saves), stage("deaf", deaf)]
+    day, begun = Day(stages, tmp_path, 1.5, 0.5), time.monotonic()
+    assert day.run(list(day.stages)) is False
+    assert time.monotonic() - begun < 20
+    assert states(day) == {"long": CUT, "short": FAILED, "deaf": FAILED}
+    assert day.record(stages[0])["said"] == "begun" and "longer than 2 s" in day.record(stages[1])["said"]
+    spent = day.record(stages[0])["seconds"]
+    assert day.run(["long"]) and day.record(stages[0])["said"] == "continued"
+    assert day.record(stages[0])["seconds"] > spent  # of both calls
+
+
+def test_pictures_are_put_together(tmp_path):
+    code = "[open(r'{here}/%d.png' % i, 'w').write(str(i)) for i in range(3)]"
+    assert Day([stage("draw", code, pictures=("draw/*.png",))], tmp_path, 30, 5).run(["draw"])
+    assert (tmp_path / "pictures" / "draw_2.png").read_text() == "2"
+    assert len(list((tmp_path / "pictures").iterdir())) == 1
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Calls the command in this process; its stages are processes of their own. Returns its status."""
+
+    def call(*arguments) -> int:
+        monkeypatch.setattr(sys, "argv", ["gpu_day.py", *arguments])
+        with pytest.raises(SystemExit) as left:
+            gpu_day.main()
+        return left.value.code
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return call
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory) -> Path:
+    """A zip of 24 small images."""
+    path = tmp_path_factory.mktemp("archive") / "images.zip"
+    numbers = np.random.default_rng(0)
+    with zipfile.ZipFile(path, "w") as images:
+        for i in range(24):
+            file = io.BytesIO()
+            Image.fromarray(numbers.integers(0, 256, (20, 18, 3), dtype=np.uint8)).save(file, "PNG")
+            images.writestr(f"{i:02d}.png", file.getvalue())
+    return path
+
+
+QUICK = ("--device=cpu", "--quick", "--config=configs/tiny_config.py", "--latent_config=configs/tiny_latent_config.py")
+
+
+def test_the_quick_day(tmp_path, archive, command, capsys):
+    """Every command of the day in earnest, on tiny networks."""
+    out = tmp_path / "day"
+    arguments = (f"--out={out}", f"--archive={archive}", *QUICK)
+    assert command(*arguments) == 0, (out / "summary.txt").read_text()
+    rows = json.loads((out / "summary.json").read_text())["stages"]
+    assert len(rows) == 10 and all(row["state"] == DONE and row["said"] for row in rows)
+    for name in ("operators/operators", "train_step_tiny/train_step", "sampling/sampling", "scores/scores"):
+        assert json.loads((out / f"{name}.json").read_text())
+    assert len(list((out / "samples" / "images").glob("[0-9]*.png"))) == 4
+    shown = {path.name.partition("_")[0] for path in (out / "pictures").iterdir()}
+    assert shown == {"train", "reconstructions", "resolutions"}
+    assert (out / "summary.txt").read_text().count("\n== ") == 10
+    capsys.readouterr()
+    assert command(*arguments, "--list") == 0 and capsys.readouterr().out.count(DONE) == 10
+    assert command(*arguments) == 0 and capsys.readouterr().out.count("done before") == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device=cpu"], "with --quick"),
+        ([*QUICK, "--stage=operators,fly"], "'fly' is no stage; accepted: tests, operators"),
+        ([*QUICK, "--archive=nowhere.zip"], "nothing there"),
+        ([*QUICK, "--minutes=1"], "accepted: more than 1"),
+        ([*QUICK, "--train_steps=1"], "whole numbers from 2"),
+    ],
+)
+def test_bad_arguments_are_one_line(tmp_path, command, capsys, arguments, message):
+    assert command(f"--out={tmp_path / 'out'}", *arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
