@@ -18,6 +18,7 @@ from data.datasets import open_dataset
 from data.latents import LatentSet
 from data.loader import sequential
 from data.pixels import to_float
+from diffusion.transfer import to_device
 from generation.infty_diff import WEIGHTS, InftyDiff
 from training.checkpoint import load_weights, save_weights
 from training.files import file_digest
@@ -77,9 +78,9 @@ def _encode(
     batches = sequential(dataset, _BATCH, flip=flip, num_workers=data.num_workers, indices=share)
     name = "encoding mirrored images" if flip else "encoding images"
     parts = []
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for images in tqdm(batches, name, last - first, disable=None if processes.is_first else True):
-            mu, logvar = model.encode_distribution(to_float(images))
-            parts.append((mu.cpu(), None if logvar is None else logvar.cpu()))
+    for images in tqdm(batches, name, last - first, disable=None if processes.is_first else True):
+        parts.append(model.encode_distribution(to_float(to_device(images, model.device))))
+    # Read at the end: a GPU would wait for the next batch while the host waits for this one.
+    parts = [(mu.cpu(), None if logvar is None else logvar.cpu()) for mu, logvar in parts]
     mu, logvar = zip(*itertools.chain.from_iterable(processes.gather(parts)))
     return torch.cat(mu), None if logvar[0] is None else torch.cat(logvar)

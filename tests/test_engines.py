@@ -1,11 +1,13 @@
 """Which engine of the native back end computes what, and that its lists stay within bounds."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from diffusion.coordinates import Points
 from fake_gpu import can_pretend
-from models.operators import native
+from models.operators import base, native
 from models.operators.base import lattice_extent
 from models.operators.native import NativeBackend, compiled, cpu, enlarged, pairs
 from models.operators.torch_dense import TorchDenseBackend
@@ -120,3 +122,21 @@ def test_every_engine_gives_the_same_numbers():
             with torch.no_grad():
                 found = backend.conv_by(engine, x, kernel, plan, CHANNELS)
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(("extent", "span"), [((7, 7), None), ((5, 9), None), ((9, 9), (8.0, 7.5))], ids=str)
+def test_windows_are_counted_once(monkeypatch, extent, span):
+    """By the list where there is one; where taps count in part, their area is no such count."""
+    if compiled.library() is None:
+        pytest.skip("needs a C compiler")
+    counted, count = [], base.window_counts
+    monkeypatch.setattr(base, "window_counts", lambda *given: counted.append(1) or count(*given))
+    torch.manual_seed(0)
+    points = Points(SIZE, torch.stack([torch.randperm(480)[:90] for _ in range(2)]))
+    backend, x, kernel = NativeBackend(), torch.randn(2, 90, CHANNELS), torch.randn(CHANNELS, 1, 7, 7)
+    plan = backend.plan(points, 2, extent, 7, CPU, span)
+    first = backend.conv(x, kernel, plan, CHANNELS)
+    assert torch.equal(backend.conv(x, kernel, plan, CHANNELS), first)
+    assert not counted
+    assert torch.equal(plan.inverse_density, base.inverse_density(points, extent, 7, CPU, span))
+    assert torch.equal(replace(plan, lattice=(9, 9)).inverse_density, plan.inverse_density)

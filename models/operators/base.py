@@ -22,8 +22,9 @@ lattice in use, s span.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Protocol
 
 import torch
@@ -149,8 +150,9 @@ def inverse_density(
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What the blocks of one forward pass share: points, kernel extent, and k²/Σc as float32 (B or 1, M, 1).
+    """What the blocks of one forward pass share.
 
+    density: `inverse_density` of the points, or what computes it when first asked for.
     span: what kernels are resampled to by overlap of cells; None: bilinearly to the extent, unless they are of it.
     lattice: where the points' lattice is a window of a larger one, that one, which says how far apart pixels are.
     """
@@ -158,9 +160,19 @@ class Plan:
     points: Points
     batch: int
     extent: Size
-    inverse_density: torch.Tensor
+    density: torch.Tensor | Callable[[], torch.Tensor]
     span: Span | None = field(default=None, kw_only=True)
     lattice: Size | None = field(default=None, kw_only=True)
+
+    @cached_property
+    def inverse_density(self) -> torch.Tensor:
+        """k²/Σc of the points, float32 (B or 1, M, 1)."""
+        return self.density() if callable(self.density) else self.density
+
+    @property
+    def device(self) -> torch.device:
+        """Where the points are, and what is computed at them."""
+        return self.inverse_density.device if self.points.index is None else self.points.index.device
 
 
 def check_points(points: Points, batch: int, device: torch.device) -> None:
@@ -194,8 +206,8 @@ def check_features(
     for name, tensor in (("x", x), ("weight", weight), ("residual", residual)):
         if tensor is None:
             continue
-        if tensor.device != plan.inverse_density.device:
-            raise ValueError(f"{name} is on {tensor.device}; the plan is on {plan.inverse_density.device}")
+        if tensor.device != plan.device:
+            raise ValueError(f"{name} is on {tensor.device}; the plan is on {plan.device}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}; it must be floating point")
     if (x.dtype == torch.float64) != (weight.dtype == torch.float64):

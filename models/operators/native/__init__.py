@@ -9,6 +9,7 @@ Kernels that a full lattice enlarges are applied as products of low rank (`enlar
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from types import ModuleType
 from typing import Any
 
@@ -31,15 +32,26 @@ _LIST_BYTES = 1 << 30
 
 @dataclass(frozen=True, eq=False)
 class NativePlan(DensePlan):
-    """`DensePlan` with the neighbour lists of the engines that computed with it."""
+    """`DensePlan` with the neighbour lists of the engines that computed with it.
 
+    kernel_size: at the training lattice.
+    """
+
+    kernel_size: int = field(kw_only=True)
     lists: dict[ModuleType, Any] = field(default_factory=dict)
+
+    @cached_property
+    def inverse_density(self) -> torch.Tensor:
+        """As for every plan; a list of the windows has counted them already, whose taps count in full without a span."""
+        counted = [made.counts for made in self.lists.values() if made.counts is not None]
+        if counted and self.span is None:
+            return self.kernel_size**2 / counted[0].view(-1, self.points.count, 1).float()
+        return super().inverse_density
 
     def neighbours(self, engine: ModuleType) -> Any:
         """The list of an engine, made when first asked for."""
         if engine not in self.lists:
-            device = self.inverse_density.device
-            self.lists[engine] = engine.neighbours(self.points, self.batch, self.extent, device)
+            self.lists[engine] = engine.neighbours(self.points, self.batch, self.extent, self.device)
         return self.lists[engine]
 
 
@@ -61,7 +73,10 @@ class NativeBackend:
         span: Span | None = None,
     ) -> NativePlan:
         check_points(points, batch, device)
-        return NativePlan(points, batch, extent, inverse_density(points, extent, kernel_size, device, span), span=span)
+        density = partial(inverse_density, points, extent, kernel_size, device, span)
+        # Of a full lattice it is arithmetic, and says where the plan is.
+        density = density() if points.is_full else density
+        return NativePlan(points, batch, extent, density, span=span, kernel_size=kernel_size)
 
     def conv(
         self,
@@ -90,7 +105,8 @@ class NativeBackend:
             return self._dense.conv(x, weight, plan, groups, residual)
         taps = resample_kernel(weight, plan.extent, plan.span).flatten(1).t()  # (C, 1, k', k') -> (K, C)
         taps = taps.to(torch.promote_types(taps.dtype, torch.float32))
-        return engine.depthwise(x, taps, plan.inverse_density, plan.neighbours(engine), residual)
+        neighbours = plan.neighbours(engine)  # first, as it counts
+        return engine.depthwise(x, taps, plan.inverse_density, neighbours, residual)
 
 
 def _enlarged(

@@ -29,6 +29,11 @@ class NeighbourList:
     rows: torch.Tensor
     taps: torch.Tensor
 
+    @property
+    def counts(self) -> torch.Tensor:
+        """Present pixels in the window of each point, int64 (B·M,)."""
+        return self.ends.diff(prepend=self.ends.new_zeros(1))
+
 
 def neighbours(points: Points, batch: int, extent: Size, device: torch.device) -> NeighbourList:
     """The list for the windows of `extent` pixels around the points; that of a full lattice is kept.

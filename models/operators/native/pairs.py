@@ -23,6 +23,7 @@ class PairList:
     """
 
     pairs: list[tuple[torch.Tensor, torch.Tensor]]
+    counts: None = None  # of the windows, which are not counted
 
 
 def neighbours(points: Points, batch: int, extent: Size, device: torch.device) -> PairList:
