@@ -38,6 +38,13 @@ _QUICK_LATENT = {
     "model.num_layers": 2, "model.time_embed_dim": 8, "diffusion.steps": 10,
 }  # fmt: skip
 
+OPERATORS = {
+    "convolution": ("conv", "the sparse convolution against dense ones"),
+    "block": ("block", "the residual block against dense ones"),
+    "engines": ("engines,engines_forward", "the sparse convolution by each engine"),
+    "others": ("knn,mollifier,coordinates", "neighbours, mollifier and points against exhaustive forms"),
+}
+
 
 def options(name: str, fields: dict) -> list[str]:
     """Overrides of the configuration flag `name`."""
@@ -48,17 +55,15 @@ def measurements(arguments: argparse.Namespace) -> list[Stage]:
     """The stages that need no data."""
     quick, device = arguments.quick, arguments.device
     tests = ["tests/test_triton_support.py"] if quick else gpu_tests()
-    operators = "--sizes=8 --ratios=1,0.25 --channels=16 --batch=2 --repeats=2 --ops=conv,block"
-    if not quick:
-        operators = "--sizes=64,128,256 --ratios=1,0.5,0.25,0.125"
-    stages = [
-        Stage("tests", "what only a GPU can show, and its kernels", ["-m", "pytest", "-q", *tests]),
-        Stage(
-            "operators",
-            "each operator against dense and exhaustive forms of it",
-            ["benchmarks/operators.py", f"--device={device}", *operators.split(), "--json={here}/operators.json"],
-        ),
-    ]
+    stages = [Stage("tests", "what only a GPU can show, and its kernels", ["-m", "pytest", "-q", *tests])]
+    operators = ["benchmarks/operators.py", f"--device={device}", "--json={here}/operators.json"]
+    if quick:
+        small = "--sizes=8 --ratios=1,0.25 --channels=16 --batch=2 --repeats=2 --ops=block,engines,engines_forward"
+        stages.append(Stage("operators", "a block, and its convolution by each engine", [*operators, *small.split()]))
+    for name, (ops, what) in {} if quick else OPERATORS.items():
+        for suffix, sizes in {"": "64,128", "_256": "256"}.items():
+            command = [*operators, f"--ops={ops}", f"--sizes={sizes}", "--ratios=1,0.5,0.25,0.125"]
+            stages.append(Stage(f"{name}{suffix}", f"{what}, at {sizes}", command))
     small = options("config", {"run.device": device, **(_QUICK_MODEL if quick else {})})
     for config in ["tiny"] if quick else ["ffhq_128", "ffhq_256"]:
         repeats = ["--ratios=0.25", "--repeats=2", "--warmup=1"] if quick else ["--ratios=1,0.5,0.25,0.125"]
@@ -166,7 +171,7 @@ def main() -> None:
     day = Day(stages, arguments.out.resolve(), 60 * arguments.minutes - _GRACE, _GRACE)
     if arguments.list:
         for stage in stages:
-            print(f"{stage.name:<18}{day.record(stage)['state'] or 'not run':<17}{stage.what}")
+            print(f"{stage.name:<22}{day.record(stage)['state'] or 'not run':<17}{stage.what}")
         sys.exit(0)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         _fail("--device=cuda: no CUDA device is visible to PyTorch; accepted: cpu, with --quick")

@@ -12,6 +12,8 @@ A row compares one operator with one baseline on random data, results having bee
     knn          the nearest points of a grid of half the side, against all distances and, on a CPU, a k-d tree
     mollifier    smoothing of images, against cosine transform, product and inverse transform
     coordinates  drawing the points, against NumPy's legacy generator on the host, image by image
+    engines      only if asked for: the convolution of the native back end by the engine that it chooses, against each
+                 that it could; engines_forward the same without gradients
 
 Both sides take turns in one process; times are medians. max_error is the largest difference from float64 (conv), from
 the baseline (others), over the largest value, of results and gradients. "scaling" tells how the time of an operator of
@@ -23,6 +25,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import baselines
+from benchmarks.engines import engine_calls
 from benchmarks.interleaved import Timing, interleaved
 from benchmarks.report import machine, operator_table
 from diffusion.coordinates import CONVENTIONS, Points, scatter_points
@@ -239,13 +243,25 @@ def coordinates_row(setting: Setting, size: int, ratio: float) -> Row | None:
     return Row("coordinates", ours, {"host": {"NumPy, legacy": host}}, 0.0)
 
 
+def engines_row(setting: Setting, size: int, ratio: float, backward: bool = True) -> Row:
+    points, shape = drawn_points(setting, size, ratio), (setting.batch, int(size**2 * ratio), setting.channels)
+    x = torch.randn(shape, device=setting.device, dtype=setting.dtype)
+    chosen, calls, error = engine_calls(points, x, K, backward)
+    op = "engines" if backward else "engines_forward"
+    contenders = {name: {"forward and backward" if backward else "forward": call} for name, call in calls.items()}
+    return Row(op, chosen, contenders, require_small(op, error, _ERROR[setting.dtype]))
+
+
 OPERATORS = {
     "conv": conv_row,
     "block": block_row,
     "knn": knn_row,
     "mollifier": mollifier_row,
     "coordinates": coordinates_row,
+    "engines": engines_row,
+    "engines_forward": partial(engines_row, backward=False),
 }
+USUAL = [name for name in OPERATORS if not name.startswith("engines")]
 
 
 def measure(setting: Setting, op: str, size: int, ratio: float) -> Iterator[dict[str, Any]]:
@@ -316,7 +332,7 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--ops", type=_names, default=list(OPERATORS), help=f"any of {','.join(OPERATORS)}")
+    parser.add_argument("--ops", type=_names, default=USUAL, help=f"any of {','.join(OPERATORS)}")
     parser.add_argument("--sizes", type=_sizes, default=[64, 128], help="sides of the lattice, e.g. 64,128")
     parser.add_argument("--ratios", type=_ratios, default=[1, 0.5, 0.25, 0.125], help="parts of the lattice seen")
     parser.add_argument("--batch", type=_positive, help="images; default: 32 on a GPU, 4 on a CPU")

@@ -109,10 +109,10 @@ def operator_table(result: dict[str, Any]) -> str:
     lines = [
         _circumstances_line(result, f"{result['dtype']}, batch {result['batch']}, {result['channels']} channels"),
         "",
-        f"{'op':<12}{'size':>5}{'ratio':>7}{'ms':>10}  {'baseline':<34}{'ms':>10}{'speedup':>9}{'max error':>11}",
+        f"{'op':<16}{'size':>5}{'ratio':>7}{'ms':>10}  {'baseline':<34}{'ms':>10}{'speedup':>9}{'max error':>11}",
     ]
     lines += [
-        f"{row['op']:<12}{row['size']:>5}{row['ratio']:>7g}{row['ms']:>10.2f}  {row['baseline']:<34}"
+        f"{row['op']:<16}{row['size']:>5}{row['ratio']:>7g}{row['ms']:>10.2f}  {row['baseline']:<34}"
         f"{row['baseline_ms']:>10.2f}{row['speedup']:>8.1f}x{row['max_error']:>11.1e}"
         + ("  slower" if row["speedup"] < _SLOWER else "")
         for row in result["rows"]

@@ -128,7 +128,7 @@ class Day:
         rows = [{"stage": name, "what": stage.what, **self.record(stage)} for name, stage in self.stages.items()]
         lines = [", ".join(f"{name} {value}" for name, value in circumstances.items()), ""]
         lines += [
-            f"{row['stage']:<18}{row['state'] or 'not run':<17}{row.get('seconds', 0):>8.0f} s  {row.get('said', '')}"
+            f"{row['stage']:<22}{row['state'] or 'not run':<17}{row.get('seconds', 0):>8.0f} s  {row.get('said', '')}"
             for row in rows
         ]
         tables = [

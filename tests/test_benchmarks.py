@@ -132,6 +132,16 @@ def test_operators_are_compared_with_what_they_replace(operators):
         assert row["sizes"] == [8, 16] and row["growth"] == pytest.approx(row["ms"][1] / row["ms"][0])
 
 
+def test_engines_are_timed_beside_the_one_that_is_chosen():
+    from benchmarks import operators
+
+    setting = operators.Setting(torch.device("cpu"), torch.float32, 2, 16, "native", 1)
+    for op, ratio in (("engines", 0.5), ("engines_forward", 1)):
+        rows = list(operators.measure(setting, op, 8, ratio))
+        assert {"dense", "pairs"} <= {row["baseline"].partition(":")[0] for row in rows}
+        assert all(row["ms"] > 0 and row["baseline_ms"] > 0 and row["max_error"] < 1e-5 for row in rows)
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
