@@ -18,6 +18,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from diffusion.transfer import to_device
+
 Key = tuple[int, int, int]  # 32 bits each
 
 
@@ -115,7 +117,7 @@ def normals(
     """
     device, (height, width) = torch.device(device), size
     schedule = [[_round_keys(k) for k in keys], [[k[2]] for k in keys]]
-    rounds, last = (_on(torch.tensor(part), device) for part in schedule)
+    rounds, last = (to_device(torch.tensor(part), device) for part in schedule)
     round_keys = [tuple(pair[:, :, None, None, None].unbind(1)) for pair in rounds.unbind(1)]  # each (B, 1, 1, 1)
     blocks = -(-width // 4)
     column = torch.arange(blocks, device=device)[None, None, None, :]
@@ -148,8 +150,3 @@ def _philox(
 
 def _round_keys(k: Key) -> list[list[int]]:
     return [[(word + i * weyl) & _MASK for word, weyl in zip(k, _WEYL)] for i in range(_ROUNDS)]
-
-
-def _on(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to a device without waiting for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from diffusion.transfer import to_device
+
 MAX_BETA = 0.999
 LEAST_SIGNAL = 1 / 127.5  # amplitude √ᾱ at which an image in [-1, 1] is one grey level of 8 bits
 NETWORK_TIME_RANGE = 1000.0  # the network sees t·1000/T, so that models of different T share one time scale
@@ -243,5 +245,5 @@ class Schedule:
         """The table on a device, copied there once: a look-up must not make a GPU wait for the host."""
         key = (table, device)
         if key not in self._device_tables:
-            self._device_tables[key] = getattr(self, table).to(device)
+            self._device_tables[key] = to_device(getattr(self, table), device)
         return self._device_tables[key]

@@ -41,9 +41,11 @@ def fake_mode(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], FakeTens
                 made = function(*arguments[:-1], torch.device("cpu"))
             if arguments[-1].type == "cpu":
                 return made
-            pair = made if isinstance(made, tuple) else (made,)
-            pair = tuple(torch.empty(part.shape, dtype=part.dtype, device=arguments[-1]) for part in pair)
-            return pair if isinstance(made, tuple) else pair[0]
+            parts = made if isinstance(made, tuple) else (made,)
+            parts = [torch.empty(part.shape, dtype=part.dtype, device=arguments[-1]) for part in parts]
+            if hasattr(made, "_fields"):
+                return type(made)(*parts)
+            return parts if isinstance(made, tuple) else parts[0]
 
         return table
 
@@ -58,6 +60,7 @@ def fake_mode(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], FakeTens
             return respaced(process, kept)
 
     monkeypatch.setattr(DiffusionProcess, "respaced", respaced_on_the_host)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # a matter of the driver
     monkeypatch.setattr(Precision, "autocast", lambda precision: autocast(precision.device.type, precision.dtype))
     with contextlib.suppress(ImportError):
         from models.operators.native import triton_pointwise
@@ -98,16 +101,16 @@ def autocast(place: str, dtype: torch.dtype):
         torch.set_autocast_dtype(place, before[1])
 
 
-class Copies(TorchDispatchMode):
-    """Counts the copies from the host to the device."""
+class Waits(TorchDispatchMode):
+    """Counts the copies from the host to the device that the host waits for."""
 
     def __init__(self):
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
-        out = operator(*arguments, **(keywords or {}))
-        if operator in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
-            source = arguments[-1] if operator is torch.ops.aten.copy_.default else arguments[0]
-            self.count += out.device.type == "cuda" and source.device.type == "cpu"
+        keywords = keywords or {}
+        out = operator(*arguments, **keywords)
+        if operator is torch.ops.aten._to_copy.default and not keywords.get("non_blocking"):
+            self.count += out.device.type == "cuda" and arguments[0].device.type == "cpu"
         return out

@@ -14,6 +14,7 @@ from data.latents import LatentSet
 from data.loader import index_batches
 from diffusion import losses
 from diffusion.random import Purpose, stream
+from diffusion.transfer import to_device
 from generation.infty_diff import InftyDiff, SamplingOptions
 from generation.latent_prior import LatentPrior
 from models.factory import build_latent_model
@@ -102,7 +103,7 @@ class LatentStage:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, some in enumerate(numbers.split(_HELD_OUT_BATCH)):
             generator = stream(self.config.run.seed, Purpose.HELD_OUT_LATENTS, i, device=self.device)
-            x_0 = self.prior.normalise(self.test_set.draw(some.to(self.device), generator).to(self.device))
+            x_0 = self.prior.normalise(self.test_set.draw(to_device(some, self.device), generator).to(self.device))
             t = torch.randint(self.process.schedule.num_steps, (len(x_0),), generator=generator, device=self.device)
             total += self._per_latent(averaged["latent_model"], x_0, t, generator)[0].double().sum()
         return total.item() / len(numbers)
