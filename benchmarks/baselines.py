@@ -33,8 +33,8 @@ def dense_variants(device: torch.device) -> dict[str, tuple[torch.memory_format,
 
 @contextlib.contextmanager
 def convolutions(cudnn: bool) -> Iterator[None]:
-    """Convolve with cuDNN, tuned for the shape, or without."""
-    with torch.backends.cudnn.flags(enabled=cudnn, benchmark=True):
+    """Convolve with cuDNN, tuned for the shape, or without; in float32 without TF32, as the project does."""
+    with torch.backends.cudnn.flags(enabled=cudnn, benchmark=True, allow_tf32=False):
         yield
 
 

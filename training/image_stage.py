@@ -18,6 +18,8 @@ from diffusion import losses
 from diffusion.coordinates import CONVENTIONS, Points, gather_points
 from diffusion.random import Purpose, stream
 from diffusion.subsets import draw_points
+from diffusion.transfer import to_device
+from generation.cast_weights import cast_weights
 from generation.factory import build_image_process
 from generation.infty_diff import InftyDiff, SamplingOptions
 from models.factory import build_denoiser, build_encoder
@@ -131,12 +133,13 @@ class ImageStage:
     def held_out_loss(self, averaged: dict[str, nn.Module]) -> float:
         """The mean of `loss` over held-out images, every step of the process being equally likely."""
         count = min(len(self.val_set), self.config.train.val_images)
+        averaged = {name: cast_weights(module, self.precision.dtype) for name, module in averaged.items()}
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         workers = self.config.data.num_workers
         chosen = sequential(self.val_set, _HELD_OUT_BATCH, num_workers=workers, indices=range(count))
         for i, images in enumerate(chosen):
             generator = stream(self.config.run.seed, Purpose.HELD_OUT_IMAGES, i, device=self.device)
-            x_0 = to_float(images.to(self.device))
+            x_0 = to_float(to_device(images, self.device))
             t = torch.randint(self.process.schedule.num_steps, (len(x_0),), generator=generator, device=self.device)
             with self.precision.autocast():
                 base, bound, kld = self._per_image(averaged, x_0, t, generator)
