@@ -36,4 +36,4 @@ def main(configs: dict[str, Any], _: dict[str, list[str]], processes: Processes)
 
 
 if __name__ == "__main__":
-    Command(__doc__, {"config": ImageConfig}).run_in_all(main)
+    Command(__doc__, {"config": ImageConfig}, as_given=("config",)).run_in_all(main)

@@ -25,14 +25,13 @@ from training.run_dir import RunDir, run_path
 from training.trainer import Trainer
 
 
-def main(configs: dict[str, Any], overridden: dict[str, list[str]], processes: Processes) -> None:
+def main(configs: dict[str, Any], _: dict[str, list[str]], processes: Processes) -> None:
     config: LatentConfig = configs["config"]
     image_run = run_path(configs["decoder_config"])
     with readable_errors():
         precision = Precision.create(pick_device(config.run.device), config.train.amp, config.train.amp_dtype)
         run_dir = RunDir(config, resume=config.train.load_checkpoint)
-        given = configs["decoder_config"], overridden["decoder_config"]
-        decoder = InftyDiff.from_runs(image_run, device=config.run.device, given=given)
+        decoder = InftyDiff.from_runs(image_run, device=config.run.device, given=configs["decoder_config"])
         latents = load_or_encode(decoder, decoder.config.data, image_run, processes)
         seed_global(config.run.seed, Purpose.WEIGHTS)
         stage = LatentStage(config, latents, decoder, precision, processes)
@@ -40,4 +39,4 @@ def main(configs: dict[str, Any], overridden: dict[str, list[str]], processes: P
 
 
 if __name__ == "__main__":
-    Command(__doc__, {"config": LatentConfig, "decoder_config": ImageConfig}).run_in_all(main)
+    Command(__doc__, {"config": LatentConfig, "decoder_config": ImageConfig}, as_given=("config",)).run_in_all(main)

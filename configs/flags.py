@@ -21,8 +21,10 @@ from ml_collections import ConfigDict
 
 from configs.processes import Processes, leave
 from configs.schema import ImageConfig, LatentConfig
+from configs.stored import relocate, run_path, stage_of, stored_config
 from configs.validate import ConfigError, freeze, nearest
 
+_log = logging.getLogger(__name__)
 _OVERRIDE = re.compile(r"--?(no)?(\w+)\.([\w.]+)(?:=(.*))?", re.DOTALL)
 
 
@@ -33,14 +35,24 @@ class Command:
         doc: the help text (the script's docstring).
         configs: flag name -> stage, for example {"config": LatentConfig, "decoder_config": ImageConfig}.
         optional: the names among them that may be left out, and are then absent from what `run` hands on.
+        as_given: the names whose run the command makes or goes on with, or does not look for.
+
+    What any other name stands for is a run, wherever that run exists: its stored configuration is handed on, with what
+    the command line says of fields that do not shape what was trained; what contradicts it is refused. Where there
+    is no run yet, file and command line count.
     """
 
     def __init__(
-        self, doc: str, configs: dict[str, type[ImageConfig] | type[LatentConfig]], optional: tuple[str, ...] = ()
+        self,
+        doc: str,
+        configs: dict[str, type[ImageConfig] | type[LatentConfig]],
+        optional: tuple[str, ...] = (),
+        as_given: tuple[str, ...] = (),
     ) -> None:
-        self.doc, self.stages, self.optional = doc, configs, optional
+        self.doc, self.stages, self.optional, self.as_given = doc, configs, optional, as_given
         self.configs: dict[str, ImageConfig | LatentConfig] = {}
         self.overridden: dict[str, list[str]] = {name: [] for name in configs}
+        self._runs: dict[str, Path] = {}
         self._given: dict[str, tuple[str, list[tuple[str, str]]]] = {}
         for name, stage in configs.items():
             flags.DEFINE_string(name, None, f"{stage.__name__} file, e.g. {_EXAMPLES[stage]}")
@@ -67,6 +79,8 @@ class Command:
                     plain = {name: asdict(config) for name, config in self.configs.items()}
                     print(json.dumps(plain, indent=2, allow_nan=False))
                 return
+            for name, run in self._runs.items():
+                _log.info("--%s: the configuration of the run %s", name, run)
             try:
                 main(self.configs, self.overridden, processes=processes)
             except KeyboardInterrupt:  # met by every process, at any point: too late to agree on anything
@@ -110,12 +124,31 @@ class Command:
                 self.overridden[name] = [path for path, _ in mine]
                 self._given[name] = (config_files[name], mine)
                 faults += apply_overrides(config, mine, name)
-                self.configs[name] = freeze(config, stage, name)
+                frozen = freeze(config, stage, name)
+                self.configs[name] = frozen if name in self.as_given else self._of_run(frozen, stage, name)
             except ConfigError as error:
                 faults += [fault for fault in error.faults if fault not in faults]
         if faults:
             leave(faults)
         return positional
+
+    def _of_run(self, given: ImageConfig | LatentConfig, stage: type, name: str) -> ImageConfig | LatentConfig:
+        """The configuration of the run that `given` names, or `given` where there is none.
+
+        Raises ConfigError where the command line contradicts the run, or the run cannot be read.
+        """
+        run = run_path(given)
+        try:
+            stored = stored_config(run, stage)
+        except ValueError as error:
+            raise ConfigError([f"--{name}: {' '.join(str(error).split())}"]) from error
+        if stored is None:
+            return given
+        self._runs[name] = run
+        try:
+            return relocate(stored, given, self.overridden[name], str(run))
+        except ConfigError as error:
+            raise ConfigError([f"--{name}.{fault}" for fault in error.faults]) from error
 
     def _help(self) -> str:
         lines = [self.doc.strip(), "", "flags:"]
@@ -187,9 +220,8 @@ def load_config(path: str, name: str = "config") -> ConfigDict:
 
 def _check_stage(config: ConfigDict, stage: type, path: str, name: str) -> None:
     """Raise ConfigError for a configuration of the other stage: one line instead of one for each field."""
-    sections = {of: {section.name for section in fields(of)} for of in (ImageConfig, LatentConfig)}
-    found = next((of for of in sections if sections[of] == set(config)), stage)
-    if found is not stage:
+    found = stage_of(config)
+    if found not in (stage, None):
         raise ConfigError(
             [f"--{name}={path}: holds {found.__name__}; accepted: {stage.__name__}, e.g. {_EXAMPLES[stage]}"]
         )

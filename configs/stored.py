@@ -1,9 +1,13 @@
 """Configurations read back from the files of a run, and what may change when a run is used again."""
 
 import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
+from safetensors import SafetensorError, safe_open
 
 from configs.schema import ImageConfig, LatentConfig
 from configs.validate import ConfigError, freeze
@@ -17,6 +21,60 @@ SHAPING = frozenset(
     for field in dataclasses.fields(section.type)
     if field.metadata["shapes"]
 )
+
+
+CONFIG, WEIGHTS = "config.json", "weights.safetensors"  # of a run
+
+
+def run_path(config: ImageConfig | LatentConfig) -> Path:
+    """The folder of a run: `<run.root_dir>/<run.experiment>`."""
+    return Path(config.run.root_dir) / config.run.experiment
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header (config, step, versions) of a safetensors file of this project.
+
+    Raises:
+        ValueError: when the file is missing, damaged, or not of this project.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get("header")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; accepted: weights written by training") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    if header is None:
+        raise ValueError(f"{path}: has no configuration inside; accepted: weights written by training")
+    return json.loads(header)
+
+
+def stored_config(run: Path, cls: type[Config]) -> Config | None:
+    """The configuration of a run: that of its weights, before there are any that of its folder; None without a run.
+
+    Raises:
+        ValueError: when it cannot be read, or is not one of this stage.
+    """
+    if (run / WEIGHTS).exists():
+        plain = read_header(run / WEIGHTS).get("config")
+    elif (run / CONFIG).exists():
+        try:
+            plain = json.loads((run / CONFIG).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{run / CONFIG}: cannot be read ({error})") from None
+    else:
+        return None
+    if not isinstance(plain, dict) or not all(isinstance(section, dict) for section in plain.values()):
+        raise ValueError(f"{run}: holds no configuration; accepted: a run of this project")
+    if stage_of(plain) not in (cls, None):
+        raise ValueError(f"{run}: is a run of {stage_of(plain).__name__}; accepted: a run of {cls.__name__}")
+    return config_from(plain, cls, str(run))
+
+
+def stage_of(sections: Iterable[str]) -> type[ImageConfig] | type[LatentConfig] | None:
+    """The stage whose configurations have exactly these sections, if there is one."""
+    names = {cls: {section.name for section in dataclasses.fields(cls)} for cls in (ImageConfig, LatentConfig)}
+    return next((cls for cls in names if names[cls] == set(sections)), None)
 
 
 def config_from(plain: dict[str, Any], cls: type[Config], where: str) -> Config:
@@ -48,25 +106,29 @@ def differences(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
 
 
 def relocate(stored: Config, given: Config, overridden: list[str], where: str) -> Config:
-    """The stored configuration of a finished run with what the command line changes of it, nothing that shapes it.
+    """The stored configuration of a run with what the command line changes of it, nothing that shapes it.
 
     Args:
         stored: as the run was trained.
-        given: from the configuration file and the command line.
+        given: from the configuration file and the command line. Where the run lies and computes is as given.
         overridden: the fields set on the command line, "section.field"; others keep their stored value.
         where: the run, for the message.
     Raises:
-        ValueError: when the command line contradicts how the run was trained.
+        ConfigError: when the command line contradicts how the run was trained, with a line for each field.
     """
-    for path in overridden:
+    faults = []
+    run = dataclasses.replace(given.run, seed=stored.run.seed)
+    for path in dict.fromkeys(overridden):
         section, name = path.split(".", 1)
         value, trained = getattr(getattr(given, section), name), getattr(getattr(stored, section), name)
         if path not in SHAPING:
             part = dataclasses.replace(getattr(stored, section), **{name: value})
             stored = dataclasses.replace(stored, **{section: part})
         elif value != trained:
-            raise ValueError(f"{path}={value!r}: {where} was trained with {trained!r}; accepted: that value, or none")
-    return stored
+            faults.append(f"{path}={value!r}: {where} was trained with {trained!r}; accepted: that value, or none")
+    if faults:
+        raise ConfigError(faults)
+    return dataclasses.replace(stored, run=run)
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

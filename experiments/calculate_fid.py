@@ -3,10 +3,11 @@
     python experiments/calculate_fid.py --samples=checkpoints/ffhq_mollified_256_sampler/samples/256x256_ddim100 \\
         --config configs/ffhq_256_config.py --config.data.root_dir=ffhq.zip
 
-The reference is the data set of --config, or any folder or zip given as --reference. Weights come from the usual caches
-of torch and open_clip, are downloaded, or are given by --weights; --model=random_features needs none, and measures
-nothing but that everything works. Features of the reference are kept in --cache_dir. The report is printed and written
-as JSON, by default into the folder of the samples. Under torchrun the first process does the work.
+The reference is the data set of --config, or any folder or zip given as --reference. Where the run of --config exists,
+it is the data which that run was trained on; data.root_dir says where they lie. Weights come from the usual caches of
+torch and open_clip, are downloaded, or are given by --weights; --model=random_features needs none, and measures nothing
+but that everything works. Features of the reference are kept in --cache_dir. The report is printed and written as JSON,
+by default into the folder of the samples. Under torchrun the first process does the work.
 
 --protocol=clean (default) takes the PNGs as they are, and the images of the training split unmirrored.
 --protocol=reference does what the authors do: mollified samples (--save_raw) as float16, Wiener-filtered here and
@@ -16,7 +17,7 @@ cut to 8 bit; reference images mirrored at random; for FFHQ the training and the
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from configs.schema import ImageConfig
 from data.datasets import SPLITS
 from experiments.sample_flags import compare, define_flags
 from generation.factory import build_image_process
+from generation.folder import parse_size
 from metrics.evaluation import evaluate, table
 from metrics.extractors import EXTRACTORS, open_extractor
 from metrics.features import Extraction
@@ -45,6 +47,7 @@ flags.DEFINE_integer("num_samples", None, "number of samples, the first by name;
 flags.DEFINE_integer("patches", 0, "patches an image for patch FID; 0 = no patch FID", lower_bound=0)
 flags.DEFINE_enum("protocol", "clean", ("clean", "reference"), "how images are prepared; reference = the authors' way")
 flags.DEFINE_enum("split", None, SPLITS, "part of the data set of --config; default: train (see also --protocol)")
+flags.DEFINE_string("reference_size", None, "size of the images of --config, 256 or 192x320; default: that of training")
 flags.DEFINE_float("inv_snr", 0.05, "inverse signal-to-noise ratio of the Wiener filter of --protocol=reference")
 flags.DEFINE_integer("eval_batch_size", 64, "images in the network at once", lower_bound=1)
 flags.DEFINE_string("json", None, "file of the report; default: fid_MODEL[_reference].json beside the samples")
@@ -81,7 +84,12 @@ def image_sets(config: ImageConfig | None, channels: int) -> tuple[ImageSet, Ima
     else:
         samples = ImageFolder(FLAGS.samples, channels, "--samples", FLAGS.num_samples)
     if config is None:
+        if FLAGS.reference_size:
+            raise ValueError(f"--reference_size={FLAGS.reference_size}: accepted: with --config")
         return samples, ImageFolder(FLAGS.reference, channels, "--reference")
+    if FLAGS.reference_size:
+        height, width = parse_size(FLAGS.reference_size, "reference_size")
+        config = replace(config, data=replace(config.data, img_size=height, img_width=width))
     split = FLAGS.split or ("all" if authors and config.data.name == "ffhq" else "train")
     reference = DatasetImages(config, split, channels)
     return samples, Mirrored(reference, _FLIP_SEED) if authors else reference

@@ -84,7 +84,7 @@ def score_samples(command: Command, name: str, changes: dict[str, Any], out_dir:
     run("train_latent_diffusion.py", *model)
     samples = out_dir / f"{name}_samples"
     sample(samples, model, f"--num_samples={FLAGS.num_samples}", f"--sampling_steps={FLAGS.sampling_steps}")
-    return score(samples, out_dir / f"{name}_fid.json", command.arguments("decoder_config", "config", {}))
+    return score(samples, out_dir / f"{name}_fid.json", command.arguments("decoder_config", "config", changes))
 
 
 def report(results: list[RatioResult], stem: Path) -> str:
@@ -102,5 +102,5 @@ def report(results: list[RatioResult], stem: Path) -> str:
 
 
 if __name__ == "__main__":
-    command = Command(__doc__, stages(sys.argv))
+    command = Command(__doc__, stages(sys.argv), as_given=("config", "decoder_config"))
     command.run(lambda configs, _: main(command, configs))

@@ -46,18 +46,10 @@ def requested_size() -> Size | None:
     return parse_size(FLAGS.sample_img_size) if FLAGS.sample_img_size else None
 
 
-def open_model(
-    config: ImageConfig,
-    overridden: list[str],
-    sampling: SamplingOptions,
-    latent: tuple[LatentConfig, list[str]] | None = None,
-) -> InftyDiff:
-    """The model of a run, which must have the steps of `sampling`.
-
-    overridden: fields of config set on the command line. latent: the same two of the sampler, where one is needed.
-    """
-    latent_run = run_path(latent[0]) if latent else None
-    model = InftyDiff.from_runs(run_path(config), latent_run, config.run.device, (config, overridden), latent)
+def open_model(config: ImageConfig, sampling: SamplingOptions, latent: LatentConfig | None = None) -> InftyDiff:
+    """The model of a run, which must have the steps of `sampling`; latent: of the sampler, where one is needed."""
+    latent_run = run_path(latent) if latent else None
+    model = InftyDiff.from_runs(run_path(config), latent_run, config.run.device, config, latent)
     check_steps(model.process, sampling.steps, "sampling_steps")
     return model
 

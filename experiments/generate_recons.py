@@ -33,7 +33,7 @@ flags.DEFINE_enum("lpips", None, tuple(LPIPS_NETS), "measure LPIPS with this bac
 flags.DEFINE_string("lpips_weights", None, "torchvision's file of that backbone; default: torch's cache, or a download")
 
 
-def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
+def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
     config: ImageConfig = configs["config"]
     with readable_errors():
         if FLAGS.stochastic_codes and (FLAGS.sampler != "ddim" or FLAGS.eta):
@@ -43,7 +43,7 @@ def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
             )
         sampling = edit.sampling_options()
         distance = load_lpips(FLAGS.lpips, FLAGS.lpips_weights) if FLAGS.lpips else None
-        model = edit.open_model(config, overridden["config"], sampling)
+        model = edit.open_model(config, sampling)
         inputs = edit.open_images(model, edit.requested_size() or model.config.size)
         size = tuple(inputs.images.shape[-2:])
         settings = {"size": list(size), "seed": FLAGS.seed, "lpips": FLAGS.lpips, "lpips_weights": FLAGS.lpips_weights}

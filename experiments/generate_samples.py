@@ -38,14 +38,14 @@ flags.DEFINE_bool("save_raw", False, "keep the mollified images too, float32 .np
 flags.DEFINE_string("out_dir", None, "folder of the samples; default: samples/SETTINGS in the latent run")
 
 
-def main(configs: dict[str, Any], overridden: dict[str, list[str]], processes: Processes) -> None:
+def main(configs: dict[str, Any], _: dict[str, list[str]], processes: Processes) -> None:
     config: LatentConfig = configs["config"]
     latent_run, image_run = run_path(config), run_path(configs["decoder_config"])
     with readable_errors():
         sampling = SamplingOptions(FLAGS.sampling_steps, FLAGS.sampler, FLAGS.eta, FLAGS.inv_snr)
         seeds = parse_seeds(FLAGS.seeds) if FLAGS.seeds else list(range(FLAGS.num_samples or config.data.fid_samples))
         size = parse_size(FLAGS.sample_img_size) if FLAGS.sample_img_size else None
-        given = [(configs[name], overridden[name]) for name in ("decoder_config", "config")]
+        given = configs["decoder_config"], config
         model = InftyDiff.from_runs(image_run, latent_run, config.run.device, *given)
         options = FolderOptions(
             size or model.config.size, sampling, FLAGS.latent_sampling_steps, FLAGS.sample_batch_size, FLAGS.save_raw

@@ -86,7 +86,6 @@ def check_overrides(given: ImageConfig, overridden: list[str], imported: ImageCo
 
 
 if __name__ == "__main__":
-    command = Command(
-        __doc__, {"config": ImageConfig, "latent_config": LatentConfig}, optional=("config", "latent_config")
-    )
+    stages = {"config": ImageConfig, "latent_config": LatentConfig}
+    command = Command(__doc__, stages, optional=tuple(stages), as_given=tuple(stages))
     command.run(main)

@@ -46,7 +46,7 @@ flags.DEFINE_bool("follow", False, "hold known pixels also to the path of DDIM i
 flags.DEFINE_bool("paste", True, "put the known pixels back into the results")
 
 
-def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
+def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
     config: ImageConfig = configs["config"]
     with readable_errors():
         sampling, seeds = edit.sampling_options(), parse_seeds(FLAGS.seeds)
@@ -54,7 +54,7 @@ def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
             raise ValueError("--mask, --box: accepted: exactly one of them")
         if FLAGS.see_hole and len(seeds) > 1 and not FLAGS.eta and FLAGS.sampler != "ddpm":
             raise ValueError(f"--seeds={FLAGS.seeds}: all equal with --see_hole; accepted: one seed, or --eta above 0")
-        model = edit.open_model(config, overridden["config"], sampling)
+        model = edit.open_model(config, sampling)
         size = edit.requested_size() or model.config.size
         start = parse_step(FLAGS.start_step, model.process.schedule.num_steps)
         options = InpaintOptions(sampling, FLAGS.guidance, FLAGS.plain_guidance, start, FLAGS.see_hole, FLAGS.follow)

@@ -49,11 +49,11 @@ flags.DEFINE_enum("animation", None, ("apng", "gif"), "write animation.png or an
 flags.DEFINE_integer("frame_ms", 120, "duration of a picture in it", lower_bound=10)
 
 
-def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
+def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
     image = "decoder_config" if "decoder_config" in configs else "config"
     config: ImageConfig = configs[image]
-    latent = (configs["config"], overridden["config"]) if image != "config" else None
-    latent_run = run_path(latent[0]) if latent else None
+    latent = configs["config"] if image != "config" else None
+    latent_run = run_path(latent) if latent else None
     with readable_errors():
         sampling = edit.sampling_options()
         if sampling.sampler == "ddpm" or sampling.eta:
@@ -61,7 +61,7 @@ def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
                              "breaks the way; accepted: ddim or dpmpp, and 0")  # fmt: skip
         if (FLAGS.seeds is None) != (latent_run is None):
             raise ValueError("--seeds, --decoder_config: accepted: both, with --config of the sampler, or neither")
-        model = edit.open_model(config, overridden[image], sampling, latent)
+        model = edit.open_model(config, sampling, latent)
         size = edit.requested_size() or model.config.size
         inputs = None if FLAGS.seeds else two_images(edit.open_images(model, size))
         names = [f"seed {seed}" for seed in two_seeds()] if inputs is None else inputs.names[:2]

@@ -5,7 +5,8 @@
 
 Left a sample, right its neighbours with their distances, nearest first; written as a picture and as JSON, by default
 beside the folder of the samples. Where training mirrored images, mirror images are searched too. --metric=pixels and
---metric=random_features need no weights and still find copies.
+--metric=random_features need no weights and still find copies. Where the run of --config exists, the images are those
+it was trained on.
 """
 
 import os

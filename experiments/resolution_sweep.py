@@ -21,14 +21,11 @@ from PIL import Image
 
 from configs.flags import Command, readable_errors
 from configs.schema import ImageConfig, LatentConfig
-from configs.stored import config_from
 from diffusion.coordinates import Size
 from experiments.stages import define_scoring_flags, metric_name, require_extractor, sample, score
 from generation.folder import parse_seeds, parse_size
-from generation.infty_diff import WEIGHTS
 from generation.scale_picture import scale_picture
 from metrics.plots import line_plot, require_matplotlib
-from training.checkpoint import load_weights
 from training.files import write_atomic, write_json
 from training.run_dir import run_path
 
@@ -47,7 +44,7 @@ _FACTORS = {"2": (0.25, 0.5, 1, 2, 4), "7": (0.5, 1, 2)}
 
 def main(command: Command, configs: dict[str, Any]) -> None:
     with readable_errors():
-        train_size = size_of_run(run_path(configs["decoder_config"]))
+        train_size = configs["decoder_config"].size
         sizes = parse_sizes(FLAGS.sizes, train_size, _FACTORS[FLAGS.figure])
         out_dir = Path(FLAGS.out_dir) if FLAGS.out_dir else run_path(configs["config"]) / "resolutions"
         model = [*command.arguments("config", "config", {}), *command.arguments("decoder_config", "decoder_config", {})]
@@ -85,19 +82,14 @@ def steps_and_resolutions(
             folder = out_dir / f"{by(size)}_ddim{steps}_scored"
             sample(folder, model, f"--num_samples={FLAGS.num_samples}", f"--sample_img_size={by(size)}",
                    f"--sampling_steps={steps}", f"--inv_snr={FLAGS.inv_snr}")  # fmt: skip
-            at_size = {"data.img_size": size[0], "data.img_width": size[1]} if FLAGS.reference_at_size else {}
-            reference = command.arguments("decoder_config", "config", at_size)
-            scores[by(size)][steps] = score(folder, out_dir / f"{folder.name}_fid.json", reference)
+            reference, report = command.arguments("decoder_config", "config", {}), f"{folder.name}_fid.json"
+            if FLAGS.reference_at_size:
+                reference, report = [*reference, f"--reference_size={by(size)}"], f"{folder.name}_fid_at_size.json"
+            scores[by(size)][steps] = score(folder, out_dir / report, reference)
     figure = out_dir / "steps_and_resolutions.png"
     label = f"{metric_name()} of {FLAGS.num_samples} samples"
     line_plot(figure, scores, "Sampling steps (DDIM)", label, "Size (pixels)")
     return figure, {"metric": metric_name(), "num_samples": FLAGS.num_samples, "fid": scores}
-
-
-def size_of_run(image_run: Path) -> Size:
-    """The training lattice of a stage-one run."""
-    _, header = load_weights(image_run / WEIGHTS)
-    return config_from(header["config"], ImageConfig, str(image_run)).size
 
 
 def parse_sizes(text: str | None, train_size: Size, factors: tuple[float, ...]) -> list[Size]:

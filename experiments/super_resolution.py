@@ -39,13 +39,13 @@ flags.DEFINE_bool("ddim_encoding", False, "start from the encoding of the image 
 flags.DEFINE_string("start_step", None, "with it: step 0 … T-1, or part 0.0 … 1.0 of them; default: the last")
 
 
-def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
+def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
     config: ImageConfig = configs["config"]
     with readable_errors():
         sampling = edit.sampling_options()
         if FLAGS.start_step and not FLAGS.ddim_encoding:
             raise ValueError(f"--start_step={FLAGS.start_step}: accepted: with --ddim_encoding")
-        model = edit.open_model(config, overridden["config"], sampling)
+        model = edit.open_model(config, sampling)
         low = parse_size(FLAGS.input_size, "input_size") if FLAGS.input_size else model.config.size
         size = edit.requested_size() or tuple(round(n * FLAGS.factor) for n in low)
         if size[0] < low[0] or size[1] < low[1]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from configs.schema import ImageConfig, LatentConfig
-from configs.stored import config_from, relocate
+from configs.stored import WEIGHTS, config_from
 from diffusion.coordinates import Points, Size, gather_points, image_to_points, points_to_image
 from diffusion.noise import function_noise
 from diffusion.process import Denoiser
@@ -22,7 +22,7 @@ from generation.latent_prior import LatentPrior
 from models.factory import build_denoiser, build_encoder, for_evaluation
 from models.sparse_encoder import SparseEncoder
 from models.sparse_unet import SparseUNet
-from training.checkpoint import WEIGHTS, load_weights
+from training.checkpoint import load_weights
 from training.precision import Precision, pick_device
 
 
@@ -89,24 +89,22 @@ class InftyDiff:
         image_run: str | Path,
         latent_run: str | Path | None = None,
         device: str = "auto",
-        given: tuple[ImageConfig, list[str]] | None = None,
-        latent_given: tuple[LatentConfig, list[str]] | None = None,
+        given: ImageConfig | None = None,
+        latent_given: LatentConfig | None = None,
     ) -> InftyDiff:
         """Load the averaged weights of a stage-one run, and of a stage-two run if samples are wanted.
 
         Args:
             image_run, latent_run: folders of the runs.
             device: "auto", "cpu" or "cuda".
-            given, latent_given: configurations of a command line and the fields set there, which count where they do
-                not shape what was trained (`configs.stored.relocate`): the back end, where data are.
+            given, latent_given: in place of the stored configurations, the same but for what does not shape what was
+                trained (`configs.stored.relocate`), as a `Command` hands them on: the back end, where data are.
         Raises:
-            ValueError: when a folder holds no weights, the latents of the two runs differ in size, or what is
-                given contradicts the training.
+            ValueError: when a folder holds no weights, or the latents of the two runs differ in size.
         """
         where = pick_device(device)
         tensors, header = load_weights(Path(image_run) / WEIGHTS)
-        config = config_from(header["config"], ImageConfig, str(image_run))
-        config = config if given is None else relocate(config, *given, str(image_run))
+        config = given or config_from(header["config"], ImageConfig, str(image_run))
         networks = {
             "encoder": build_encoder(config.model, config.data.channels, config.size),
             "denoiser": build_denoiser(config.model, config.data.channels, config.size),
@@ -118,9 +116,7 @@ class InftyDiff:
         prior = None
         if latent_run is not None:
             latent_tensors, latent_header = load_weights(Path(latent_run) / WEIGHTS)
-            latent_config = config_from(latent_header["config"], LatentConfig, str(latent_run))
-            if latent_given is not None:
-                latent_config = relocate(latent_config, *latent_given, str(latent_run))
+            latent_config = latent_given or config_from(latent_header["config"], LatentConfig, str(latent_run))
             prior = LatentPrior.from_tensors(latent_config, latent_tensors, where)
             if prior.dim != config.model.z_dim:
                 raise ValueError(

@@ -141,11 +141,15 @@ def test_what_a_later_command_may_change():
     assert relocate(config, wider, [], "run") == config
     precise = dataclasses.replace(config, train=dataclasses.replace(config.train, amp=False))
     assert relocate(config, precise, ["train.amp"], "run").train.amp is False
-    sparser = dataclasses.replace(config, mc_integral=dataclasses.replace(config.mc_integral, ratio=0.5))
-    with pytest.raises(ValueError, match=r"mc_integral.ratio=0.5: run was trained with 0.25"):
-        relocate(config, sparser, ["mc_integral.ratio"], "run")
-    with pytest.raises(ValueError, match=r"model.nf=32: run was trained with 64"):
-        relocate(config, wider, ["model.nf"], "run")
+    other = dataclasses.replace(wider, mc_integral=dataclasses.replace(wider.mc_integral, ratio=0.5))
+    with pytest.raises(ConfigError) as refused:
+        relocate(config, other, ["model.nf", "data.root_dir", "mc_integral.ratio"], "run")
+    assert refused.value.faults == [
+        "model.nf=32: run was trained with 64; accepted: that value, or none",
+        "mc_integral.ratio=0.5: run was trained with 0.25; accepted: that value, or none",
+    ]
+    here = dataclasses.replace(config, run=dataclasses.replace(config.run, device="cpu", root_dir="there", seed=3))
+    assert relocate(config, here, [], "run").run == dataclasses.replace(here.run, seed=0)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:

@@ -42,7 +42,7 @@ def command(place, samples: str, *extra: str) -> list[str]:
 
 
 def tiny(place, **changes) -> list[str]:
-    fields = {**micro.IMAGE, **changes}
+    fields = {**micro.IMAGE, "run.root_dir": place, **changes}
     return ["--config=configs/tiny_config.py", *micro.arguments("config", fields)]
 
 

@@ -28,7 +28,7 @@ ALLOWED = {
     "models": {"models", "diffusion", "configs", "torch", "flash_attn", "numpy", "torchsparse", "spconv",
                "warpconvnet", "triton"},
     "data": {"data", "diffusion", "torch", "numpy", "PIL", "tqdm", "lmdb"},
-    "configs": {"configs", "torch", "ml_collections", "absl"},
+    "configs": {"configs", "torch", "ml_collections", "absl", "safetensors"},
     "generation": {"generation", "configs", "data", "diffusion", "models", "training", "torch", "numpy", "PIL", "tqdm"},
     "training": {"training", "configs", "data", "diffusion", "generation", "models", "torch", "torchvision",
                  "safetensors", "tqdm", "wandb"},

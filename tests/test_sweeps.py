@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,8 @@ from generation.scale_picture import scale_picture
 from metrics.plots import bar_plots, line_plot, require_matplotlib
 from metrics.run_log import log_lines, median_speed, training_memory
 from metrics.sparsity import RatioResult, parse_ratios, rows, table
+from pictures import folder
+from training.files import write_json
 
 ROOT = Path(__file__).parents[1]
 RED = (214, 39, 40)
@@ -162,8 +165,13 @@ SCORING = ("--num_samples=3", "--latent_sampling_steps=2", "--fid_model=random_f
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory, command) -> tuple[Path, subprocess.CompletedProcess]:
     out = tmp_path_factory.mktemp("sweep") / "table"
+    pictures = folder(out.parent / "pictures", 24)
+    # A run of the name and place that the configuration has: not the one that is scored.
+    write_json(out.parent / "tiny" / "config.json", asdict(micro.image(out.parent)))
+    data = {"run.root_dir": out.parent, "data.name": "folder", "data.root_dir": pictures}
     done = command("coordinate_sparsity.py", *configs(out, ("decoder_config", "config")), *SCORING,
-                   "--ratios=1/2", "--sampling_steps=2", f"--out_dir={out}")  # fmt: skip
+                   *micro.arguments("decoder_config", data), "--ratios=1/2", "--sampling_steps=2",
+                   f"--out_dir={out}")  # fmt: skip
     return out, done
 
 
@@ -176,6 +184,8 @@ def test_table_3_in_one_command(sweep):
     assert row["fid"] > 0 and row["images_per_second"] > 0 and 0.1 < row["memory_gb"] < 100
     assert (out / "coordinate_sparsity.txt").read_text().strip() in done.stdout
     assert Image.open(out / "coordinate_sparsity.png").width > 300
+    scored = json.loads((out / "ratio_1-2_fid.json").read_text())
+    assert scored["reference"]["path"].startswith("data.name=folder") and scored["reference"]["size"] == [16, 12]
     trained = json.loads((out / "ratio_1-2" / "config.json").read_text())
     assert trained["mc_integral"]["q_sample"] == 96
     assert len(list((out / "ratio_1-2_samples").glob("0*.png"))) == 3
@@ -185,11 +195,14 @@ def test_table_3_in_one_command(sweep):
     ("figure", "extra", "picture"),
     [
         ("2", ["--seeds=0-1", "--sampling_steps=2"], "resolutions.png"),
-        ("7", ["--steps=2", *SCORING], "steps_and_resolutions.png"),
+        ("7", ["--steps=2", *SCORING, "--reference_at_size"], "steps_and_resolutions.png"),
     ],
 )
 def test_figures_2_and_7_in_one_command(sweep, command, tmp_path, figure, extra, picture):
-    places = configs(sweep[0], ("decoder_config", "config"), ("ratio_1-2", "ratio_1-2_sampler"))
+    places = []  # the files say other sizes, networks and data than the runs have
+    for name, file, run in (("decoder_config", "tiny", "ratio_1-2"), ("config", "tiny_latent", "ratio_1-2_sampler")):
+        where = {"run.root_dir": sweep[0], "run.experiment": run, "run.device": "cpu"}
+        places += [f"--{name}=configs/{file}_config.py", *micro.arguments(name, where)]
     where = ("--sizes=20x10", f"--out_dir={tmp_path}")
     done = command("resolution_sweep.py", *places, f"--figure={figure}", *extra, *where)
     assert done.returncode == 0, done.stderr
@@ -197,6 +210,8 @@ def test_figures_2_and_7_in_one_command(sweep, command, tmp_path, figure, extra,
     assert (report["sizes"], report["train_size"]) == (["20x10"], "16x12")
     if figure == "7":
         assert report["fid"]["20x10"]["2"] > 0
+        scored = json.loads((tmp_path / "20x10_ddim2_scored_fid_at_size.json").read_text())["reference"]
+        assert scored["path"].startswith("data.name=folder") and scored["size"] == [20, 10]
     assert Image.open(tmp_path / picture).width > 300
 
 

@@ -1,6 +1,5 @@
 """Training states and inference weights on disk: atomic, rotated, loaded without executing code."""
 
-import json
 import logging
 import pickle
 import re
@@ -11,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from configs.stored import read_header
 from training.files import to_json, write_atomic
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d{8})\.pt")
 
-WEIGHTS = "weights.safetensors"  # of a run: the newest averaged weights
-BEST_WEIGHTS = "best_weights.safetensors"  # and those with the least held-out loss
+BEST_WEIGHTS = "best_weights.safetensors"  # of a run: those with the least held-out loss
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
@@ -124,14 +122,5 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     Raises:
         ValueError: when the file is missing, damaged, or was not written by `save_weights`.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get("header")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; accepted: weights written by training") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
-    if header is None:
-        raise ValueError(f"{path}: has no configuration inside; accepted: weights written by training")
-    return tensors, json.loads(header)
+    header = read_header(path)
+    return load_file(path), header

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from configs.stored import differences
-from training.checkpoint import WEIGHTS, load_weights
+from configs.stored import WEIGHTS, differences
+from training.checkpoint import load_weights
 
 
 def take_over(run: str, modules: dict[str, nn.Module], config: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -11,15 +11,10 @@ import torch
 from torchvision.utils import save_image
 
 from configs.schema import ImageConfig, LatentConfig
-from configs.stored import changes, differences
+from configs.stored import CONFIG, changes, differences, run_path
 from training.files import plain, to_json, write_atomic, write_json
 
 log = logging.getLogger(__name__)
-
-
-def run_path(config: ImageConfig | LatentConfig) -> Path:
-    """The folder of a run: `<run.root_dir>/<run.experiment>`."""
-    return Path(config.run.root_dir) / config.run.experiment
 
 
 class RunDir:
@@ -45,7 +40,7 @@ class RunDir:
         self.path = run_path(config)
         self.checkpoints = self.path / "checkpoints"
         self._changed: dict[str, tuple[Any, Any]] = {}
-        stored = self.path / "config.json"
+        stored = self.path / CONFIG
         if stored.exists():
             if not resume:
                 raise ValueError(
@@ -80,7 +75,7 @@ class RunDir:
         told += "".join(to_json({"step": step, **event}) + "\n" for event in events if event)
         if told:
             write_atomic(history, lambda temporary: temporary.write_text(told))
-        write_json(self.path / "config.json", self.plain_config)
+        write_json(self.path / CONFIG, self.plain_config)
         path = self.path / "metrics.jsonl"
         kept = []
         if path.exists():

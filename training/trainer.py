@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from configs.processes import ALONE, Processes
 from configs.schema import ImageConfig, LatentConfig
+from configs.stored import WEIGHTS
 from diffusion.random import Purpose, seed_global, stream
 from diffusion.transfer import to_device
 from training.acceleration import accelerate
 from training.checkpoint import (
     BEST_WEIGHTS,
-    WEIGHTS,
     checkpoint_steps,
     drop_checkpoints,
     load_checkpoint,

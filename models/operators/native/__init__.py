@@ -42,7 +42,7 @@ class NativePlan(DensePlan):
 
     @cached_property
     def inverse_density(self) -> torch.Tensor:
-        """As for every plan; a list of the windows has counted them already, whose taps count in full without a span."""
+        """As for every plan; without a span, taps count in full, and a list of the windows has counted them already."""
         counted = [made.counts for made in self.lists.values() if made.counts is not None]
         if counted and self.span is None:
             return self.kernel_size**2 / counted[0].view(-1, self.points.count, 1).float()
