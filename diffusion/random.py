@@ -40,6 +40,7 @@ class Purpose(enum.Enum):
     LATENT = "noise from which a latent is drawn and that its sampler adds [block of steps]"
     PATCH = "place of a patch in an image whose features are compared [image, patch]"
     MANIFOLD = "which features precision and recall look at"
+    FLOOR = "how real images are halved for the floor of a metric"
     MIRRORED_REFERENCE = "which reference images are mirrored"
     RANDOM_FEATURES = "weights of the random network of features"
     SELF_CHECK = "the example that a back end is checked with"

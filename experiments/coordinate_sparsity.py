@@ -63,9 +63,9 @@ def measure(command: Command, image: str, ratio: Fraction, out_dir: Path) -> Rat
     resident = run("train_inf_ae_diffusion.py", *command.arguments(image, "config", changes))
     log = log_lines(out_dir / name)
     memory = training_memory(log, config.train.plot_samples_steps) or largest(out_dir / name, resident)
-    fid = None if FLAGS.skip_fid else score_samples(command, name, changes, out_dir)
+    scores = None if FLAGS.skip_fid else score_samples(command, name, changes, out_dir)
     points = int(config.size[0] * config.size[1] * float(ratio))
-    return RatioResult(ratio, points, median_speed(log), memory, fid)
+    return RatioResult(ratio, points, median_speed(log), memory, scores)
 
 
 def largest(run_folder: Path, resident: float) -> float:
@@ -76,8 +76,8 @@ def largest(run_folder: Path, resident: float) -> float:
     return max(known, resident)
 
 
-def score_samples(command: Command, name: str, changes: dict[str, Any], out_dir: Path) -> float:
-    """Train the latent model of a ratio, draw samples and score them."""
+def score_samples(command: Command, name: str, changes: dict[str, Any], out_dir: Path) -> dict[str, Any]:
+    """Train the latent model of a ratio, draw samples and score them; returns the report."""
     latent = {"run.root_dir": out_dir, "run.experiment": f"{name}_sampler"}
     prior = command.arguments("config", "config", latent)
     model = [*prior, *command.arguments("decoder_config", "decoder_config", changes)]
@@ -92,7 +92,7 @@ def report(results: list[RatioResult], stem: Path) -> str:
     metric, found = metric_name(), rows(results)
     settings = {key: FLAGS[key].value for key in ("num_samples", "sampling_steps", "latent_sampling_steps")}
     write_json(stem.with_suffix(".json"), {"metric": metric, "settings": settings, "rows": found})
-    text = table(results, metric)
+    text = table(results, metric) + ("" if FLAGS.skip_fid else f"\n{metric} of {FLAGS.num_samples} samples")
     write_atomic(stem.with_suffix(".txt"), lambda path: path.write_text(text + "\n"))
     panels = {} if FLAGS.skip_fid else {metric: [row["fid"] for row in found]}
     panels |= {"Training speed-up": [row["speedup"] for row in found]}

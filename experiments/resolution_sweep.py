@@ -25,6 +25,7 @@ from diffusion.coordinates import Size
 from experiments.stages import define_scoring_flags, metric_name, require_extractor, sample, score
 from generation.folder import parse_seeds, parse_size
 from generation.scale_picture import scale_picture
+from metrics.evaluation import SCORES
 from metrics.plots import line_plot, require_matplotlib
 from training.files import write_atomic, write_json
 from training.run_dir import run_path
@@ -76,7 +77,7 @@ def steps_and_resolutions(
     """Figure 7: draw and score samples for every number of steps and every size, and plot the scores."""
     require_matplotlib()
     require_extractor()
-    scores: dict[str, dict[int, float]] = {by(size): {} for size in sizes}
+    reports: dict[str, dict[int, dict[str, Any]]] = {by(size): {} for size in sizes}
     for steps in parse_steps(FLAGS.steps):
         for size in sizes:
             folder = out_dir / f"{by(size)}_ddim{steps}_scored"
@@ -85,11 +86,15 @@ def steps_and_resolutions(
             reference, report = command.arguments("decoder_config", "config", {}), f"{folder.name}_fid.json"
             if FLAGS.reference_at_size:
                 reference, report = [*reference, f"--reference_size={by(size)}"], f"{folder.name}_fid_at_size.json"
-            scores[by(size)][steps] = score(folder, out_dir / report, reference)
+            reports[by(size)][steps] = score(folder, out_dir / report, reference)
     figure = out_dir / "steps_and_resolutions.png"
     label = f"{metric_name()} of {FLAGS.num_samples} samples"
-    line_plot(figure, scores, "Sampling steps (DDIM)", label, "Size (pixels)")
-    return figure, {"metric": metric_name(), "num_samples": FLAGS.num_samples, "fid": scores}
+    found = {
+        name: {size: {steps: report[name] for steps, report in of_size.items()} for size, of_size in reports.items()}
+        for name in SCORES
+    }
+    line_plot(figure, found["fid"], "Sampling steps (DDIM)", label, "Size (pixels)")
+    return figure, {"metric": metric_name(), "num_samples": FLAGS.num_samples, **found}
 
 
 def parse_sizes(text: str | None, train_size: Size, factors: tuple[float, ...]) -> list[Size]:

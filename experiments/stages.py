@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from absl import flags
@@ -32,8 +33,8 @@ def define_scoring_flags(num_samples: int) -> None:
 
 
 def metric_name() -> str:
-    """What --fid_model measures, for tables and axes; only two of these distances have names of their own."""
-    names = {"clip_vit_b_32": "FID_CLIP", "inception_v3": "FID"}
+    """What --fid_model measures, for tables and axes; random features have no name of their own."""
+    names = {"clip_vit_b_32": "FID_CLIP", "inception_v3": "FID", "efficientnet_lite0": "FD_EffNetLite0"}
     return names.get(FLAGS.fid_model, f"FD ({FLAGS.fid_model.replace('_', ' ')})")
 
 
@@ -74,8 +75,8 @@ def sample(out_dir: Path, model: Sequence[str], *options: str) -> None:
     run("experiments/generate_samples.py", *model, *options, *latent, together, f"--out_dir={out_dir}")
 
 
-def score(samples: Path, report: Path, reference: Sequence[str]) -> float:
-    """The Fréchet distance of the first --num_samples samples, computed unless `report` holds it already.
+def score(samples: Path, report: Path, reference: Sequence[str]) -> dict[str, Any]:
+    """The report of the first --num_samples samples, computed unless `report` holds it already.
 
     Args:
         samples: a folder of samples.
@@ -88,4 +89,4 @@ def score(samples: Path, report: Path, reference: Sequence[str]) -> float:
         weights = [f"--weights={FLAGS.fid_weights}"] if FLAGS.fid_weights else []
         run("experiments/calculate_fid.py", f"--samples={samples}", *reference, f"--model={FLAGS.fid_model}", *weights,
             f"--num_samples={FLAGS.num_samples}", f"--json={report}")  # fmt: skip
-    return json.loads(report.read_text())["fid"]
+    return json.loads(report.read_text())

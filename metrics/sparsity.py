@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
+
+from metrics.evaluation import SCORES
 
 
 @dataclass(frozen=True)
@@ -13,14 +15,14 @@ class RatioResult:
     """What was measured at one ratio.
 
     ratio: part of the coordinates. points: their number. images_per_second: in training. memory_gb: in training.
-    fid: Fréchet distance of the samples, None if not computed.
+    report: what `metrics.evaluation` found of the samples, None if not computed.
     """
 
     ratio: Fraction
     points: int
     images_per_second: float
     memory_gb: float
-    fid: float | None
+    report: Mapping[str, Any] | None
 
 
 def parse_ratios(text: str) -> list[Fraction]:
@@ -39,21 +41,26 @@ def parse_ratios(text: str) -> list[Fraction]:
 
 
 def rows(results: Sequence[RatioResult]) -> list[dict[str, Any]]:
-    """The results as plain values, with the speed-up over the first."""
-    first = results[0].images_per_second
-    return [
-        {**asdict(result), "ratio": str(result.ratio), "speedup": result.images_per_second / first}
-        for result in results
-    ]
+    """The results as plain values, with the speed-up over the first and the SCORES of the report, or None."""
+    first, found = results[0].images_per_second, []
+    for result in results:
+        row = {**asdict(result), "ratio": str(result.ratio), "speedup": result.images_per_second / first}
+        report = row.pop("report") or {}
+        found.append({**row, **{name: report.get(name) for name in SCORES}})
+    return found
 
 
 def table(results: Sequence[RatioResult], metric: str) -> str:
-    """The table for people, as the paper prints it, with the memory its text speaks of."""
-    header = ("Ratio", "Points", metric, "Images/s", "Speed-up", "Memory")
+    """The table for people, as the paper prints it, with the memory its text speaks of.
+
+    Beside the distance it has what as many real images would have, the floor, and the other SCORES.
+    """
+    header = ("Ratio", "Points", metric, "Floor", "KID×1000", "Precision", "Recall", "Images/s", "Speed-up", "Memory")
     lines = [header]
     for row in rows(results):
-        fid = "-" if row["fid"] is None else f"{row['fid']:.2f}"
-        lines.append((row["ratio"], str(row["points"]), fid, f"{row['images_per_second']:.1f}",
+        scales = {"fid": 1, "floor": 1, "kid": 1000, "precision": 1, "recall": 1}
+        scores = ["-" if row[name] is None else f"{scale * row[name]:.2f}" for name, scale in scales.items()]
+        lines.append((row["ratio"], str(row["points"]), *scores, f"{row['images_per_second']:.1f}",
                       f"{row['speedup']:.2f}x", f"{row['memory_gb']:.2f} GB"))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)

@@ -62,12 +62,15 @@ def hub_folder() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def cached_or_downloaded(what: str, path: Path, urls: list[str], sha256: str | None = None) -> Path:
+def cached_or_downloaded(
+    what: str, path: Path, urls: list[str], sha256: str | None = None, otherwise: str | None = None
+) -> Path:
     """`path`, filled from the first of `urls` that answers if it is not there yet.
 
     Args:
         what: the network, for the message.
         sha256: beginning of the digest of what the first url gives.
+        otherwise: what else is accepted, for the message.
     Raises:
         ValueError: when none can be had.
     """
@@ -83,7 +86,8 @@ def cached_or_downloaded(what: str, path: Path, urls: list[str], sha256: str | N
         except (OSError, RuntimeError) as error:
             reasons.append(f"{url} ({_first_line(error)})")
     raise ValueError(
-        f"weights of {what}: not in {path}, not to be had from {' nor from '.join(reasons)}; accepted: --weights=PATH"
+        f"weights of {what}: not in {path}, not to be had from {' nor from '.join(reasons)}; "
+        f"accepted: --weights=PATH{f', {otherwise}' if otherwise else ''}"
     )
 
 

@@ -35,13 +35,15 @@ def test_ratios_are_read():
 
 
 def test_the_table_compares_with_its_first_row():
-    results = [RatioResult(Fraction(1), 1024, 50.0, 8.0, 3.15), RatioResult(Fraction(1, 8), 128, 80.0, 5.25, None)]
+    report = {"fid": 3.15, "floor": None, "kid": 0.00421, "precision": 0.7, "recall": 0.5, "num_samples": 9}
+    results = [RatioResult(Fraction(1), 1024, 50.0, 8.0, report), RatioResult(Fraction(1, 8), 128, 80.0, 5.25, None)]
     assert [row["speedup"] for row in rows(results)] == [1.0, 1.6]
     json.dumps(rows(results))
     header, first, second = table(results, "FID_CLIP").splitlines()
-    assert header.split() == ["Ratio", "Points", "FID_CLIP", "Images/s", "Speed-up", "Memory"]
-    assert first.split() == ["1", "1024", "3.15", "50.0", "1.00x", "8.00", "GB"]
-    assert second.split() == ["1/8", "128", "-", "80.0", "1.60x", "5.25", "GB"]
+    assert header.split() == ["Ratio", "Points", "FID_CLIP", "Floor", "KID×1000", "Precision", "Recall", "Images/s",
+                              "Speed-up", "Memory"]  # fmt: skip
+    assert first.split() == ["1", "1024", "3.15", "-", "4.21", "0.70", "0.50", "50.0", "1.00x", "8.00", "GB"]
+    assert second.split() == ["1/8", "128", *"-----", "80.0", "1.60x", "5.25", "GB"]
     assert len(header) == len(first) == len(second)
 
 
@@ -116,7 +118,7 @@ def test_a_score_is_computed_once(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "run", fake)
     monkeypatch.setattr(stages, "FLAGS", wanted)
     for _ in range(2):
-        assert stages.score(samples, report, ["--config=c.py"]) == 7.0
+        assert stages.score(samples, report, ["--config=c.py"])["fid"] == 7.0
     assert calls == [["experiments/calculate_fid.py", f"--samples={samples}", "--config=c.py",
                       "--model=random_features", "--num_samples=2", f"--json={report}"]]  # fmt: skip
     later = report.stat().st_mtime_ns + 10**9
@@ -181,7 +183,7 @@ def test_table_3_in_one_command(sweep):
     result = json.loads((out / "coordinate_sparsity.json").read_text())
     (row,) = result["rows"]
     assert (row["ratio"], row["points"], row["speedup"]) == ("1/2", 96, 1.0)
-    assert row["fid"] > 0 and row["images_per_second"] > 0 and 0.1 < row["memory_gb"] < 100
+    assert row["fid"] > 0 and row["floor"] > 0 and row["images_per_second"] > 0 and 0.1 < row["memory_gb"] < 100
     assert (out / "coordinate_sparsity.txt").read_text().strip() in done.stdout
     assert Image.open(out / "coordinate_sparsity.png").width > 300
     scored = json.loads((out / "ratio_1-2_fid.json").read_text())
@@ -209,7 +211,8 @@ def test_figures_2_and_7_in_one_command(sweep, command, tmp_path, figure, extra,
     report = json.loads((tmp_path / picture).with_suffix(".json").read_text())
     assert (report["sizes"], report["train_size"]) == (["20x10"], "16x12")
     if figure == "7":
-        assert report["fid"]["20x10"]["2"] > 0
+        assert report["fid"]["20x10"]["2"] > 0 and report["floor"]["20x10"]["2"] > 0
+        assert report["kid"]["20x10"].keys() == {"2"}
         scored = json.loads((tmp_path / "20x10_ddim2_scored_fid_at_size.json").read_text())["reference"]
         assert scored["path"].startswith("data.name=folder") and scored["size"] == [20, 10]
     assert Image.open(tmp_path / picture).width > 300
