@@ -5,9 +5,10 @@
 
 The reference is the data set of --config, or any folder or zip given as --reference. Where the run of --config exists,
 it is the data which that run was trained on; data.root_dir says where they lie. Weights come from the usual caches of
-torch and open_clip, are downloaded, or are given by --weights; --model=random_features needs none, and measures nothing
-but that everything works. Features of the reference are kept in --cache_dir. The report is printed and written as JSON,
-by default into the folder of the samples. Under torchrun the first process does the work.
+torch and open_clip, are downloaded, or are given by --weights. Those of --model=efficientnet_lite0 come with a package
+of the extra `eval`; --model=random_features needs none, and measures nothing but that everything works. Features of the
+reference are kept in --cache_dir. The report is printed and written as JSON, by default into the folder of the samples.
+Beside the distance it has its floor, that of as many real images. Under torchrun the first process does the work.
 
 --protocol=clean (default) takes the PNGs as they are, and the images of the training split unmirrored.
 --protocol=reference does what the authors do: mollified samples (--save_raw) as float16, Wiener-filtered here and

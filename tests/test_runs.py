@@ -117,7 +117,7 @@ def test_every_command_looks_for_the_runs_it_uses():
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "Command":
                 options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 given[file.stem] = options.get("as_given", "()")
-    assert len(given) == 14
+    assert len(given) >= 14
     assert {name: names for name, names in given.items() if names != "()"} == {
         "train_inf_ae_diffusion": "('config',)",
         "train_latent_diffusion": "('config',)",
