@@ -54,6 +54,7 @@ class LibraryBackend(ABC):
     gradients: bool = True
 
     name: ClassVar[str]
+    plain: ClassVar[bool] = False
     install: ClassVar[str]
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float16)
     depthwise_hint: ClassVar[str] = ""
@@ -134,7 +135,8 @@ class LibraryBackend(ABC):
                 out = rows * taps[:, 0] if depthwise else rows @ taps.t()
             else:
                 out = self._convolve(rows, kernel, plan, depthwise)
-        return normalised(out.unflatten(0, (plan.batch, -1)), plan, residual).to(dtype)  # (B, M, C_out)
+        out = normalised(out.unflatten(0, (plan.batch, -1)), plan, None).to(dtype)  # (B, M, C_out)
+        return out if residual is None else residual + out
 
     def _check_support(self, x: torch.Tensor, weight: torch.Tensor, groups: int) -> None:
         if groups != 1 and not groups == x.shape[2] == weight.shape[0]:
