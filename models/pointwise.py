@@ -64,7 +64,7 @@ def norm_modulate_mlp(
     if fused is not None and fused.supports_mlp(x, dtype):
         weights = (mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias)
         return fused.norm_modulate_mlp(x, norm.weight, norm.bias, scale, shift, *weights, norm.eps, dtype)
-    return _in_parts(lambda part: part + mlp(_norm_modulate(norm, scale, shift, part)), x, out=x)
+    return _in_parts(lambda part: part + mlp(norm_modulate(part, norm, scale, shift, plain)), x, out=x)
 
 
 def join(x: torch.Tensor, skip: torch.Tensor, layer: nn.Linear) -> torch.Tensor:

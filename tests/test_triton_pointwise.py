@@ -159,7 +159,7 @@ def fused_everywhere(monkeypatch):
 
         return record
 
-    monkeypatch.setattr(pointwise, "_engine", lambda x: triton_pointwise)
+    monkeypatch.setattr(pointwise, "_kernels", lambda x, plain: triton_pointwise)
     for name in ("norm_modulate", "norm_modulate_mlp"):
         monkeypatch.setattr(triton_pointwise, name, recorded(name))
     return calls
@@ -185,7 +185,7 @@ def test_dispatch_gives_the_same_either_way(channels, fused_everywhere, monkeypa
 
     fused = outputs()
     assert len(fused_everywhere) == 2
-    monkeypatch.setattr(pointwise, "_engine", lambda x: None)
+    monkeypatch.setattr(pointwise, "_kernels", lambda x, plain: None)
     assert all(relative_error(a, b.double()) < 1e-5 for a, b in zip(fused, outputs()))
     assert len(fused_everywhere) == 2
 
@@ -215,7 +215,7 @@ def test_grid_blocks_are_fused_too(fused_everywhere, monkeypatch):
     e, z = torch.randn(2, 6, device=DEVICE), torch.randn(2, 5, device=DEVICE)
     fused = grid_block(x, e, z)
     assert len(fused_everywhere) == 2
-    monkeypatch.setattr(pointwise, "_engine", lambda x: None)
+    monkeypatch.setattr(pointwise, "_kernels", lambda x, plain: None)
     torch.testing.assert_close(fused, grid_block(x, e, z))
 
 
