@@ -53,7 +53,8 @@ class GridNodes:
 
     def leave(self, nodes: torch.Tensor) -> torch.Tensor:
         """Features at the nodes (B, U, U, C) to points (B, M, C)."""
-        return grid_to_points(*self._geometry, self._convention, self._device)(nodes.flatten(1, 2))
+        gather = grid_to_points(*self._geometry, self._convention, self._device, self._plain)
+        return gather(nodes.flatten(1, 2))
 
     def enter_pieces(self, pieces: Iterable[tuple[Window, torch.Tensor]]) -> torch.Tensor:
         """`enter` for a full lattice in pieces: windows that cover it, and features (B, points, C) in each."""
@@ -67,14 +68,15 @@ class GridNodes:
             inside = (window.top <= rows) & (rows < window.bottom) & (window.left <= cols) & (cols < window.right)
             read[:, inside] = h[:, (rows[inside] - window.top) * window.size[1] + cols[inside] - window.left]
         places = torch.arange(len(ids), device=ids.device)
-        gather = WeightedGather(1, places, gather.ends, gather.weights).expand(batch, len(ids))
+        gather = WeightedGather(1, places, gather.ends, gather.weights, self._plain).expand(batch, len(ids))
         return gather(read).unflatten(1, grid)
 
     def leave_at(self, nodes: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """`leave` at some pixels of a full lattice, int64 (M,), alone."""
         points, batch, grid = self._geometry
         some = Points(points.size, ids.unsqueeze(0))
-        return grid_to_points(some, batch, grid, self._convention, self._device)(nodes.flatten(1, 2))
+        gather = grid_to_points(some, batch, grid, self._convention, self._device, self._plain)
+        return gather(nodes.flatten(1, 2))
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from diffusion.coordinates import CoordinateConvention, Points, Size
 from models.neighbours import nearest_rows
+from models.operators import dispatch
 
 _CLOSEST = 1e-16  # squared distance below which a pixel coincides with a node, and then counts alone
 
@@ -25,18 +26,19 @@ class WeightedGather:
     """out(b, q) = Σ_e weights(e) · x(rows(e)) over the entries e of the output b·Q + q.
 
     batch: B. rows: integers (E,), counted through the batch laid end to end. ends: like rows, (B·Q + 1,), where the
-    entries of an output begin, and the end. weights: float32 (E,).
+    entries of an output begin, and the end. weights: float32 (E,). plain: compute gradients in PyTorch wherever it is.
     """
 
     batch: int
     rows: torch.Tensor
     ends: torch.Tensor
     weights: torch.Tensor
+    plain: bool = False
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, N, C). Returns (B, Q, C) in the dtype of x, summed in float32 at least."""
         source = x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32))  # (BN, C)
-        out = _Gather.apply(source, self.rows, self.ends, self.weights.to(source.dtype))
+        out = _Gather.apply(source, self.rows, self.ends, self.weights.to(source.dtype), self.plain)
         return out.unflatten(0, (self.batch, -1)).to(x.dtype)  # (BQ, C) -> (B, Q, C)
 
     def expand(self, batch: int, rows_per_item: int) -> WeightedGather:
@@ -46,7 +48,7 @@ class WeightedGather:
         item = torch.arange(batch, dtype=self.rows.dtype, device=self.rows.device)[:, None]
         ends = (self.ends[1:] + item * len(self.rows)).flatten()
         rows, weights = (self.rows + item * rows_per_item).flatten(), self.weights.expand(batch, -1).flatten()
-        return WeightedGather(batch, rows, F.pad(ends, (1, 0)), weights)
+        return WeightedGather(batch, rows, F.pad(ends, (1, 0)), weights, self.plain)
 
     def some(self, outputs: torch.Tensor) -> WeightedGather:
         """Of these outputs alone, int64 (B, M) within each item; the shapes depend on values."""
@@ -57,7 +59,7 @@ class WeightedGather:
         ends = F.pad(counts.cumsum(0), (1, 0))
         entries = (first - ends[:-1]).repeat_interleave(counts)
         entries += torch.arange(len(entries), device=entries.device)
-        return WeightedGather(self.batch, self.rows[entries], ends, self.weights[entries])
+        return WeightedGather(self.batch, self.rows[entries], ends, self.weights[entries], self.plain)
 
 
 class _Gather(torch.autograd.Function):
@@ -65,24 +67,32 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor, weights: torch.Tensor
+        ctx: Any, x: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor, weights: torch.Tensor, plain: bool
     ) -> torch.Tensor:
         ctx.save_for_backward(rows, ends, weights)
-        ctx.source_rows = len(x)
+        ctx.source_rows, ctx.plain = len(x), plain
         return _sums(x, rows, ends, weights)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         rows, ends, weights = ctx.saved_tensors
-        readers, order = rows.sort(stable=True)
-        numbers = torch.arange(ctx.source_rows + 1, dtype=rows.dtype, device=rows.device)
+        order, begins = _transposed(rows, ctx.source_rows, ctx.plain)
         outputs = _spread(torch.arange(len(ends) - 1, device=rows.device), ends, len(rows))
-        begins = torch.searchsorted(readers, numbers)
-        return _sums(gradient.contiguous(), outputs[order], begins, weights[order]), None, None, None
+        return _sums(gradient.contiguous(), outputs[order], begins, weights[order]), None, None, None, None
 
 
 def _sums(x: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return F.embedding_bag(rows, x, ends, per_sample_weights=weights, mode="sum", include_last_offset=True)
+
+
+def _transposed(rows: torch.Tensor, source_rows: int, plain: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entries in the order of the rows they read, int64 (E,), and where those of each row begin, int64 (N + 1,)."""
+    kernels = dispatch.kernels("transposition", rows.device.type, plain)
+    if kernels is not None:
+        return kernels.transposed(rows, source_rows)
+    readers, order = rows.sort(stable=True)
+    numbers = torch.arange(source_rows + 1, dtype=rows.dtype, device=rows.device)
+    return order, torch.searchsorted(readers, numbers)
 
 
 def _spread(values: torch.Tensor, ends: torch.Tensor, entries: int) -> torch.Tensor:
@@ -110,20 +120,25 @@ def points_to_grid(
     sums = _sums(weights.unsqueeze(1), every, ends, torch.ones_like(weights)).squeeze(1)
     weights /= _spread(sums, ends, len(rows))
     items = 1 if points.index is None else len(points.index)
-    return WeightedGather(items, rows, ends, weights).expand(batch, points.count)
+    return WeightedGather(items, rows, ends, weights, plain).expand(batch, points.count)
 
 
 def grid_to_points(
-    points: Points, batch: int, grid: Size, convention: CoordinateConvention, device: torch.device
+    points: Points,
+    batch: int,
+    grid: Size,
+    convention: CoordinateConvention,
+    device: torch.device,
+    plain: bool = False,
 ) -> WeightedGather:
-    """Grid features (B, U_h·U_w, C) to points (B, M, C): bilinear, read where the convention says."""
+    """Grid features (B, U_h·U_w, C) to points (B, M, C): bilinear, read where the convention says; plain as above."""
     geometry = (grid, convention, device)
     reads = _full_lattice_reads(points.size, *geometry) if points.index is None else _bilinear_reads(points, *geometry)
     index, weights = reads  # (B or 1, M, 4) each
     if len(index) > 1:
         index = index + (grid[0] * grid[1] * torch.arange(len(index), device=device))[:, None, None]
     ends = torch.arange(0, index.numel() + 1, 4, dtype=index.dtype, device=device)
-    gather = WeightedGather(len(index), index.flatten(), ends, weights.flatten())
+    gather = WeightedGather(len(index), index.flatten(), ends, weights.flatten(), plain)
     return gather.expand(batch, grid[0] * grid[1])
 
 

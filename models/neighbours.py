@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from diffusion.coordinates import CoordinateConvention, Points, Size
 from models.operators import dispatch
+from models.operators.native import cpu_neighbours
 from models.pixel_order import Geometry, PixelTable, geometry_of, ordered_pixels
 
 # The first L pixels hold K present ones but for about one node in 10⁶ when L·M/(H·W) ≥ 5·K (binomial tail, K = 3).
@@ -118,7 +119,9 @@ def _nearest(
     length = min(1 << math.ceil(math.log2(wanted)), pixels)  # powers of two: few tables serve all densities
     most = _most_tied(points.size, grid, length, convention)
     width = min(neighbours - 1 + most, points.count)
-    if geometry.fits_int64 and pixels < 2**31 and (kernels := _kernels(device.type, plain)) is not None:
+    kernels = _kernels(device.type, plain)
+    in_c = kernels is cpu_neighbours
+    if kernels is not None and not in_c and geometry.fits_int64 and pixels < 2**31:
         # Twice as long: the kernel reads no further than it must, and is slow where it has to search.
         length = min(2 * length, pixels, _LONGEST_TABLE) if length <= _LONGEST_TABLE else 0
         table = _columns(points.size, grid, length, convention, device)
@@ -132,11 +135,13 @@ def _nearest(
         before, counts, entries = search(every, points.index, neighbours, width, geometry)
         return _assembled(before, counts, neighbours, entries), None
     table = ordered_pixels(points.size, grid, length, convention, device)
+    if in_c and (parts := kernels.first_present(points.index, points.size, table, neighbours, width)) is not None:
+        return Nearest(*parts[:4]), parts[4]
     return _first_present(points.index, table, neighbours, width, pixels, geometry), None
 
 
 def _kernels(device_type: str, plain: bool) -> ModuleType | None:
-    """The look-up in Triton, on a GPU if it can be: the other asks the device which nodes to search for."""
+    """The look-up in Triton on a GPU, where PyTorch has to ask the device which nodes to search for; in C on a CPU."""
     return dispatch.kernels("nearest points", device_type, plain)
 
 

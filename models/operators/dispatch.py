@@ -13,8 +13,10 @@ _KERNELS = {
     ("convolution", "cpu"): f"{_NATIVE}.cpu",
     ("convolution", "cuda"): f"{_NATIVE}.triton_conv",
     ("enlarged convolution", "cuda"): f"{_NATIVE}.triton_enlarged",
+    ("nearest points", "cpu"): f"{_NATIVE}.cpu_neighbours",
     ("nearest points", "cuda"): "models.triton_neighbours",
     ("norm and MLP", "cuda"): f"{_NATIVE}.triton_pointwise",
+    ("transposition", "cpu"): f"{_NATIVE}.cpu_neighbours",
 }
 
 
