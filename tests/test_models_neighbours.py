@@ -65,9 +65,10 @@ def as_rows(found: Nearest) -> list[list]:
         ((24, 24), (3, 3), 12, 3),  # tables run out
     ],
 )
-def test_order_and_shares_are_those_of_exact_fractions(name, size, grid, count, k):
+@pytest.mark.parametrize("plain", [False, True])
+def test_order_and_shares_are_those_of_exact_fractions(name, size, grid, count, k, plain):
     index = random_index(2, size, count)
-    found = nearest_points(Points(size, index), grid, k, CONVENTIONS[name], CPU)
+    found = nearest_points(Points(size, index), grid, k, CONVENTIONS[name], CPU, plain)
     expected = [row for ids in index.tolist() for row in by_fractions(name, ids, size, grid, k)]
     assert as_rows(found) == expected
     for a, b in pairwise(found.ends.tolist()):
@@ -126,10 +127,11 @@ def test_at_an_even_ratio_every_pixel_around_a_node_is_read():
 
 
 @pytest.mark.parametrize("count", [5, 16, 64, 250, 1500, 3071])
-def test_table_agrees_with_search(count):
+@pytest.mark.parametrize("plain", [False, True])
+def test_table_agrees_with_search(count, plain):
     size, grid, convention = (64, 48), (16, 16), CONVENTIONS["cell_centred"]
     index = random_index(2, size, count)
-    assert_searched(index, size, grid, nearest_points(Points(size, index), grid, 3, convention, CPU))
+    assert_searched(index, size, grid, nearest_points(Points(size, index), grid, 3, convention, CPU, plain))
 
 
 def test_nodes_whose_table_runs_out_are_searched():

@@ -73,7 +73,7 @@ def test_takes_the_place_of_the_other_look_up(name, count, monkeypatch):
     x = torch.randn(2, count, 6, device=DEVICE, requires_grad=True)
     results = []
     for kernels in (None, triton_neighbours):
-        monkeypatch.setattr(neighbours, "_kernels", lambda device_type, kernels=kernels: kernels)
+        monkeypatch.setattr(neighbours, "_kernels", lambda *_, kernels=kernels: kernels)
         grid = interpolation.interpolate_to_grid(x, *arguments[:-1])
         dx = torch.autograd.grad(grid.square().sum(), x)[0]
         found = [neighbours.nearest_points(*arguments), neighbours.nearest_rows(*arguments)]
@@ -91,7 +91,7 @@ def test_is_opaque_to_the_compiler():
 
 def test_nothing_is_read_back(monkeypatch):
     """Tensors without values refuse to be read."""
-    monkeypatch.setattr(neighbours, "_kernels", lambda device_type: triton_neighbours)
+    monkeypatch.setattr(neighbours, "_kernels", lambda *_: triton_neighbours)
     size, grid, convention = (16, 10), (5, 4), CONVENTIONS["cell_centred"]
     arguments = (2, grid, 3, convention, CPU)
     geometry_of(size, grid, convention, CPU)
