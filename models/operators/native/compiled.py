@@ -39,12 +39,12 @@ def library() -> ctypes.CDLL | None:
     if not path.exists():
         failure = _build(compiler, sources, path)
         if failure is not None:
-            log.warning("no C compiler for the fast sparse convolution, using a slower one: %s", failure)
+            log.warning("no C compiler for the fast kernels, using slower ones: %s", failure)
             return None
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        log.warning("the compiled sparse convolution does not load, using a slower one: %s", error)
+        log.warning("the compiled kernels do not load, using slower ones: %s", error)
         return None
 
 
