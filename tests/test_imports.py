@@ -33,9 +33,10 @@ ALLOWED = {
     "training": {"training", "configs", "data", "diffusion", "generation", "models", "torch", "torchvision",
                  "safetensors", "tqdm", "wandb"},
 }  # fmt: skip
-TRAINER = {"configs.processes", "configs.schema", "diffusion.random", "diffusion.transfer", "training.acceleration",
-           "training.checkpoint", "training.ema", "training.guard", "training.init_from", "training.means",
-           "training.parallel", "training.precision", "training.run_dir", "training.signals"}  # fmt: skip
+TRAINER = {"configs.processes", "configs.schema", "configs.stored", "diffusion.random", "diffusion.transfer",
+           "training.acceleration", "training.checkpoint", "training.ema", "training.guard", "training.init_from",
+           "training.means", "training.parallel", "training.precision", "training.run_dir",
+           "training.signals"}  # fmt: skip
 
 
 def imports(file: Path) -> set[str]:
