@@ -44,6 +44,7 @@ from data.datasets import open_dataset
 from data.pixels import to_float
 from diffusion.coordinates import CONVENTIONS, Points, Size, points_to_image
 from diffusion.cosine import cosine_matrix, on_rows
+from diffusion.random import Purpose, seed_global, stream
 from diffusion.subsets import draw_points
 from generation.infty_diff import InftyDiff, SamplingOptions
 from models.operators.base import kernel_window
@@ -82,7 +83,7 @@ def trained(steps: int, seed: int) -> InftyDiff:
     with tempfile.TemporaryDirectory() as root:
         config, precision = tiny(steps, seed, root), Precision(CPU, None)
         images = open_dataset(config.data, "train")
-        torch.manual_seed(config.run.seed)
+        seed_global(config.run.seed, Purpose.WEIGHTS)
         Trainer(config, ImageStage(config, images, images, precision), RunDir(config, resume=False), precision).run()
         return InftyDiff.from_runs(Path(root) / config.run.experiment, device="cpu")
 
@@ -140,7 +141,7 @@ def gain_changes(network: SparseUNet, sizes: list[int]) -> list[dict[str, float]
         near = torch.minimum(centre, side - centre) < (kernel_size + max(side / n, 1)) / 2
         border, holder = near[:, None] | near, centre.long()
         difference = gains(network, (n, n)) - at_training[:, holder[:, None], holder]
-        some = draw_points("uniform", torch.Generator().manual_seed(0), 1, (n, n), n * n // 4, CPU)
+        some = draw_points("uniform", stream(0, Purpose.BENCHMARK), 1, (n, n), n * n // 4, CPU)
         thinned = gains(network, (n, n), some) - inner[:, None]
         rows.append({"inside": relative(difference[:, ~border]), "border": relative(difference[:, border]),
                      "thinned": relative(thinned)})  # fmt: skip

@@ -183,8 +183,13 @@ def _linear_taps(position: torch.Tensor, n: int, convention: CoordinateConventio
 
 
 def interpolate_to_grid(
-    x: torch.Tensor, points: Points, grid: Size, neighbours: int, convention: CoordinateConvention
+    x: torch.Tensor,
+    points: Points,
+    grid: Size,
+    neighbours: int,
+    convention: CoordinateConvention,
+    plain: bool = False,
 ) -> torch.Tensor:
     """Features (B, M, C) at points as an image (B, C, U_h, U_w), by `points_to_grid`."""
-    out = points_to_grid(points, x.shape[0], grid, neighbours, convention, x.device)(x)  # (B, Q, C)
+    out = points_to_grid(points, x.shape[0], grid, neighbours, convention, x.device, plain)(x)  # (B, Q, C)
     return out.transpose(1, 2).unflatten(2, grid)

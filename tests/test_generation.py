@@ -43,12 +43,12 @@ def model(tmp_path_factory) -> InftyDiff:
 @pytest.mark.parametrize("size", [(16, 12), (24, 24), (13, 29)])
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp"])
 def test_an_image_depends_on_its_seed_alone(model, size, sampler):
-    options = SamplingOptions(steps="3", sampler=sampler)
+    # The noisiest step divides the rounding of differently batched products by 5e-5: these steps leave it out.
+    options = SamplingOptions(steps="ddim4", sampler=sampler)
     together = model.sample([7, 3, 11], size, options, latent_steps="4")
     alone = model.sample([3], size, options, latent_steps="4")
     assert together.shape == (3, 3, *size) and together.isfinite().all()
-    # Rounding of differently batched products, which the extrapolation of a second-order solver enlarges.
-    assert (together[1] - alone[0]).abs().max() < (1e-3 if sampler == "dpmpp" else 2e-4)
+    assert (together[1] - alone[0]).abs().max() < 2e-4
     assert (together[0] - together[1]).abs().max() > 1e-2
 
 

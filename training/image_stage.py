@@ -160,7 +160,8 @@ class ImageStage:
         side, convention = diffusion.multiscale_max_img_size, CONVENTIONS[model.coordinate_convention]
 
         def to_grid(values: torch.Tensor) -> torch.Tensor:
-            return interpolate_to_grid(values, points, (side, side), model.knn_neighbours, convention)
+            plain = self.modules["denoiser"].backend.plain
+            return interpolate_to_grid(values, points, (side, side), model.knn_neighbours, convention, plain)
 
         return losses.multiscale(base, prediction, target, to_grid, side, max(self.config.size))
 
