@@ -110,7 +110,8 @@ class SparseBlock(nn.Module):
         kernel = self.kernel
         if isinstance(kernel, ContinuousKernel):
             kernel = kernel(plan.lattice or plan.points.size, plan.extent, plan.span)
-            plan = replace(plan, span=None)  # it is made for this lattice, not resampled
+            if plan.span is not None:  # it is made for this lattice, not resampled; the density stays
+                plan = replace(plan, span=None, density=plan.inverse_density)
         elif self.second_kernel is not None:
             h, kernel = F.gelu(self.backend.conv(h, kernel, plan, self.groups)), self.second_kernel
         return self.backend.conv(h, kernel, plan, self.groups, residual)

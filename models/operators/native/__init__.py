@@ -44,7 +44,7 @@ class NativePlan(DensePlan):
     def inverse_density(self) -> torch.Tensor:
         """As for every plan; without a span, taps count in full, and a list of the windows has counted them already."""
         counted = [made.counts for made in self.lists.values() if made.counts is not None]
-        if counted and self.span is None:
+        if counted and self.span is None and callable(self.density):
             return self.kernel_size**2 / counted[0].view(-1, self.points.count, 1).float()
         return super().inverse_density
 
