@@ -59,7 +59,7 @@ class Day:
         """What the result of a stage depends on beside the code; where the folder is, is no part of it."""
         files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in stage.reads]
         needed = [self.digest(self.stages[name]) for name in stage.needs]
-        return hashlib.sha256(json.dumps([list(stage.command), files, needed]).encode()).hexdigest()[:16]
+        return hashlib.sha256(to_json([list(stage.command), files, needed]).encode()).hexdigest()[:16]
 
     def record(self, stage: Stage) -> dict[str, Any]:
         """What is known of a stage with these settings: at least its state, "" if it never ran."""
