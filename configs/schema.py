@@ -135,7 +135,7 @@ class ModelConfig:
     )
     backend: str = option("auto", "sparse operator back end; auto = the fastest of native, torch_dense")
     tile_points: int = option(
-        16777216,
+        4194304,
         "points of an image whose features are held at once when sampling; larger images go tile by tile, which takes "
         "more time; 0 = all",
         low=0,

@@ -70,10 +70,11 @@ def norm_modulate_mlp(
 def join(x: torch.Tensor, skip: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
     """layer([x, skip]), spared being laid side by side first.
 
-    x, skip: (B, M, C). layer: of 2C channels to C. Returns (B, M, C).
+    x, skip: (B, M, C); where no gradient is wanted, the result may take the place of x. layer: of 2C channels to C.
+    Returns (B, M, C).
     """
     of_x, of_skip = layer.weight.chunk(2, dim=1)
-    return _in_parts(lambda x, skip: F.linear(x, of_x, layer.bias) + F.linear(skip, of_skip), x, skip)
+    return _in_parts(lambda x, skip: F.linear(x, of_x, layer.bias) + F.linear(skip, of_skip), x, skip, out=x)
 
 
 def _in_parts(

@@ -94,7 +94,10 @@ class SparseBlock(nn.Module):
         e: torch.Tensor | None = None,
         z: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x, skip: (B, M, C); e: (B, time_dim); z: (B, z_dim). Returns (B, M, C)."""
+        """x, skip: (B, M, C); e: (B, time_dim); z: (B, z_dim). Returns (B, M, C).
+
+        Where no gradient is wanted, a block that takes a skip may write over x.
+        """
         if self.skip is not None:
             x = join(x, skip, self.skip)
         if self.norm1 is None:
