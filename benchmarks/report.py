@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from configs.schema import ImageConfig
+from training.allocator import release_freed_memory
 from training.precision import Precision
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +26,7 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
+    release_freed_memory()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
