@@ -6,7 +6,6 @@ Runs the three commands of the README with configs/tiny_config.py and leaves eve
 CPU cores; run again, it continues where it was.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -35,8 +34,6 @@ LABEL = 18
 
 
 def main() -> None:
-    # Threads that spin while they wait make a busy machine many times slower than its load would.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     latent = [f"--config={ROOT}/configs/tiny_latent_config.py", f"--config.run.root_dir={OUT}"]
     decoder = [f"--decoder_config={ROOT}/configs/tiny_config.py", f"--decoder_config.run.root_dir={OUT}"]
     run("train_inf_ae_diffusion.py", f"--config={ROOT}/configs/tiny_config.py", f"--config.run.root_dir={OUT}")
