@@ -12,14 +12,14 @@ images of each step. A run may be continued with another number of GPUs.
 
 from typing import Any
 
-from configs.flags import Command, readable_errors
-from configs.processes import Processes
 from configs.schema import ImageConfig
 from data.datasets import open_dataset
 from diffusion.random import Purpose, seed_global
+from runtime.command import Command, readable_errors
+from runtime.precision import Precision, pick_device
+from runtime.processes import Processes
+from runtime.run_dir import RunDir
 from training.image_stage import ImageStage
-from training.precision import Precision, pick_device
-from training.run_dir import RunDir
 from training.trainer import Trainer
 
 

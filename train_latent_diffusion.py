@@ -13,15 +13,15 @@ train.batch_size latents of each step. A run may be continued with another numbe
 
 from typing import Any
 
-from configs.flags import Command, readable_errors
-from configs.processes import Processes
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.random import Purpose, seed_global
-from generation.encodings import load_or_encode
-from generation.infty_diff import InftyDiff
+from infty_diff.encodings import load_or_encode
+from infty_diff.model import InftyDiff
+from runtime.command import Command, readable_errors
+from runtime.precision import Precision, pick_device
+from runtime.processes import Processes
+from runtime.run_dir import RunDir, run_path
 from training.latent_stage import LatentStage
-from training.precision import Precision, pick_device
-from training.run_dir import RunDir, run_path
 from training.trainer import Trainer
 
 

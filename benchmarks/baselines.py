@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusion.coordinates import CONVENTIONS, Points, gather_points, points_to_image, scatter_points
-from models.operators.base import Plan
+from models.operators.sparse_conv.backend import Plan
 from models.sparse_block import SparseBlock
 
 _LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}

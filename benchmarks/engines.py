@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 
 from diffusion.coordinates import Points
-from models.operators.native import NativeBackend, engines
-from models.operators.torch_dense import TorchDenseBackend
+from models.operators.sparse_conv.native import NativeBackend, engines
+from models.operators.sparse_conv.torch_dense import TorchDenseBackend
 
 
 def engine_calls(

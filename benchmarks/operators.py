@@ -36,8 +36,8 @@ from benchmarks.interleaved import Timing, interleaved
 from benchmarks.operator_rows import NEIGHBOURS, OPERATORS, USUAL, K, Row, Setting
 from benchmarks.report import machine, operator_table
 from diffusion.random import Purpose, seed_global
-from models.operators import BACKENDS, get_backend
-from training.files import write_json
+from models.operators.sparse_conv import BACKENDS, get_backend
+from runtime.files import write_json
 
 
 def measure(setting: Setting, op: str, size: int, ratio: float) -> Iterator[dict[str, Any]]:

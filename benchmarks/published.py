@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.baselines import coordinates_on_the_host, smoothing_by_cosine_transforms
 from data.pixels import to_float
-from models.conv_uno import GridBlock, GridTrunk, GridUNet
+from models.grid_unet import GridBlock, GridTrunk, GridUNet
 from models.layers import Attention, Modulation, sinusoidal_features
 from models.sparse_block import SparseBlock
 from models.sparse_encoder import SparseEncoder

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from configs.schema import ImageConfig
-from training.allocator import release_freed_memory
-from training.precision import Precision
+from runtime.allocator import release_freed_memory
+from runtime.precision import Precision
 
 _ROOT = Path(__file__).resolve().parents[1]
 _SLOWER = 1 / 1.1

@@ -46,13 +46,13 @@ from diffusion.coordinates import CONVENTIONS, Points, Size, points_to_image
 from diffusion.cosine import cosine_matrix, on_rows
 from diffusion.random import Purpose, seed_global, stream
 from diffusion.subsets import draw_points
-from generation.infty_diff import InftyDiff, SamplingOptions
-from models.operators.base import kernel_window
+from infty_diff.model import InftyDiff, SamplingOptions
+from models.operators.sparse_conv.backend import kernel_window
 from models.sparse_unet import SparseUNet
-from training.files import write_json
+from runtime.files import write_json
+from runtime.precision import Precision
+from runtime.run_dir import RunDir
 from training.image_stage import ImageStage
-from training.precision import Precision
-from training.run_dir import RunDir
 from training.trainer import Trainer
 
 NAME, CPU = "cell_centred", torch.device("cpu")

@@ -26,7 +26,7 @@ from diffusion.mollifier import IDENTITY, Mollifier
 from diffusion.process import Denoised, Denoiser, DiffusionProcess, Prediction
 from diffusion.samplers import ddim, dpmpp
 from diffusion.schedules import Schedule
-from training.files import write_json
+from runtime.files import write_json
 
 SIZE = (64, 64)
 SIGMA = 1.0

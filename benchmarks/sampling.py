@@ -23,16 +23,16 @@ from torch import nn
 
 from benchmarks.interleaved import interleaved
 from benchmarks.report import circumstances, peak_memory, reset_peak_memory, sampling_table
-from configs.flags import Command, readable_errors
 from configs.schema import ImageConfig
 from diffusion.conditioning import Known
 from diffusion.random import Purpose, seed_global, stream
-from generation.folder import parse_size
-from generation.infty_diff import InftyDiff
+from infty_diff.folder import parse_size
+from infty_diff.model import InftyDiff
 from models.factory import build_denoiser, for_evaluation
 from models.sparse_unet import SparseUNet
-from training.files import write_json
-from training.precision import Precision, pick_device
+from runtime.command import Command, readable_errors
+from runtime.files import write_json
+from runtime.precision import Precision, pick_device
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("sizes", None, "lattices, e.g. 256,512,768x1024; default: that of training, twice and four times it")

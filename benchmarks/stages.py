@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from training.files import to_json, write_atomic, write_json
+from runtime.files import to_json, write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 DONE, CUT, FAILED, WAITS = "done", "to be continued", "failed", "waits"

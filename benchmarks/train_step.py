@@ -33,13 +33,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.published import PublishedStep
 from benchmarks.report import circumstances, peak_memory, reset_peak_memory, step_table
-from configs.flags import Command, readable_errors
 from configs.schema import ImageConfig
 from diffusion.random import Purpose, seed_global, stream
-from training.files import write_json
+from runtime.command import Command, readable_errors
+from runtime.files import write_json
+from runtime.precision import Precision, pick_device
+from runtime.run_dir import RunDir
 from training.image_stage import ImageStage
-from training.precision import Precision, pick_device
-from training.run_dir import RunDir
 from training.trainer import Trainer
 
 FLAGS = flags.FLAGS

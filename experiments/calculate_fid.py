@@ -27,17 +27,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from absl import flags
 
-from configs.flags import Command
 from configs.schema import ImageConfig
 from data.datasets import SPLITS
-from experiments.sample_flags import compare, define_flags
-from generation.factory import build_image_process
-from generation.folder import parse_size
+from diffusion.factory import build_image_process
+from experiments.support.sample_flags import compare, define_flags
+from infty_diff.folder import parse_size
 from metrics.evaluation import evaluate, table
 from metrics.extractors import EXTRACTORS, open_extractor
 from metrics.features import Extraction
 from metrics.images import DatasetImages, ImageFolder, ImageSet, Mirrored, MollifiedSamples, config_digest
-from training.files import write_json
+from runtime.command import Command
+from runtime.files import write_json
 
 FLAGS = flags.FLAGS
 define_flags("reference")

@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
-from configs.flags import Command, readable_errors, stages
 from configs.schema import ImageConfig
-from experiments.stages import define_scoring_flags, metric_name, require_extractor, run, sample, score
-from metrics.plots import bar_plots, require_matplotlib
-from metrics.run_log import log_lines, median_speed, training_memory
-from metrics.sparsity import RatioResult, parse_ratios, rows, table
-from training.files import write_atomic, write_json
+from experiments.support.pipeline import define_scoring_flags, metric_name, require_extractor, run, sample, score
+from experiments.support.plots import bar_plots, require_matplotlib
+from experiments.support.run_log import log_lines, median_speed, training_memory
+from experiments.support.sparsity import RatioResult, parse_ratios, rows, table
+from runtime.command import Command, readable_errors, stages
+from runtime.files import write_atomic, write_json
 
 FLAGS = flags.FLAGS
 define_scoring_flags(num_samples=10_000)

@@ -14,13 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from PIL import Image, ImageDraw
 
-from configs.processes import Processes
 from configs.schema import ImageConfig
 from data.datasets import open_dataset
 from data.pixels import to_float, to_uint8
-from experiments.stages import run
-from generation.infty_diff import InftyDiff, SamplingOptions
-from training.files import write_atomic
+from experiments.support.pipeline import run
+from infty_diff.model import InftyDiff, SamplingOptions
+from runtime.files import write_atomic
+from runtime.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "demo"

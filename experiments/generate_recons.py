@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
-from configs.flags import Command, readable_errors
 from configs.schema import ImageConfig
-from experiments import edit_flags as edit
-from generation.results import digest
+from experiments.support import edit_flags as edit
+from infty_diff.results import digest
 from metrics.similarity import LPIPS_NETS, load_lpips
+from runtime.command import Command, readable_errors
 
 FLAGS = flags.FLAGS
 edit.define_flags(8, "images and reconstructions; default: the training size")

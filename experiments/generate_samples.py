@@ -16,13 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
-from configs.flags import Command, readable_errors
-from configs.processes import Processes
 from configs.schema import ImageConfig, LatentConfig
-from generation.folder import FolderOptions, draw_folder, parse_seeds, parse_size
-from generation.infty_diff import SAMPLERS, WEIGHTS, InftyDiff, SamplingOptions
-from training.files import file_digest
-from training.run_dir import run_path
+from infty_diff.folder import FolderOptions, draw_folder, parse_seeds, parse_size
+from infty_diff.model import SAMPLERS, WEIGHTS, InftyDiff, SamplingOptions
+from runtime.command import Command, readable_errors
+from runtime.files import file_digest
+from runtime.processes import Processes
+from runtime.run_dir import run_path
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("sample_img_size", None, "side, or height x width as in 192x320; default: the training size")

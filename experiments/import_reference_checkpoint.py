@@ -21,9 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
-from configs.flags import Command, readable_errors
 from configs.schema import ImageConfig, LatentConfig
-from generation.reference_runs import (
+from infty_diff.reference_runs import (
     CHOICES,
     ReferenceRun,
     read_image_run,
@@ -31,6 +30,7 @@ from generation.reference_runs import (
     refuse_existing,
     write_runs,
 )
+from runtime.command import Command, readable_errors
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("checkpoint", None, "the authors' autoencoder, with --config: checkpoint.pkl, or its folder")

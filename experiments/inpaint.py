@@ -24,14 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from absl import flags
 
-from configs.flags import Command, readable_errors
 from configs.schema import ImageConfig
 from diffusion.conditioning import check_mask
-from experiments import edit_flags as edit
-from generation.editing import InpaintOptions, inpaint
-from generation.folder import parse_seeds
-from generation.inputs import Inputs, parse_box, parse_step, read_mask
-from generation.results import digest
+from experiments.support import edit_flags as edit
+from experiments.support.inputs import Inputs, parse_box, parse_step, read_mask
+from infty_diff.editing import InpaintOptions, inpaint
+from infty_diff.folder import parse_seeds
+from infty_diff.results import digest
+from runtime.command import Command, readable_errors
 
 FLAGS = flags.FLAGS
 edit.define_flags(4, "the results; default: the training size")

@@ -25,18 +25,18 @@ import torch
 from absl import flags
 from PIL import Image
 
-from configs.flags import Command, readable_errors, stages
 from configs.schema import ImageConfig
 from diffusion.coordinates import Size
 from diffusion.samplers import Callback
-from experiments import edit_flags as edit
-from generation.editing import lerp, slerp
-from generation.folder import parse_seeds
-from generation.infty_diff import InftyDiff, SamplingOptions
-from generation.inputs import Inputs
-from generation.results import digest
-from training.files import write_atomic
-from training.run_dir import run_path
+from experiments.support import edit_flags as edit
+from experiments.support.inputs import Inputs
+from infty_diff.editing import lerp, slerp
+from infty_diff.folder import parse_seeds
+from infty_diff.model import InftyDiff, SamplingOptions
+from infty_diff.results import digest
+from runtime.command import Command, readable_errors, stages
+from runtime.files import write_atomic
+from runtime.run_dir import run_path
 
 FLAGS = flags.FLAGS
 edit.define_flags(2, "the pictures; default: the training size")

@@ -19,15 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from absl import flags
 
-from configs.flags import Command
 from configs.schema import ImageConfig
-from experiments.sample_flags import compare, define_flags
+from experiments.support.sample_flags import compare, define_flags
 from metrics.extractors import Extractor, open_extractor, pixels_extractor
 from metrics.features import Extraction
 from metrics.images import DatasetImages, ImageFolder, ImageSet, Mirrored
-from metrics.neighbours import Neighbour, nearest, pixel_distance, random_features_distance, sheet
+from metrics.nearest import Neighbour, nearest, pixel_distance, random_features_distance, sheet
 from metrics.similarity import LPIPS_NETS, PairDistance, load_lpips
-from training.files import write_atomic, write_json
+from runtime.command import Command
+from runtime.files import write_atomic, write_json
 
 FLAGS = flags.FLAGS
 define_flags("training")

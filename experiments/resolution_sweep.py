@@ -19,16 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import flags
 from PIL import Image
 
-from configs.flags import Command, readable_errors
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.coordinates import Size
-from experiments.stages import define_scoring_flags, metric_name, require_extractor, sample, score
-from generation.folder import parse_seeds, parse_size
-from generation.scale_picture import scale_picture
+from experiments.support.pipeline import define_scoring_flags, metric_name, require_extractor, sample, score
+from experiments.support.plots import line_plot, require_matplotlib
+from experiments.support.scale_picture import scale_picture
+from infty_diff.folder import parse_seeds, parse_size
 from metrics.evaluation import SCORES
-from metrics.plots import line_plot, require_matplotlib
-from training.files import write_atomic, write_json
-from training.run_dir import run_path
+from runtime.command import Command, readable_errors
+from runtime.files import write_atomic, write_json
+from runtime.run_dir import run_path
 
 FLAGS = flags.FLAGS
 define_scoring_flags(num_samples=10_000)

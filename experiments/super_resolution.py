@@ -21,14 +21,14 @@ from absl import flags
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from configs.flags import Command, readable_errors
 from configs.schema import ImageConfig
 from diffusion.coordinates import Size
-from experiments import edit_flags as edit
-from generation.editing import enlarged, super_resolve
-from generation.folder import parse_size
-from generation.inputs import parse_step
-from generation.results import digest
+from experiments.support import edit_flags as edit
+from experiments.support.inputs import parse_step
+from infty_diff.editing import enlarged, super_resolve
+from infty_diff.folder import parse_size
+from infty_diff.results import digest
+from runtime.command import Command, readable_errors
 
 FLAGS = flags.FLAGS
 edit.define_flags(4, "the results; default: --factor times --input_size")

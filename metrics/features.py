@@ -20,8 +20,8 @@ from tqdm import tqdm
 from diffusion.random import Purpose, numpy_stream
 from metrics.extractors import Extractor
 from metrics.images import ImageSet
-from training.checkpoint import load_weights, save_weights
-from training.files import plain
+from runtime.checkpoint import load_weights, save_weights
+from runtime.files import plain
 
 _log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from data.images import existing_path, open_source, read_image, stored_bytes, wi
 from diffusion.mollifier import Mollifier
 from diffusion.random import Purpose, numpy_stream
 
-_SAMPLE = re.compile(r"\d{6,}\.png")  # what generation/folder.py writes, beside its contact sheet
+_SAMPLE = re.compile(r"\d{6,}\.png")  # what infty_diff/folder.py writes, beside its contact sheet
 _SHEETS = ("contact_sheet.png", "sheet.png")  # what commands add to the images they write
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from configs.schema import LatentModelConfig, ModelConfig
 from diffusion.coordinates import Size
-from models.conv_uno import GridSpec
+from models.grid_unet import GridSpec
 from models.latent_mlp import MLPSkipNet
 from models.sparse_encoder import SparseEncoder
 from models.sparse_unet import SparseSpec, SparseUNet

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from diffusion.coordinates import CoordinateConvention, Points, Size
-from models.neighbours import nearest_rows
 from models.operators import dispatch
+from models.operators.knn.search import nearest_rows
 
 _CLOSEST = 1e-16  # squared distance below which a pixel coincides with a node, and then counts alone
 
@@ -111,8 +111,8 @@ def points_to_grid(
 ) -> WeightedGather:
     """Features (B, M, C) to grid nodes (B, U_h·U_w, C): mean of the nearest points weighted by s / max(d², 1e-16).
 
-    The nearest points and their shares s are those of `models.neighbours`, plain as there. Raises ValueError when there
-    are fewer than K points.
+    The nearest points and their shares s are those of `models.operators.knn.search`, plain as there. Raises ValueError
+    when there are fewer than K points.
     """
     rows, squared, shares, ends = nearest_rows(points, grid, neighbours, convention, device, plain)
     weights = shares / squared.clamp(min=_CLOSEST)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusion.coordinates import CoordinateConvention, Points, Size
-from models.operators.base import coverage, kernel_window, resample_kernel
+from models.operators.sparse_conv.backend import coverage, kernel_window, resample_kernel
 
 _SIDE = 3  # of the kernel, as in the grid's convolutions
 _TAPS = _SIDE * _SIDE

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from models.conv_uno import GridBlock, GridEncoder, GridLevel, GridSpec, GridUNet
+from models.grid_unet import GridBlock, GridEncoder, GridLevel, GridSpec, GridUNet
 from models.latent_mlp import MLPLayer, MLPSkipNet
 from models.layers import Attention
 from models.sparse_block import SparseBlock

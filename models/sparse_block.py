@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusion.coordinates import Size
-from models.kernels import ContinuousKernel
+from models.continuous_kernel import ContinuousKernel
 from models.layers import Modulation
-from models.operators.base import Backend, Plan
-from models.pointwise import join, norm_modulate, norm_modulate_mlp
+from models.operators.pointwise.norm_mlp import join, norm_modulate, norm_modulate_mlp
+from models.operators.sparse_conv.backend import Backend, Plan
 
 KERNELS = ("linear", "nonlinear", "continuous")
 

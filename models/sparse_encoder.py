@@ -12,7 +12,7 @@ from torch import nn
 
 from diffusion.coordinates import Points, Size
 from models import tiled
-from models.conv_uno import GridEncoder, GridSpec
+from models.grid_unet import GridEncoder, GridSpec
 from models.sparse_unet import SparseDescent, SparseSpec
 
 

@@ -16,10 +16,10 @@ from torch import nn
 from diffusion.coordinates import CONVENTIONS, CoordinateConvention, Points, Size
 from models import tiled
 from models.coarse_nodes import GridNodes, PointNodes
-from models.conv_uno import GridSpec, GridUNet
+from models.grid_unet import GridSpec, GridUNet
 from models.layers import sinusoidal_features
-from models.operators import get_backend
-from models.operators.base import Plan, kernel_window
+from models.operators.sparse_conv import get_backend
+from models.operators.sparse_conv.backend import Plan, kernel_window
 from models.sparse_block import SparseBlock
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from diffusion.coordinates import Points, Size
 from models.coarse_nodes import GridNodes
-from models.operators.base import kernel_window
+from models.operators.sparse_conv.backend import kernel_window
 from models.sparse_block import SparseBlock
 from models.windows import Window, tiling
 

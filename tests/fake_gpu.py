@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion import subsets
 from diffusion.process import DiffusionProcess
-from models import interpolation, neighbours
-from training.precision import Precision
+from models import interpolation
+from models.operators.knn import search as neighbours
+from runtime.precision import Precision
 
 
 def _can_pretend() -> bool:
@@ -63,7 +64,7 @@ def fake_mode(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], FakeTens
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # a matter of the driver
     monkeypatch.setattr(Precision, "autocast", lambda precision: autocast(precision.device.type, precision.dtype))
     with contextlib.suppress(ImportError):
-        from models.operators.native import triton_pointwise
+        from models.operators.pointwise import triton_norm_mlp as triton_pointwise
 
         monkeypatch.setattr(triton_pointwise, "_shared_memory", lambda device: 227 * 1024)  # of an H100; it is asked
     _forget()

@@ -16,12 +16,12 @@ from diffusion.mollifier import Mollifier
 from diffusion.process import DiffusionProcess, Prediction
 from diffusion.samplers import ddim
 from diffusion.schedules import Schedule
-from models.conv_uno import GridBlock
+from models.grid_unet import GridBlock
 from models.interpolation import grid_to_points, points_to_grid
 from models.latent_mlp import MLPSkipNet
 from models.layers import Attention, latent_sinusoidal_features, sinusoidal_features
-from models.operators import get_backend
-from models.operators.base import kernel_extent
+from models.operators.sparse_conv import get_backend
+from models.operators.sparse_conv.backend import kernel_extent
 from models.reference_weights import (
     LAYOUTS,
     gradients_to_reference,

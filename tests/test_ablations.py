@@ -7,16 +7,16 @@ import pytest
 import torch
 
 import micro
-from configs.flags import load_config
 from configs.schema import ImageConfig
-from configs.stored import flatten
 from configs.validate import freeze
 from data.datasets import open_dataset
+from diffusion.factory import build_image_process
 from diffusion.process import Prediction
-from generation.factory import build_image_process
 from models.factory import build_denoiser, build_encoder
+from runtime.command import load_config
+from runtime.precision import Precision
+from runtime.stored import flatten
 from training.image_stage import ImageStage
-from training.precision import Precision
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CHANGES = {

@@ -8,10 +8,10 @@ import torch
 
 import micro
 from data.datasets import open_dataset
+from runtime.precision import Precision
 from training import acceleration
 from training.acceleration import accelerate, compile_mode
 from training.image_stage import ImageStage
-from training.precision import Precision
 
 CPU = torch.device("cpu")
 

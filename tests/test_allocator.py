@@ -10,8 +10,8 @@ import pytest
 # Page faults of a later use of 64 MB by PyTorch, which the system would have to clear in 16,384 small pages.
 FAULTS = """
 import resource, torch
-from training.allocator import release_freed_memory
-from training.precision import pick_device
+from runtime.allocator import release_freed_memory
+from runtime.precision import pick_device
 {choice}
 for _ in range(30):
     {each}

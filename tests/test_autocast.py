@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusion.coordinates import Points
 from fake_gpu import autocast, can_pretend, moved
-from models.conv_uno import GridEncoder, GridSpec, GridUNet
+from models.grid_unet import GridEncoder, GridSpec, GridUNet
 from models.latent_mlp import MLPSkipNet
-from models.operators import get_backend
-from models.pointwise import norm_modulate
+from models.operators.pointwise.norm_mlp import norm_modulate
+from models.operators.sparse_conv import get_backend
 from models.sparse_block import SparseBlock
 
 BF16 = torch.bfloat16

@@ -11,10 +11,10 @@ import torch
 
 from benchmarks.published import PublishedStep
 from benchmarks.train_step import PARTS, StepTimer, point_counts
-from configs.flags import apply_overrides, load_config
 from configs.schema import ImageConfig
 from configs.validate import freeze
-from training.precision import Precision
+from runtime.command import apply_overrides, load_config
+from runtime.precision import Precision
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
@@ -160,7 +160,7 @@ def test_operators_refuse_what_they_cannot_measure(argument, message):
 
 def test_wrong_results_are_not_timed(monkeypatch):
     from benchmarks import operators
-    from models.operators.native import NativeBackend
+    from models.operators.sparse_conv.native import NativeBackend
 
     conv = NativeBackend.conv
     monkeypatch.setattr(NativeBackend, "conv", lambda *given, **named: 1.001 * conv(*given, **named))

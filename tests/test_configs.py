@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from configs.defaults import image_config, latent_config
-from configs.flags import apply_overrides, load_config
 from configs.schema import ImageConfig, LatentConfig
-from configs.stored import config_from, differences, relocate
 from configs.validate import ConfigError, freeze
+from runtime.command import apply_overrides, load_config
+from runtime.stored import config_from, differences, relocate
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(ROOT.glob("configs/*_config.py"))

@@ -10,11 +10,11 @@ import torch
 
 import micro
 from configs.schema import ImageConfig, LatentConfig
-from configs.stored import SHAPING
 from diffusion.random import Purpose, stream
+from runtime.checkpoint import BEST_WEIGHTS, load_checkpoint, load_weights, save_checkpoint
+from runtime.run_dir import RunDir
+from runtime.stored import SHAPING
 from test_training import CPU, everything, image_trainer, latent_trainer, metrics
-from training.checkpoint import BEST_WEIGHTS, load_checkpoint, load_weights, save_checkpoint
-from training.run_dir import RunDir
 
 CHANGED = {
     "optimizer.learning_rate": 1e-4, "optimizer.adam_beta1": 0.5, "optimizer.weight_decay": 0.1,

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from diffusion.coordinates import CONVENTIONS, Points
-from models import neighbours
 from models.interpolation import _transposed, grid_to_points, points_to_grid
-from models.neighbours import nearest_points, nearest_rows
-from models.operators.native import compiled, cpu_neighbours
-from models.pixel_order import geometry_of, ordered_pixels
+from models.operators import compiled
+from models.operators.knn import cpu_search as cpu_neighbours
+from models.operators.knn import search as neighbours
+from models.operators.knn.pixel_order import geometry_of, ordered_pixels
+from models.operators.knn.search import nearest_points, nearest_rows
 from test_models_neighbours import random_index
 
 CPU = torch.device("cpu")

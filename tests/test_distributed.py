@@ -21,17 +21,17 @@ import torch
 from torch.multiprocessing import spawn
 
 import micro
-from configs.flags import readable_errors
-from configs.processes import Processes
 from data.loader import batches
 from diffusion.random import Purpose, seed_global, stream
-from generation.encodings import load_or_encode
-from generation.folder import draw_folder
-from generation.infty_diff import InftyDiff
+from infty_diff.encodings import load_or_encode
+from infty_diff.folder import draw_folder
+from infty_diff.model import InftyDiff
+from runtime.checkpoint import checkpoint_steps, load_newest_checkpoint
+from runtime.command import readable_errors
+from runtime.precision import pick_device
+from runtime.processes import Processes
 from test_generation import build, folder_options
 from test_training import everything, image_trainer, metrics
-from training.checkpoint import checkpoint_steps, load_newest_checkpoint
-from training.precision import pick_device
 from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]

@@ -7,11 +7,8 @@ import signal
 import pytest
 import torch
 
-from configs.flags import readable_errors
-from configs.processes import ALONE
 from configs.schema import OptimizerConfig
-from test_training import everything, image_trainer, latent_trainer, metrics
-from training.checkpoint import (
+from runtime.checkpoint import (
     checkpoint_steps,
     load_checkpoint,
     load_weights,
@@ -19,9 +16,12 @@ from training.checkpoint import (
     save_checkpoint,
     save_weights,
 )
+from runtime.command import readable_errors
+from runtime.precision import Precision
+from runtime.processes import ALONE
+from test_training import everything, image_trainer, latent_trainer, metrics
 from training.guard import StepGuard
 from training.means import Means
-from training.precision import Precision
 
 CPU = torch.device("cpu")
 

@@ -15,9 +15,9 @@ from PIL import Image
 
 import micro
 from models.factory import build_denoiser, build_encoder, build_latent_model
+from runtime.checkpoint import save_weights
 from test_commands import ROOT, fails, run
 from test_editing import photo
-from training.checkpoint import save_weights
 
 CONFIG = "configs/tiny_config.py"
 FAST = ["--sampling_steps=3"]

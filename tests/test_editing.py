@@ -11,10 +11,10 @@ from PIL import Image
 import micro
 from data.pixels import to_float
 from diffusion.conditioning import Known
-from experiments.edit_flags import step_count
-from generation.editing import InpaintOptions, enlarged, inpaint, lerp, slerp, super_resolve
-from generation.infty_diff import InftyDiff, SamplingOptions
-from generation.inputs import open_inputs, parse_box, parse_step, read_mask
+from experiments.support.edit_flags import step_count
+from experiments.support.inputs import open_inputs, parse_box, parse_step, read_mask
+from infty_diff.editing import InpaintOptions, enlarged, inpaint, lerp, slerp, super_resolve
+from infty_diff.model import InftyDiff, SamplingOptions
 from metrics.images import ImageFolder
 from models.factory import build_denoiser, build_encoder
 from test_generation import Optimal

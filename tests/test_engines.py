@@ -7,10 +7,12 @@ import torch
 
 from diffusion.coordinates import Points
 from fake_gpu import can_pretend
-from models.operators import base, native
-from models.operators.base import lattice_extent
-from models.operators.native import NativeBackend, compiled, cpu, enlarged, pairs
-from models.operators.torch_dense import TorchDenseBackend
+from models.operators import compiled, native
+from models.operators.sparse_conv import backend as base
+from models.operators.sparse_conv import cpu, enlarged, pairs
+from models.operators.sparse_conv.backend import lattice_extent
+from models.operators.sparse_conv.native import NativeBackend
+from models.operators.sparse_conv.torch_dense import TorchDenseBackend
 
 CPU = torch.device("cpu")
 SIZE, CHANNELS = (24, 20), 16
@@ -30,7 +32,7 @@ def chosen(ratio, size=SIZE, train_size=SIZE, k=7, device="cpu", wants=(True, Tr
 
 @can_pretend
 def test_engines_on_a_gpu(fake_gpu, monkeypatch):
-    triton_conv = pytest.importorskip("models.operators.native.triton_conv")
+    triton_conv = pytest.importorskip("models.operators.sparse_conv.triton_conv")
     monkeypatch.setattr(native, "kernels", lambda operation, kind: triton_conv if kind == "cuda" else None)
     with fake_gpu():
         for size in (SIZE, (256, 256)):
@@ -54,7 +56,7 @@ def test_engines_on_a_gpu(fake_gpu, monkeypatch):
 
 @can_pretend
 def test_the_lattice_kernel_is_called_without_a_list(fake_gpu, monkeypatch):
-    triton_conv = pytest.importorskip("models.operators.native.triton_conv")
+    triton_conv = pytest.importorskip("models.operators.sparse_conv.triton_conv")
     monkeypatch.setattr(native, "kernels", lambda operation, kind: triton_conv if kind == "cuda" else None)
     calls, depthwise = [], triton_conv.depthwise
     monkeypatch.setattr(triton_conv, "depthwise", lambda *given: calls.append(given[3]) or depthwise(*given))
@@ -75,7 +77,7 @@ def test_lists_take_the_bytes_they_are_said_to():
         tensors = [t for pair in made.pairs for t in pair] if fields is None else [getattr(made, f) for f in fields]
         actual = sum(t.nbytes for t in tensors)
         assert 0.85 * actual < engine.list_bytes(points, 3, (5, 3)) < 1.15 * actual
-    triton_conv = pytest.importorskip("models.operators.native.triton_conv")
+    triton_conv = pytest.importorskip("models.operators.sparse_conv.triton_conv")
     entries = triton_conv._list_shapes(points.index, points.size, (5, 3))[0]
     assert triton_conv.list_bytes(points, 3, (5, 3)) == entries.nbytes
     assert triton_conv.list_bytes(Points((40, 32)), 3, (5, 3)) == 0

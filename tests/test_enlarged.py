@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.operators.native import compiled
-from models.operators.native.enlarged import axis, enlarged, pays
+from models.operators import compiled
+from models.operators.sparse_conv.enlarged import axis, enlarged, pays
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float64: 1e-12}

@@ -6,9 +6,9 @@ import math
 
 import pytest
 
+from runtime.files import plain, to_json, write_json
 from test_diffusion_random import ROOT, sources
 from test_divergence import strict
-from training.files import plain, to_json, write_json
 
 
 def test_numbers_that_json_does_not_have_become_null(tmp_path):
@@ -29,7 +29,7 @@ def test_what_is_no_json_is_refused_and_the_file_stays(tmp_path):
 
 
 def test_all_json_is_written_strictly():
-    """Digests and the command line, which cannot use `training.files`, ask for strictness themselves."""
+    """Digests and the command line, which cannot use `runtime.files`, ask for strictness themselves."""
     calls = 0
     for file in sources():
         for node in ast.walk(ast.parse(file.read_text())):

@@ -12,15 +12,15 @@ from torch import nn
 import micro
 from configs.schema import ImageConfig
 from data.datasets import open_dataset
-from generation.editing import InpaintOptions, inpaint
-from generation.encodings import load_or_encode
-from generation.folder import FolderOptions, contact_sheet, draw_folder, parse_seeds, parse_size
-from generation.infty_diff import InftyDiff, SamplingOptions
-from generation.latent_prior import LatentPrior
+from infty_diff.editing import InpaintOptions, inpaint
+from infty_diff.encodings import load_or_encode
+from infty_diff.folder import FolderOptions, contact_sheet, draw_folder, parse_seeds, parse_size
+from infty_diff.latent_prior import LatentPrior
+from infty_diff.model import InftyDiff, SamplingOptions
 from models.factory import build_denoiser, build_encoder, build_latent_model
 from models.operators import native
-from training.checkpoint import save_weights
-from training.precision import Precision
+from runtime.checkpoint import save_weights
+from runtime.precision import Precision
 
 FAST = SamplingOptions(steps="4")
 

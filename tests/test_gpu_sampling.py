@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import micro
 from diffusion.transfer import to_device
 from fake_gpu import Waits, can_pretend, moved
-from generation.cast_weights import cast_weights
-from generation.infty_diff import InftyDiff, SamplingOptions
+from infty_diff.cast_weights import cast_weights
+from infty_diff.model import InftyDiff, SamplingOptions
 from models.factory import build_denoiser, build_encoder
-from training.precision import Precision, pick_device
+from runtime.precision import Precision, pick_device
 
 CPU = torch.device("cpu")
 

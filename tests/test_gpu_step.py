@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import micro
-from configs.processes import ALONE
 from data.datasets import open_dataset
 from fake_gpu import can_pretend, moved
+from runtime.precision import Precision
+from runtime.processes import ALONE
+from runtime.run_dir import RunDir
 from training.image_stage import ImageStage
 from training.parallel import training_timesteps
-from training.precision import Precision
-from training.run_dir import RunDir
 from training.trainer import Trainer
 
 HAS_GPU = torch.cuda.is_available()

@@ -10,18 +10,18 @@ from PIL import Image
 
 import micro
 from configs.schema import ImageConfig, LatentConfig
-from configs.stored import config_from
 from diffusion.coordinates import Points, gather_points
 from diffusion.losses import mse
-from generation.infty_diff import InftyDiff
-from generation.latent_prior import LatentPrior
-from generation.reference_runs import read_image_run, read_latent_run, write_runs
+from infty_diff.latent_prior import LatentPrior
+from infty_diff.model import InftyDiff
+from infty_diff.reference_runs import read_image_run, read_latent_run, write_runs
 from models.reference_weights import LAYOUTS
 from parity_vectors import OUTPUTS, Vectors, assert_close
 from reference_files import COMMAND, SQUARE, checkpoint, image_arguments, latent_arguments, write_theirs
+from runtime.checkpoint import load_weights
+from runtime.stored import config_from
 from test_commands import fails, run
 from test_parity import FOLDER
-from training.checkpoint import load_weights
 
 
 @pytest.fixture(scope="module")

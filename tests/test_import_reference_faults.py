@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import micro
-from generation.reference_runs import read_image_run, read_latent_run, write_runs
+from infty_diff.reference_runs import read_image_run, read_latent_run, write_runs
 from models.factory import build_latent_model
 from reference_files import COMMAND, SQUARE, checkpoint, image_arguments, latent_arguments, named, write_theirs
 from test_commands import fails
@@ -145,7 +145,7 @@ def test_an_error_while_writing_leaves_nothing(theirs, tmp_path, monkeypatch):
         if len(written) == 2:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("generation.reference_runs.write_json", full)
+    monkeypatch.setattr("infty_diff.reference_runs.write_json", full)
     with pytest.raises(OSError, match="No space"):
         write_runs(runs)
     assert len(written) == 2 and not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ from PIL import Image
 from metrics.extractors import pixels_extractor
 from metrics.features import Extraction
 from metrics.images import ImageFolder, Mirrored
-from metrics.neighbours import nearest, pixel_distance, random_features_distance, sheet
+from metrics.nearest import nearest, pixel_distance, random_features_distance, sheet
 from pictures import folder, noise
 from test_commands import fails, run
 

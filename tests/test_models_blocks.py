@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from diffusion.coordinates import Points
-from models.conv_uno import GridBlock, GridSpec
+from models.grid_unet import GridBlock, GridSpec
 from models.layers import Attention, Modulation, latent_sinusoidal_features, modulate, sinusoidal_features
-from models.operators import get_backend
-from models.operators.base import lattice_extent
+from models.operators.sparse_conv import get_backend
+from models.operators.sparse_conv.backend import lattice_extent
 from models.sparse_block import SparseBlock
 
 CPU = torch.device("cpu")

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from diffusion.coordinates import CONVENTIONS, Points
 from diffusion.subsets import draw_points
 from models.coarse_nodes import PointNodes, _farthest_first, _levels, _random_order
-from models.conv_uno import GridSpec
-from models.operators import get_backend
-from models.operators.base import coverage, kernel_window, resample_kernel
+from models.grid_unet import GridSpec
+from models.operators.sparse_conv import get_backend
+from models.operators.sparse_conv.backend import coverage, kernel_window, resample_kernel
 from models.point_conv import PointConv, stencil_between
 from models.sparse_unet import SparseSpec
 from test_models_networks import all_parameters_have_gradients, denoiser, encoder, inputs, random_points

@@ -8,10 +8,10 @@ import torch
 from scipy.spatial import cKDTree
 
 from diffusion.coordinates import CONVENTIONS, Points
-from models import neighbours
 from models.interpolation import points_to_grid
-from models.neighbours import Nearest, nearest_points
-from models.pixel_order import geometry_of
+from models.operators.knn import search as neighbours
+from models.operators.knn.pixel_order import geometry_of
+from models.operators.knn.search import Nearest, nearest_points
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusion.coordinates import Points, gather_points, image_to_points, points_to_image
-from models.conv_uno import GridEncoder, GridSpec, GridUNet
+from models.grid_unet import GridEncoder, GridSpec, GridUNet
 from models.latent_mlp import MLPSkipNet
 from models.layers import latent_sinusoidal_features
 from models.sparse_encoder import Encoding, SparseEncoder

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from diffusion.coordinates import Points, gather_points, image_to_points
 from models import operators
-from models.operators import AUTOMATIC, BACKENDS, get_backend
-from models.operators.base import kernel_extent, lattice_extent, resample_kernel, window_counts
+from models.operators.sparse_conv import AUTOMATIC, BACKENDS, get_backend
+from models.operators.sparse_conv.backend import kernel_extent, lattice_extent, resample_kernel, window_counts
 
 CPU = torch.device("cpu")
 

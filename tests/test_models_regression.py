@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from diffusion.coordinates import Points
-from models.conv_uno import GridSpec
+from models.grid_unet import GridSpec
 from models.latent_mlp import MLPSkipNet
 from models.sparse_encoder import SparseEncoder
 from models.sparse_unet import SparseSpec, SparseUNet

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from diffusion.coordinates import CONVENTIONS, Points, points_to_image
-from models.kernels import ContinuousKernel
-from models.operators import AUTOMATIC, get_backend
-from models.operators.base import (
+from models.continuous_kernel import ContinuousKernel
+from models.operators.sparse_conv import AUTOMATIC, get_backend
+from models.operators.sparse_conv.backend import (
     cell_overlaps,
     coverage,
     covered_area,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffusion.coordinates import Points
-from models.conv_uno import GridSpec
+from models.grid_unet import GridSpec
 from models.sparse_encoder import SparseEncoder
 from models.sparse_unet import SparseSpec, SparseUNet
 from models.windows import Window, tiling

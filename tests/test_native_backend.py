@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from diffusion.coordinates import Points
-from models.operators import get_backend
-from models.operators.base import lattice_extent
-from models.operators.native import NativeBackend, compiled, cpu, pairs
-from models.operators.torch_dense import TorchDenseBackend
+from models.operators import compiled
+from models.operators.sparse_conv import cpu, get_backend, pairs
+from models.operators.sparse_conv.backend import lattice_extent
+from models.operators.sparse_conv.native import NativeBackend
+from models.operators.sparse_conv.torch_dense import TorchDenseBackend
 
 CPU = torch.device("cpu")
 ENGINES = [
@@ -139,7 +140,7 @@ def test_custom_operators_are_registered_soundly_and_compile_whole():
 
 
 def test_counts_of_the_list_are_window_counts():
-    from models.operators.base import window_counts
+    from models.operators.sparse_conv.backend import window_counts
 
     if compiled.library() is None:
         pytest.skip("needs a C compiler")

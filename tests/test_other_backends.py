@@ -8,9 +8,9 @@ import torch
 
 import sparse_libraries as stand_ins
 from diffusion.coordinates import Points
-from models.operators import get_backend
-from models.operators.base import lattice_extent
-from models.operators.library import LibraryBackend, check_conventions
+from models.operators.sparse_conv import get_backend
+from models.operators.sparse_conv.backend import lattice_extent
+from models.operators.sparse_conv.library import LibraryBackend, check_conventions
 from models.sparse_block import SparseBlock
 from test_models_operators import one_rounding
 

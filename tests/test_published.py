@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import published
 from diffusion.coordinates import Points
-from models.conv_uno import GridSpec
+from models.grid_unet import GridSpec
 from models.sparse_encoder import SparseEncoder
 from models.sparse_unet import SparseSpec, SparseUNet
 

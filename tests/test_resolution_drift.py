@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.resolution_drift import WAYS, gain_changes, read_at, way_of
 from diffusion.coordinates import CONVENTIONS
-from models.conv_uno import GridSpec
+from models.grid_unet import GridSpec
 from models.sparse_unet import SparseSpec, SparseUNet
 
 ROOT = Path(__file__).resolve().parents[1]

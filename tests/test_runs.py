@@ -11,12 +11,12 @@ from PIL import Image
 
 import micro
 from configs.schema import ImageConfig, LatentConfig
-from configs.stored import stored_config
 from data.splits import place
 from models.factory import build_denoiser, build_encoder
 from pictures import noise
+from runtime.checkpoint import save_weights
+from runtime.stored import stored_config
 from test_commands import ROOT, run
-from training.checkpoint import save_weights
 
 TINY = "configs/tiny_config.py"
 

@@ -15,13 +15,13 @@ import pytest
 from PIL import Image
 
 import micro
-from experiments import stages
-from generation.scale_picture import scale_picture
-from metrics.plots import bar_plots, line_plot, require_matplotlib
-from metrics.run_log import log_lines, median_speed, training_memory
-from metrics.sparsity import RatioResult, parse_ratios, rows, table
+from experiments.support import pipeline as stages
+from experiments.support.plots import bar_plots, line_plot, require_matplotlib
+from experiments.support.run_log import log_lines, median_speed, training_memory
+from experiments.support.scale_picture import scale_picture
+from experiments.support.sparsity import RatioResult, parse_ratios, rows, table
 from pictures import folder
-from training.files import write_json
+from runtime.files import write_json
 
 ROOT = Path(__file__).parents[1]
 RED = (214, 39, 40)

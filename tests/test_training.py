@@ -12,17 +12,17 @@ import torch
 from torch import nn
 
 import micro
-from configs.processes import ALONE
 from data.datasets import open_dataset
 from data.latents import LatentSet
 from data.splits import place
-from generation.infty_diff import InftyDiff
-from training.checkpoint import checkpoint_steps, load_newest_checkpoint, load_weights, save_checkpoint, save_weights
+from infty_diff.model import InftyDiff
+from runtime.checkpoint import checkpoint_steps, load_newest_checkpoint, load_weights, save_checkpoint, save_weights
+from runtime.precision import Precision, pick_device
+from runtime.processes import ALONE
+from runtime.run_dir import RunDir
 from training.ema import Ema
 from training.image_stage import ImageStage
 from training.latent_stage import LatentStage
-from training.precision import Precision, pick_device
-from training.run_dir import RunDir
 from training.trainer import Trainer
 
 CPU = Precision(torch.device("cpu"), None)

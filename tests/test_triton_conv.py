@@ -14,7 +14,7 @@ from diffusion.coordinates import Points, gather_points, scatter_points
 from triton_aot import compiled
 
 triton = pytest.importorskip("triton")
-triton_conv = pytest.importorskip("models.operators.native.triton_conv")
+triton_conv = pytest.importorskip("models.operators.sparse_conv.triton_conv")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -327,7 +327,7 @@ def test_compiles_for_an_h100_without_spills(tmp_path):
     calls = """
 import torch
 from diffusion.coordinates import Points
-from models.operators.native import triton_conv
+from models.operators.sparse_conv import triton_conv
 
 for channels, dtype in ((64, torch.bfloat16), (64, torch.float32), (24, torch.float16)):
     for index in (None, torch.arange(1024).expand(2, -1)):

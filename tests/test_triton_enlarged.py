@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from models.operators.native.enlarged import axis
+from models.operators.sparse_conv.enlarged import axis
 from test_enlarged import assert_close, direct, draw
 
-triton_enlarged = pytest.importorskip("models.operators.native.triton_enlarged")
+triton_enlarged = pytest.importorskip("models.operators.sparse_conv.triton_enlarged")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -64,8 +64,8 @@ def test_compiles_for_an_h100(tmp_path):
     kernels = compiled(
         """
 import torch
-from models.operators.native.enlarged import axis
-from models.operators.native.triton_enlarged import enlarged
+from models.operators.sparse_conv.enlarged import axis
+from models.operators.sparse_conv.triton_enlarged import enlarged
 for k, extent, channels, dtype in ((7, 29, 64, torch.float32), (5, 13, 3, torch.bfloat16)):
     x, scale = torch.empty(1, 64, 64, channels, dtype=dtype), torch.empty(64, 64)
     u = axis(k, extent, extent - 0.5, x.device)

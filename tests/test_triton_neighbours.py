@@ -5,11 +5,12 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from diffusion.coordinates import CONVENTIONS, Points
-from models import interpolation, neighbours
-from models.pixel_order import geometry_of
+from models import interpolation
+from models.operators.knn import search as neighbours
+from models.operators.knn.pixel_order import geometry_of
 from test_models_neighbours import random_index
 
-triton_neighbours = pytest.importorskip("models.triton_neighbours")
+triton_neighbours = pytest.importorskip("models.operators.knn.triton_search")
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -110,7 +111,7 @@ def test_compiles_for_an_h100(tmp_path):
     kernels = compiled(
         """
 import torch
-from models.triton_neighbours import nearest_present
+from models.operators.knn.triton_search import nearest_present
 axes = [torch.empty(n, dtype=torch.int64) for n in (64, 64, 32, 32)]
 index, table = torch.zeros(2, 1024, dtype=torch.int64), torch.empty(64, 1024, dtype=torch.int32)
 nearest_present(index, table, table, axes, 128, 3, 14)

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import pointwise
-from models.conv_uno import GridBlock
+from models.grid_unet import GridBlock
 from models.layers import Modulation
+from models.operators.pointwise import norm_mlp as pointwise
 from triton_aot import compiled
 
 pytest.importorskip("triton")
-triton_pointwise = pytest.importorskip("models.operators.native.triton_pointwise")
+triton_pointwise = pytest.importorskip("models.operators.pointwise.triton_norm_mlp")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -232,7 +232,7 @@ def test_autocast_decides_on_the_type(fused_everywhere):
 
 LAUNCHES = """
 import torch
-from models.operators.native import triton_pointwise, triton_pointwise_kernels as kernels
+from models.operators.pointwise import triton_norm_mlp as triton_pointwise, triton_kernels as kernels
 
 compiles, limit = JITFunction.run, 0
 def within_limit(self, *args, **kwargs):

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from diffusion.coordinates import Points
-from models import pointwise, triton_support
-from models.conv_uno import GridSpec
-from models.operators import dispatch
+from models.grid_unet import GridSpec
+from models.operators import compiled, dispatch, triton_support
 from models.operators.dispatch import kernels
-from models.operators.native import compiled
+from models.operators.pointwise import norm_mlp as pointwise
 from models.sparse_unet import SparseSpec, SparseUNet
 
 

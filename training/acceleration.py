@@ -7,9 +7,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import TrainConfig
-from models.conv_uno import GridBlock
+from models.grid_unet import GridBlock
+from models.operators.triton_support import available
 from models.sparse_block import SparseBlock
-from models.triton_support import available
 
 
 def accelerate(modules: dict[str, nn.Module], train: TrainConfig, device: torch.device) -> None:

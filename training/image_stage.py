@@ -9,24 +9,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from configs.processes import ALONE, Processes
 from configs.schema import ImageConfig
 from data.base import ImageDataset
 from data.loader import batches, sequential
 from data.pixels import to_float
 from diffusion import losses
 from diffusion.coordinates import CONVENTIONS, Points, gather_points
+from diffusion.factory import build_image_process
 from diffusion.random import Purpose, stream
 from diffusion.subsets import draw_points
 from diffusion.transfer import to_device
-from generation.cast_weights import cast_weights
-from generation.factory import build_image_process
-from generation.infty_diff import InftyDiff, SamplingOptions
+from infty_diff.cast_weights import cast_weights
+from infty_diff.model import InftyDiff, SamplingOptions
 from models.factory import build_denoiser, build_encoder
 from models.interpolation import interpolate_to_grid
-from training.checkpoint import BEST_WEIGHTS
+from runtime.checkpoint import BEST_WEIGHTS
+from runtime.precision import Precision
+from runtime.processes import ALONE, Processes
 from training.parallel import training_timesteps
-from training.precision import Precision
 
 log = logging.getLogger(__name__)
 _HELD_OUT_BATCH = 16  # part of what the held-out loss is: the batch size of training may change, its draws may not

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from configs.stored import WEIGHTS, differences
-from training.checkpoint import load_weights
+from runtime.checkpoint import load_weights
+from runtime.stored import WEIGHTS, differences
 
 
 def take_over(run: str, modules: dict[str, nn.Module], config: dict[str, Any]) -> tuple[str, dict[str, Any]]:

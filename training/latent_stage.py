@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from configs.processes import ALONE, Processes
 from configs.schema import LatentConfig
 from data.latents import LatentSet
 from data.loader import index_batches
 from diffusion import losses
 from diffusion.random import Purpose, stream
 from diffusion.transfer import to_device
-from generation.infty_diff import InftyDiff, SamplingOptions
-from generation.latent_prior import LatentPrior
+from infty_diff.latent_prior import LatentPrior
+from infty_diff.model import InftyDiff, SamplingOptions
 from models.factory import build_latent_model
+from runtime.precision import Precision
+from runtime.processes import ALONE, Processes
 from training.parallel import training_timesteps
-from training.precision import Precision
 
 _HELD_OUT_BATCH = 256  # part of what the held-out loss is: the batch size of training may change, its draws may not
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from configs.processes import Processes
+from runtime.processes import Processes
 
 
 class Means:

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from configs.processes import Processes
 from configs.schema import DiffusionConfig, LatentDiffusionConfig
 from diffusion.timestep_sampling import LossAwareTimesteps, UniformTimesteps
+from runtime.processes import Processes
 
 # Processes agree before each step, so they enter it together; apart from that they differ in how long they compile.
 _TIMEOUT = timedelta(hours=1)

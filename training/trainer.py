@@ -21,13 +21,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from configs.processes import ALONE, Processes
 from configs.schema import ImageConfig, LatentConfig
-from configs.stored import WEIGHTS
 from diffusion.random import Purpose, seed_global, stream
 from diffusion.transfer import to_device
-from training.acceleration import accelerate
-from training.checkpoint import (
+from runtime.checkpoint import (
     BEST_WEIGHTS,
     checkpoint_steps,
     drop_checkpoints,
@@ -36,14 +33,17 @@ from training.checkpoint import (
     save_checkpoint,
     save_weights,
 )
+from runtime.precision import Precision
+from runtime.processes import ALONE, Processes
+from runtime.run_dir import RunDir
+from runtime.signals import Signals
+from runtime.stored import WEIGHTS
+from training.acceleration import accelerate
 from training.ema import Ema
 from training.guard import StepGuard
 from training.init_from import take_over
 from training.means import Means
 from training.parallel import data_parallel
-from training.precision import Precision
-from training.run_dir import RunDir
-from training.signals import Signals
 
 log = logging.getLogger(__name__)
 # What a training state holds beside the configuration and the versions.

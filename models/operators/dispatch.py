@@ -5,18 +5,17 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from models import triton_support
-from models.operators.native import compiled
+from models.operators import compiled, triton_support
 
-_NATIVE = "models.operators.native"
+_HERE = "models.operators"
 _KERNELS = {
-    ("convolution", "cpu"): f"{_NATIVE}.cpu",
-    ("convolution", "cuda"): f"{_NATIVE}.triton_conv",
-    ("enlarged convolution", "cuda"): f"{_NATIVE}.triton_enlarged",
-    ("nearest points", "cpu"): f"{_NATIVE}.cpu_neighbours",
-    ("nearest points", "cuda"): "models.triton_neighbours",
-    ("norm and MLP", "cuda"): f"{_NATIVE}.triton_pointwise",
-    ("transposition", "cpu"): f"{_NATIVE}.cpu_neighbours",
+    ("convolution", "cpu"): f"{_HERE}.sparse_conv.cpu",
+    ("convolution", "cuda"): f"{_HERE}.sparse_conv.triton_conv",
+    ("enlarged convolution", "cuda"): f"{_HERE}.sparse_conv.triton_enlarged",
+    ("nearest points", "cpu"): f"{_HERE}.knn.cpu_search",
+    ("nearest points", "cuda"): f"{_HERE}.knn.triton_search",
+    ("norm and MLP", "cuda"): f"{_HERE}.pointwise.triton_norm_mlp",
+    ("transposition", "cpu"): f"{_HERE}.knn.cpu_search",
 }
 
 

@@ -1,0 +1,198 @@
+"""What a trained model does with given images beside sampling: fill holes, add resolution, blend one into another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.nn import functional
+
+from diffusion.conditioning import Known, check_mask, descend, fill_hole, follow, join_bands
+from diffusion.coordinates import Points, Size
+from diffusion.process import Denoised
+from diffusion.samplers import Callback, Correction
+from infty_diff.model import InftyDiff, SamplingOptions
+
+# On Gaussian random fields the least error in the hole is between 0.2 and 0.4 at 25 to 100 steps; steps of 1 oscillate.
+_GUIDANCE = 0.4
+_PLAIN_GUIDANCE = 0.003
+
+
+@dataclass(frozen=True)
+class InpaintOptions:
+    """How holes are filled.
+
+    sampling: sampler, steps, Wiener filter.
+    guidance: λ of reconstruction guidance, 0 for none; by default 0.4, or 0.003 with plain_guidance.
+    plain_guidance: the gradient as the paper prints it, see `Known.guided`.
+    start_step: t_s, a step of the process as trained, at which sampling starts; the last by default.
+    see_hole: encode the whole image, as in the paper, what is in the hole included, to latents and to the state at t_s.
+        Else the hole is never looked at: latents come from the known pixels alone, and the state has fresh noise there.
+    follow: also hold what is well inside the known part to the states that DDIM inversion went through.
+    """
+
+    sampling: SamplingOptions
+    guidance: float | None = None
+    plain_guidance: bool = False
+    start_step: int | None = None
+    see_hole: bool = False
+    follow: bool = False
+
+    def __post_init__(self) -> None:
+        if self.guidance is None:
+            object.__setattr__(self, "guidance", _PLAIN_GUIDANCE if self.plain_guidance else _GUIDANCE)
+        if not 0 <= self.guidance < 1:
+            raise ValueError(f"--guidance={self.guidance}: accepted: 0 for none, to below 1")
+
+
+@torch.no_grad()
+def inpaint(
+    model: InftyDiff,
+    image: torch.Tensor,
+    mask: torch.Tensor,
+    seeds: Sequence[int],
+    options: InpaintOptions,
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    """Fill a hole, once per seed (section 5.3 of the paper).
+
+    Args:
+        image: (C, H, W) in [−1, 1].
+        mask: bool (H, W), true where pixels are known.
+        seeds: one per result.
+        options: see there.
+        callback: called as callback(i, t, x, denoised) after each step, of DDIM inversion and then of sampling.
+    Returns:
+        (N, C, H, W): whole images; the known pixels are close to those given, not equal.
+    Raises:
+        ValueError: when the mask has another size than the image, or no or every pixel is known.
+    """
+    size, sampling = tuple(image.shape[-2:]), options.sampling
+    check_mask(mask, size)
+    image, mask = image[None].to(model.device), mask.to(model.device)
+    seen = image if options.see_hole else fill_hole(image, mask)
+    points = Points(size) if options.see_hole else Points(size, mask.flatten().nonzero().T.contiguous())
+    latents = model.encode(seen, points)
+
+    process = model.process.respaced(sampling.steps)
+    last = process.schedule.num_steps - 1
+    start = last if options.start_step is None else process.schedule.step_until(options.start_step)
+    states = [process.mollifier(seen)]
+
+    def keep(i: int, t: int, x: torch.Tensor, denoised: Denoised) -> None:
+        states.append(x)
+        if callback is not None:
+            callback(i, t, x, denoised)
+
+    code = model.encode_stochastic(seen, latents, sampling.steps, stop=start, callback=keep)
+    known = Known(image, mask, process, lambda x: model.deblur(x, sampling.inv_snr))
+    soft = known.soft_mask()
+    if not options.see_hole:
+        alpha_bar = float(process.schedule.alpha_bar[start])
+        code = _noise_in_hole(code, states[0], soft, alpha_bar, model.initial_noise(seeds, size))
+
+    guidance = options.guidance
+    corrections: list[Correction] = [descend(guidance)] if guidance else []
+    corrections += [follow(states, soft)] if options.follow else []
+    return model.decode(
+        latents.expand(len(seeds), -1),
+        code.expand(len(seeds), -1, -1, -1),
+        sampling,
+        step_noise=model.step_noise(seeds, size),
+        start=start,
+        guide=partial(known.guided, plain=options.plain_guidance) if guidance else None,
+        correct=_chain(corrections),
+        callback=callback,
+    )
+
+
+def _noise_in_hole(
+    code: torch.Tensor, clean: torch.Tensor, soft: torch.Tensor, alpha_bar: float, noise: torch.Tensor
+) -> torch.Tensor:
+    """States like the code, but with fresh noise in the hole, and of the variance of a state where the two blend.
+
+    A state is √ᾱ T x_0 + √(1 − ᾱ) ε. Of ε, w is kept and √(1 − w²) T ξ added, with w the soft mask.
+    """
+    signal = alpha_bar**0.5 * clean
+    return signal + soft * (code - signal) + ((1 - alpha_bar) * (1 - soft**2)).sqrt() * noise
+
+
+def _chain(corrections: Sequence[Correction]) -> Correction:
+    def correct(x: torch.Tensor, step: int, denoised) -> torch.Tensor:
+        for correction in corrections:
+            x = correction(x, step, denoised)
+        return x
+
+    return correct
+
+
+@torch.no_grad()
+def super_resolve(
+    model: InftyDiff,
+    images: torch.Tensor,
+    size: Size,
+    seeds: Sequence[int],
+    sampling: SamplingOptions,
+    encoding_step: int | None = None,
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    """Show images at a higher resolution (section 5.3 of the paper): encode them, and decode on a finer lattice.
+
+    The latent alone keeps the content, not every detail. With `encoding_step` sampling starts from a state at that step
+    whose cosine coefficients, as far as the given lattice determines them, are those that DDIM inversion leads the
+    enlarged image to. The finer ones are fresh noise: inverted, they would only return the smooth enlarged image.
+
+    Args:
+        images: (B, C, h, w) in [−1, 1].
+        size: (H, W), at least (h, w).
+        seeds: one per image.
+        sampling: sampler, steps, Wiener filter.
+        encoding_step: step of the process as trained at which sampling starts, or None for noise.
+        callback: called as callback(i, t, x, denoised) after each step, of DDIM inversion, if any, and of sampling.
+    Returns:
+        (B, C, H, W), about [−1, 1].
+    Raises:
+        ValueError: when `size` is smaller than the images.
+    """
+    band = tuple(images.shape[-2:])
+    if size[0] < band[0] or size[1] < band[1]:
+        raise ValueError(f"size is {size}; accepted: at least that of the images, {band}")
+    images = images.to(model.device)
+    latents, state, start = model.encode(images), model.initial_noise(seeds, size), None
+    if encoding_step is not None:
+        schedule = model.process.respaced(sampling.steps).schedule
+        start = schedule.step_until(encoding_step)
+        large = enlarged(images, size)
+        code = model.encode_stochastic(large, latents, sampling.steps, stop=start, callback=callback)
+        alpha_bar = float(schedule.alpha_bar[start])
+        fresh = alpha_bar**0.5 * model.process.mollifier(large) + (1 - alpha_bar) ** 0.5 * state
+        state = join_bands(code, fresh, band)
+    step_noise = model.step_noise(seeds, size)
+    return model.decode(latents, state, sampling, step_noise=step_noise, start=start, callback=callback)
+
+
+def enlarged(images: torch.Tensor, size: Size) -> torch.Tensor:
+    """Images (B, C, H, W) on a finer lattice by bicubic interpolation, in [−1, 1]."""
+    return functional.interpolate(images, size, mode="bicubic", align_corners=False).clamp(-1, 1)
+
+
+def lerp(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Points (N, ...) on the straight line from a to b, both (...), at the weights (N,) of b."""
+    weights = weights.to(a).reshape(-1, *(1,) * a.ndim)
+    return (1 - weights) * a + weights * b
+
+
+def slerp(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Points (N, ...) on the great circle from a to b, both (...), at the parts (N,) of their angle.
+
+    Keeps the variance of noise, which the straight line halves midway. Parallel vectors are joined by that line.
+    """
+    cosine = torch.sum(a.double() * b.double()) / (a.double().norm() * b.double().norm())
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    if not torch.sin(angle) > 1e-6:
+        return lerp(a, b, weights)
+    weights = weights.to(angle).reshape(-1, *(1,) * a.ndim)
+    parts = torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b
+    return (parts / torch.sin(angle)).to(a.dtype)

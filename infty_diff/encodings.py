@@ -1,0 +1,86 @@
+"""The encodings of a data set, computed once and kept beside the run that made them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from configs.schema import DataConfig
+from data.base import ImageDataset
+from data.datasets import open_dataset
+from data.latents import LatentSet
+from data.loader import sequential
+from data.pixels import to_float
+from diffusion.transfer import to_device
+from infty_diff.model import WEIGHTS, InftyDiff
+from runtime.checkpoint import load_weights, save_weights
+from runtime.files import file_digest
+from runtime.processes import ALONE, Processes
+
+log = logging.getLogger(__name__)
+_BATCH = 32
+
+
+def load_or_encode(model: InftyDiff, data: DataConfig, image_run: Path, processes: Processes = ALONE) -> LatentSet:
+    """Encode the training images and their mirror images in float32, or read them from the cache.
+
+    The cache is `<image_run>/latents/<key>.safetensors`; the key is a digest of the weights' file and of the data
+    set, so that training on, or changing the images, encodes anew.
+
+    Args:
+        model: the autoencoder.
+        data: which images; its training split is encoded, mirrored too where training mirrored.
+        image_run: the folder of the autoencoder's run.
+        processes: this process and those that share the work; all get the whole set.
+    """
+    dataset = open_dataset(data, "train")
+    key = {"weights": file_digest(image_run / WEIGHTS), "data": dataset.fingerprint(), "flips": data.random_flip}
+    digest = hashlib.sha256(repr(sorted(key.items())).encode()).hexdigest()
+    path = image_run / "latents" / f"{digest[:16]}.safetensors"
+    names = [dataset.item_name(i) for i in range(len(dataset))]
+    tensors = _cached(path, key)
+    if processes.agree(int(tensors is None)):
+        full = model.in_full_precision()
+        views = [_encode(full, dataset, data, flip, processes) for flip in (False, True)[: 1 + data.random_flip]]
+        mu, logvar = (None if parts[0] is None else torch.stack(parts, dim=1) for parts in zip(*views))
+        tensors = LatentSet.create(mu, logvar, names).to_tensors()
+        if processes.is_first:
+            save_weights(path, tensors, key)
+    else:
+        log.info("latents of %d images from %s", len(dataset), path)
+    return LatentSet.from_tensors({name: tensor.to(model.device) for name, tensor in tensors.items()}, names)
+
+
+def _cached(path: Path, key: dict[str, Any]) -> dict[str, torch.Tensor] | None:
+    """The tensors that the cache holds for `key`, or None."""
+    if not path.exists():
+        return None
+    tensors, header = load_weights(path)
+    return tensors if header == key else None
+
+
+def _encode(
+    model: InftyDiff, dataset: ImageDataset, data: DataConfig, flip: bool, processes: Processes
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One view of the data set: mu (N, D), and logvar of a stochastic encoder or None, on the CPU.
+
+    Each process takes consecutive batches, the same as one process alone would: sizes of batches change the rounding.
+    """
+    total = -(-len(dataset) // _BATCH)
+    first, last = (total * rank // processes.world_size for rank in (processes.rank, processes.rank + 1))
+    share = range(first * _BATCH, min(last * _BATCH, len(dataset)))
+    batches = sequential(dataset, _BATCH, flip=flip, num_workers=data.num_workers, indices=share)
+    name = "encoding mirrored images" if flip else "encoding images"
+    parts = []
+    for images in tqdm(batches, name, last - first, disable=None if processes.is_first else True):
+        parts.append(model.encode_distribution(to_float(to_device(images, model.device))))
+    # Read at the end: a GPU would wait for the next batch while the host waits for this one.
+    parts = [(mu.cpu(), None if logvar is None else logvar.cpu()) for mu, logvar in parts]
+    mu, logvar = zip(*itertools.chain.from_iterable(processes.gather(parts)))
+    return torch.cat(mu), None if logvar[0] is None else torch.cat(logvar)

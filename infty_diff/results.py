@@ -1,0 +1,90 @@
+"""A folder of pictures made from given images: PNGs, a sheet and a report, made once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data.pixels import to_float, to_uint8
+from infty_diff.folder import claim_folder, save_png, whole_png
+from runtime.files import to_json, write_json
+from runtime.run_dir import save_grid
+
+_KEYWORD = "result"  # of the text in each picture's header
+_SHEET_ROWS = 16
+
+
+def digest(*parts: Any) -> str:
+    """Short digest of tensors by their values, and of plain values by their JSON text."""
+    sha = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            sha.update(f"{part.dtype}{tuple(part.shape)}".encode() + part.cpu().contiguous().numpy().tobytes())
+        else:
+            sha.update(json.dumps(part, sort_keys=True, allow_nan=False).encode())
+    return sha.hexdigest()[:16]
+
+
+class Results:
+    """Pictures `NAME.png`, then `sheet.png` and `result.json`; `settings.json` says from the start what is made here.
+
+    Each picture carries in its header what it was made from and what was measured on it, so a picture is there with its
+    row of the report, or not at all; who asks again for the same is not kept waiting.
+
+    Args:
+        folder: made if need be.
+        settings: what all pictures depend on beside the model, plain values.
+        model: what identifies the model, plain values.
+    Raises:
+        ValueError: when the folder holds results of other settings or of another model.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], model: dict[str, str]) -> None:
+        claim_folder(folder, "settings.json", {"settings": settings, "model": model})
+        self.folder, self._report = folder, {**settings, **model}
+        self._rows: dict[str, dict[str, Any]] = {}  # in the order in which pictures were asked for
+        self._tiles: list[torch.Tensor] = []
+
+    def lacks(self, name: str, made_from: str) -> bool:
+        """Whether NAME.png, made from inputs of this digest, must still be made; asked of every picture of a report."""
+        found = whole_png(self.folder / f"{name}.png")
+        stored = json.loads(found[1].get(_KEYWORD, "{}")) if found else {}
+        there = stored.get("made_from") == made_from
+        self._rows[name] = stored["row"] if there else {}
+        return not there
+
+    def add(self, name: str, made_from: str, image: torch.Tensor, row: dict[str, Any]) -> None:
+        """Write an image (C, H, W) in [−1, 1] as NAME.png, with its row of the report."""
+        text = to_json({"made_from": made_from, "row": row})
+        save_png(self.folder / f"{name}.png", to_uint8(image.cpu()), {_KEYWORD: text})
+        self._rows[name] = row
+
+    def show(self, images: Sequence[torch.Tensor], names: Sequence[str] = ()) -> None:
+        """Append a row to the sheet: images (C, H, W), then pictures of the folder by their names."""
+        if len(self._tiles) < _SHEET_ROWS * (len(images) + len(names)):
+            self._tiles += [*images, *map(self._picture, names)]
+
+    def _picture(self, name: str) -> torch.Tensor:
+        with Image.open(self.folder / f"{name}.png") as image:
+            pixels = torch.from_numpy(np.array(image))
+        return to_float(pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1))
+
+    def finish(self, per_row: int) -> dict[str, float]:
+        """Write the sheet, `per_row` images in a row, and the report; return the means of what was measured."""
+        rows = [{"picture": f"{name}.png", **row} for name, row in self._rows.items()]
+        measures: dict[str, list[float]] = {}
+        for row in rows:
+            for key, value in row.items():
+                if isinstance(value, float):
+                    measures.setdefault(key, []).append(value)
+        means = {key: round(sum(values) / len(values), 4) for key, values in measures.items()}
+        save_grid(self.folder / "sheet.png", torch.stack(self._tiles), per_row)
+        write_json(self.folder / "result.json", {**self._report, "mean": means, "results": rows})
+        return means

@@ -1,0 +1,148 @@
+"""The folder of a run: resolved configuration, its history, metrics, pictures, and an optional remote tracker."""
+
+import contextlib
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.utils import save_image
+
+from configs.schema import ImageConfig, LatentConfig
+from runtime.files import plain, to_json, write_atomic, write_json
+from runtime.stored import CONFIG, changes, differences, run_path
+
+log = logging.getLogger(__name__)
+
+
+class RunDir:
+    """Files of one run under `<run.root_dir>/<run.experiment>/`.
+
+    Nothing is written before `start`. Of several processes the first alone calls it, and what follows it.
+
+    `config.json` holds the configuration in force. `history.jsonl` says how it came about, one JSON object a line:
+    {"step": 3, "changed": {"train.amp": [true, false]}} for fields with another value from that step on, old and new;
+    {"step": 0, "init_from": …} for a run that began with the weights of another.
+
+    Args:
+        config: the frozen configuration.
+        resume: continue what is there. Without it an existing run is refused.
+    Raises:
+        ValueError: when the folder holds a run whose configuration differs in a field that shapes the result,
+            or holds a run at all and `resume` is false.
+    """
+
+    def __init__(self, config: ImageConfig | LatentConfig, resume: bool) -> None:
+        self.config = config
+        self.plain_config: dict[str, Any] = plain(asdict(config))
+        self.path = run_path(config)
+        self.checkpoints = self.path / "checkpoints"
+        self._changed: dict[str, tuple[Any, Any]] = {}
+        stored = self.path / CONFIG
+        if stored.exists():
+            if not resume:
+                raise ValueError(
+                    f"run.experiment={config.run.experiment!r}: {self.path} already holds a run; "
+                    "accepted: another name, or train.load_checkpoint=true to continue it"
+                )
+            there = json.loads(stored.read_text())
+            shaping = differences(there, self.plain_config)
+            if shaping:
+                raise ValueError(
+                    f"{self.path} holds a run with another configuration ({'; '.join(shaping)}); "
+                    "accepted: the same values, or another run.experiment"
+                )
+            self._changed = changes(there, self.plain_config)
+        self._metrics = None
+        self._wandb = None
+
+    def start(self, step: int, origin: dict[str, Any] | None = None) -> None:
+        """Write `config.json` and open `metrics.jsonl` to go on from `step`; changed fields are told and kept.
+
+        Lines of metrics past `step`, and a last line half-written by a killed process, are dropped.
+
+        Args:
+            step: steps taken so far.
+            origin: for the history, where the weights come from, if not from this run.
+        """
+        for field, (old, new) in self._changed.items():
+            log.info("%s is %r from step %d on, %r before", field, new, step, old)
+        events = [origin, {"changed": self._changed} if self._changed else None]
+        history = self.path / "history.jsonl"
+        told = history.read_text() if history.exists() else ""
+        told += "".join(to_json({"step": step, **event}) + "\n" for event in events if event)
+        if told:
+            write_atomic(history, lambda temporary: temporary.write_text(told))
+        write_json(self.path / CONFIG, self.plain_config)
+        path = self.path / "metrics.jsonl"
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+        write_atomic(path, lambda temporary: temporary.write_text("".join(kept)))
+        self._metrics = path.open("a", buffering=1)
+        self._start_wandb()
+
+    def _start_wandb(self) -> None:
+        run = self.config.run
+        if run.wandb_mode == "disabled":
+            return
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError(
+                f"run.wandb_mode={run.wandb_mode}: wandb is not installed; accepted: disabled, or pip install wandb"
+            ) from None
+        self._wandb = wandb.init(
+            project=run.name,
+            name=run.experiment,
+            id=run.experiment,
+            resume="allow",
+            mode=run.wandb_mode,
+            dir=run.wandb_dir or str(self.path),
+            config=self.plain_config,
+            allow_val_change=True,
+        )
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Append one line to `metrics.jsonl`, flushed at once; what is not finite is null there."""
+        self._metrics.write(to_json(metrics) + "\n")
+        self._metrics.flush()
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=metrics["step"])
+
+    def save_images(self, step: int, rows: dict[str, torch.Tensor]) -> Path:
+        """Write `images/step_XXXXXXXX.png`: one row a kind of picture.
+
+        Args:
+            rows: name -> (N, C, H, W) in [−1, 1]; all of one size.
+        """
+        path = self.path / "images" / f"step_{step:08d}.png"
+        per_row = max(len(images) for images in rows.values())
+        save_grid(path, torch.cat(list(rows.values())), per_row)
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({"pictures": wandb.Image(str(path), caption=", ".join(rows))}, step=step)
+        return path
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def save_grid(path: Path, images: torch.Tensor, per_row: int) -> None:
+    """Write images (N, C, H, W) in [−1, 1] as one PNG with `per_row` in a row; of 4 channels 3 are shown."""
+    shown = images[:, :3].float().cpu() if images.shape[1] == 4 else images.float().cpu()
+    write_atomic(
+        path,
+        lambda temporary: save_image(
+            shown, temporary, nrow=per_row, normalize=True, value_range=(-1, 1), padding=2, pad_value=1.0, format="png"
+        ),
+    )
