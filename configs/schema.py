@@ -185,6 +185,12 @@ class DiffusionConfig:
     )
     loss_type: str = option("mse", "loss on the prediction", choices=("mse", "l1"), shapes=True)
     model_mean_type: str = option("mollified_epsilon", "what the network predicts", choices=PREDICTIONS, shapes=True)
+    final_estimate: str = option(
+        "auto",
+        "where images come from in the end: network = its x_0, which only xstart predicts; filter = the Wiener filter; "
+        "auto = network for xstart, filter for others",
+        choices=("auto", "network", "filter"),
+    )
     gaussian_filter_std: float = option(
         1.0, "mollifier width in pixels of the training lattice; 0 = white noise", low=0.0,
         shapes=True,

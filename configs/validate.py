@@ -155,6 +155,14 @@ def _image_faults(config: ImageConfig, name: str) -> list[str]:
         mc.q_sample,
         f"{model.knn_neighbours} (model.knn_neighbours) to {height * width} (data.img_size x data.img_width)",
     )
+    diffusion = config.diffusion
+    _check(
+        faults,
+        diffusion.final_estimate != "network" or diffusion.model_mean_type == "xstart",
+        f"{name}.diffusion.final_estimate",
+        diffusion.final_estimate,
+        f"auto or filter with diffusion.model_mean_type={diffusion.model_mean_type}; only xstart predicts the image",
+    )
     return faults
 
 

@@ -8,7 +8,7 @@ by the current estimate of the sampler (`Known.guided`), or before there is one 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,14 +25,15 @@ _SURE = 0.99  # part of its Gaussian weight that a mollified pixel has from know
 class Guided(Denoised):
     """Estimates, and the direction in which they move away from the known pixels, shaped like x_t."""
 
-    gradient: torch.Tensor
+    gradient: torch.Tensor = field(kw_only=True)
 
 
 @dataclass(frozen=True)
 class Known:
     """The known part of images: pixels `image` (B or 1, C, H, W), read only where `mask`, bool (H, W), is true.
 
-    process: that of the sampler. deblur: undoes its mollifier, up to a filter, on (B, C, H, W).
+    process: that of the sampler. deblur: undoes its mollifier, up to a filter, on (B, C, H, W), where a denoiser gives
+    no `Denoised.sharp`.
     Raises ValueError if the mask has another size, or no or only known pixels.
     """
 
@@ -49,10 +50,11 @@ class Known:
 
             gradient = √ᾱ_t T Tᵗ ∇_{x_t} ‖m ⊙ (μ̃_0(x_t, t) - T x̄)‖².
 
-        The norm is summed over pixels and channels; x̄ is completed inside the hole by the deblurred estimate, and T x̄
-        counts as constant. T Tᵗ ∇ is the gradient in the Cameron-Martin space of T ξ: states vary in the range of T,
-        and ∇ has an edge where the mask has one. √ᾱ_t is the weight of Ho et al.; ∇ contains 1/√ᾱ_t, 20000 at the first
-        step, which multiplies the errors of a network. Gradients are switched on inside, whatever the caller does.
+        The norm is summed over pixels and channels; x̄ is completed inside the hole by the sharp or
+        deblurred estimate, and T x̄ counts as constant. T Tᵗ ∇ is the gradient in the Cameron-Martin space of T ξ:
+        states vary in the range of T, and ∇ has an edge where the mask has one. √ᾱ_t is the weight of Ho et al.; ∇
+        contains 1/√ᾱ_t, 20000 at the first step, which multiplies the errors of a network. Gradients are switched on
+        inside, whatever the caller does.
         plain: ∇ alone, as the paper prints it; a network then takes a very small λ.
         """
 
@@ -61,12 +63,14 @@ class Known:
             with torch.enable_grad():
                 x_t = x_t.detach().requires_grad_()
                 denoised = denoise(x_t, t)
-                target = mollifier(self.completed(self.deblur(denoised.x_0.detach())))
+                fixed = _detached(denoised)
+                sharp = self.deblur(fixed.x_0) if fixed.sharp is None else fixed.sharp
+                target = mollifier(self.completed(sharp))
                 missed = self.mask * (denoised.x_0 - target)
                 (gradient,) = torch.autograd.grad(missed.square().sum(), x_t)
             if not plain:
                 gradient = self.process.schedule.at("sqrt_alpha_bar", t, x_t) * mollifier(mollifier(gradient))
-            return Guided(denoised.x_0.detach(), denoised.eps.detach(), denoised.log_variance.detach(), gradient)
+            return Guided(fixed.x_0, fixed.eps, fixed.log_variance, fixed.sharp, gradient=gradient)
 
         return denoise_and_compare
 
@@ -85,6 +89,11 @@ class Known:
         for _ in range(2):  # shrink to where T x̄ is known, and again by as much as T will widen it
             weights = (mollifier(weights) >= _SURE).float()
         return mollifier(weights).clamp(0, 1)
+
+
+def _detached(denoised: Denoised) -> Denoised:
+    values = denoised.x_0, denoised.eps, denoised.log_variance, denoised.sharp
+    return Denoised(*(value if value is None else value.detach() for value in values))
 
 
 def descend(scale: float) -> Callable[[torch.Tensor, int, Guided], torch.Tensor]:

@@ -20,6 +20,7 @@ def build_image_process(config: ImageConfig) -> DiffusionProcess:
         mollifier=Mollifier(diffusion.gaussian_filter_std, config.size, kind=diffusion.mollifier_type),
         prediction=Prediction(diffusion.model_mean_type),
         variance=_variance(config.model.learn_sigma, config.model.sigma_small),
+        keep_sharp=diffusion.final_estimate != "filter",
     )
 
 

@@ -48,11 +48,13 @@ class Denoised:
 
     x_0, eps: the mollified estimates T x̂_0 and T ξ̂, shaped like x_t.
     log_variance: log σ_t² of the reverse step, (B, 1, ...) or, learned, shaped like x_t.
+    sharp: x̂_0 itself where the network predicts it, and else None: to find it from T x̂_0 takes a Wiener filter.
     """
 
     x_0: torch.Tensor
     eps: torch.Tensor
     log_variance: torch.Tensor
+    sharp: torch.Tensor | None = None
 
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor], Denoised]  # (x_t, t int64 (B,)) -> Denoised
@@ -60,12 +62,21 @@ Denoiser = Callable[[torch.Tensor, torch.Tensor], Denoised]  # (x_t, t int64 (B,
 
 @dataclass(frozen=True)
 class DiffusionProcess:
-    """A schedule, a mollifier, and the meaning of the network's output. Steps t are int64 (B,), 0 the cleanest."""
+    """A schedule, a mollifier, and the meaning of the network's output. Steps t are int64 (B,), 0 the cleanest.
+
+    keep_sharp: give a predicted x_0 as `Denoised.sharp` too.
+    """
 
     schedule: Schedule
     mollifier: Mollifier
     prediction: Prediction
     variance: Variance = Variance.FIXED_LARGE
+    keep_sharp: bool = True
+
+    @property
+    def gives_sharp(self) -> bool:
+        """Whether estimates have a `Denoised.sharp`."""
+        return self.keep_sharp and self.prediction is Prediction.X0
 
     def respaced(self, kept: str | Iterable[int]) -> DiffusionProcess:
         """The same process on a subset of its steps, see `Schedule.respace`."""
@@ -114,8 +125,11 @@ class DiffusionProcess:
         """
         prediction, raw_variance = self.split(output, axis=1)
         signal, noise = self._amplitudes(t, x_t)
+        sharp = None
         if self.prediction is Prediction.X0:
-            x_0 = self.mollifier(prediction.clamp(-1, 1) if clip else prediction)
+            prediction = prediction.clamp(-1, 1) if clip else prediction
+            x_0 = self.mollifier(prediction)
+            sharp = prediction.to(x_t.dtype) if self.keep_sharp else None
         else:
             if self.prediction is Prediction.V:
                 x_0 = signal * x_t - noise * self.mollifier(prediction)
@@ -124,7 +138,7 @@ class DiffusionProcess:
                 x_0 = (x_t - noise * (prediction if mollified else self.mollifier(prediction))) / signal
             x_0 = x_0.clamp(-1, 1) if clip else x_0
         eps = (x_t - signal * x_0) / noise
-        return Denoised(x_0.to(x_t.dtype), eps.to(x_t.dtype), self.log_variance(raw_variance, t, x_t))
+        return Denoised(x_0.to(x_t.dtype), eps.to(x_t.dtype), self.log_variance(raw_variance, t, x_t), sharp)
 
     def split(self, output: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Split a network's output into the prediction and the raw learned variance, None if variances are fixed.

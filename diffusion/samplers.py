@@ -21,6 +21,19 @@ Callback = Callable[[int, int, torch.Tensor, Denoised], None]
 Correction = Callable[[torch.Tensor, int, Denoised], torch.Tensor]
 
 
+class LastEstimate:
+    """A callback that keeps the estimates of the last step as `denoised`, and hands every step on to another one."""
+
+    denoised: Denoised
+
+    def __init__(self, callback: Callback | None = None) -> None:
+        self._callback = callback
+
+    def __call__(self, i: int, t: int, x: torch.Tensor, denoised: Denoised) -> None:
+        self.denoised = denoised
+        _report(self._callback, i, t, x, denoised)
+
+
 def ancestral_step(
     process: DiffusionProcess,
     denoised: Denoised,

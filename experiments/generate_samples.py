@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import flags
 
 from configs.schema import ImageConfig, LatentConfig
+from diffusion.process import DiffusionProcess, Prediction
 from infty_diff.folder import FolderOptions, draw_folder, parse_seeds, parse_size
 from infty_diff.model import SAMPLERS, WEIGHTS, InftyDiff, SamplingOptions
 from runtime.command import Command, readable_errors
@@ -51,18 +52,19 @@ def main(configs: dict[str, Any], _: dict[str, list[str]], processes: Processes)
             size or model.config.size, sampling, FLAGS.latent_sampling_steps, FLAGS.sample_batch_size, FLAGS.save_raw
         )
         provenance = {"image_run": file_digest(image_run / WEIGHTS), "latent_run": file_digest(latent_run / WEIGHTS)}
-        out_dir = Path(FLAGS.out_dir) if FLAGS.out_dir else latent_run / "samples" / folder_name(options)
+        out_dir = Path(FLAGS.out_dir) if FLAGS.out_dir else latent_run / "samples" / folder_name(options, model.process)
         drawn = draw_folder(model, out_dir, seeds, options, provenance, processes)
     if processes.is_first:
         print(f"{drawn} images drawn, {len(seeds) - drawn} were there: {out_dir}")
 
 
-def folder_name(options: FolderOptions) -> str:
+def folder_name(options: FolderOptions, process: DiffusionProcess) -> str:
     """Name a folder of samples after its settings, e.g. 192x320_ddim100."""
     sampling = options.sampling
     name = f"{options.size[0]}x{options.size[1]}_{sampling.sampler}{sampling.steps.replace(',', '-')}"
     name += f"_eta{sampling.eta:g}" if sampling.eta else ""
     name += f"_snr{sampling.inv_snr:g}" if sampling.inv_snr != SamplingOptions.inv_snr else ""
+    name += "_filter" if process.prediction is Prediction.X0 and not process.keep_sharp else ""
     return name + (f"_latent{options.latent_steps.replace(',', '-')}" if options.latent_steps else "")
 
 

@@ -96,7 +96,7 @@ def inpaint(
     guidance = options.guidance
     corrections: list[Correction] = [descend(guidance)] if guidance else []
     corrections += [follow(states, soft)] if options.follow else []
-    return model.decode(
+    results = model.decode(
         latents.expand(len(seeds), -1),
         code.expand(len(seeds), -1, -1, -1),
         sampling,
@@ -106,6 +106,9 @@ def inpaint(
         correct=_chain(corrections),
         callback=callback,
     )
+    if options.follow and process.gives_sharp:  # states hold what T leaves of known pixels, the network adds its own
+        results = results + soft * (seen - results)
+    return results
 
 
 def _noise_in_hole(

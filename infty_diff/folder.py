@@ -19,6 +19,7 @@ from tqdm import tqdm
 from data.pixels import to_float, to_uint8
 from diffusion.coordinates import Size
 from diffusion.process import DiffusionProcess
+from diffusion.samplers import LastEstimate
 from infty_diff.model import InftyDiff, SamplingOptions
 from runtime.files import plain, write_atomic, write_json
 from runtime.processes import ALONE, Processes
@@ -66,6 +67,7 @@ def draw_folder(
         ValueError: when the folder was made with other settings or another model.
     """
     settings = {"size": list(options.size), "sampling": asdict(options.sampling), "latent_steps": options.latent_steps}
+    settings |= final_estimate(model.process)
     check_steps(model.process, options.sampling.steps, "sampling_steps")
     if model.prior is not None and options.latent_steps is not None:
         check_steps(model.prior.process, options.latent_steps, "latent_sampling_steps")
@@ -90,6 +92,11 @@ def draw_folder(
     return len(missing)
 
 
+def final_estimate(process: DiffusionProcess) -> dict[str, str]:
+    """What the settings of a folder say of how its images are found; nothing where a filter finds them."""
+    return {"final_estimate": "network"} if process.gives_sharp else {}
+
+
 def check_steps(process: DiffusionProcess, steps: str, flag: str) -> None:
     """Refuse steps that a process does not have, before anything is written; ValueError naming `flag`."""
     try:
@@ -99,8 +106,9 @@ def check_steps(process: DiffusionProcess, steps: str, flag: str) -> None:
 
 
 def _draw_batch(model: InftyDiff, out_dir: Path, seeds: list[int], options: FolderOptions) -> None:
-    mollified = model.sample(seeds, options.size, options.sampling, latent_steps=options.latent_steps, deblur=False)
-    images = to_uint8(model.deblur(mollified, options.sampling.inv_snr)).cpu()
+    last, steps = LastEstimate(), options.latent_steps
+    mollified = model.sample(seeds, options.size, options.sampling, latent_steps=steps, deblur=False, callback=last)
+    images = to_uint8(model.sharpened(mollified, last.denoised, options.sampling.inv_snr)).cpu()
     for seed, raw, image in zip(seeds, mollified.cpu(), images):
         if options.save_raw:
             write_atomic(_raw_path(out_dir, seed), lambda path, raw=raw: _save_npy(path, raw))

@@ -13,9 +13,9 @@ from configs.schema import ImageConfig, LatentConfig
 from diffusion.coordinates import Points, Size, gather_points, image_to_points, points_to_image
 from diffusion.factory import build_image_process
 from diffusion.noise import function_noise
-from diffusion.process import Denoiser
+from diffusion.process import Denoised, Denoiser
 from diffusion.random import Purpose, key
-from diffusion.samplers import Callback, Correction, ancestral, ddim, ddim_invert, dpmpp
+from diffusion.samplers import Callback, Correction, LastEstimate, ancestral, ddim, ddim_invert, dpmpp
 from infty_diff.cast_weights import cast_weights
 from infty_diff.latent_prior import LatentPrior
 from models.factory import build_denoiser, build_encoder, for_evaluation
@@ -32,8 +32,9 @@ class SamplingOptions:
 
     steps: step subset, "100", "ddim50", "10,15,20" or "logsnr20"; by default 100, and 20 for "dpmpp", which takes a
     mere number as that many steps even in log-SNR. sampler: "ddim", "ddpm" or "dpmpp". eta: noise of DDIM, in [0, 1].
-    inv_snr: inverse signal-to-noise ratio of the Wiener filter that undoes the mollifier. clip: keep estimates of the
-    clean image in [−1, 1]; without it DDIM inverts `encode_stochastic` exactly in the limit of many steps.
+    inv_snr: inverse signal-to-noise ratio of the Wiener filter that undoes the mollifier, where the network does not
+    predict the image itself. clip: keep estimates of the clean image in [−1, 1]; without it DDIM inverts
+    `encode_stochastic` exactly in the limit of many steps.
     """
 
     steps: str | None = None
@@ -198,7 +199,7 @@ class InftyDiff:
             step_noise: returns mollified noise for the steps of a stochastic sampler.
             start: the step of the subset at which `noise` is the state, by default the last.
             guide, correct: wrap the denoiser, and correct each state (see `diffusion.conditioning`).
-            deblur: undo the mollifier by the Wiener filter; else the mollified images are returned.
+            deblur: undo the mollifier, see `sharpened`; else the mollified images are returned.
             callback: called as callback(i, t, x, denoised) after each step.
         Returns:
             (B, C, H, W), float32, about [−1, 1].
@@ -207,14 +208,15 @@ class InftyDiff:
         process = self.process.respaced(options.steps)
         denoise = self.denoiser_at(latents, tuple(noise.shape[-2:]), options.steps, options.clip)
         denoise = denoise if guide is None else guide(denoise)
-        hooks = {"start": start, "correct": correct, "callback": callback}
+        last = LastEstimate(callback)
+        hooks = {"start": start, "correct": correct, "callback": last}
         if options.sampler == "ddpm":
             x = ancestral(denoise, noise, process, step_noise, **hooks)
         elif options.sampler == "dpmpp":
             x = dpmpp(denoise, noise, process, **hooks)
         else:
             x = ddim(denoise, noise, process, eta=options.eta, noise=step_noise, **hooks)
-        return self.deblur(x, options.inv_snr) if deblur else x
+        return self.sharpened(x, last.denoised, options.inv_snr) if deblur else x
 
     @torch.no_grad()
     def sample(
@@ -258,6 +260,21 @@ class InftyDiff:
     def _noise(self, seeds: Sequence[int], size: Size, purpose: Purpose, *indices: int) -> torch.Tensor:
         keys = [key(seed, purpose, *indices) for seed in seeds]
         return self.process.mollifier.noise(function_noise(keys, self.config.data.channels, size, self.device))
+
+    def sharpened(self, x: torch.Tensor, last: Denoised, inv_snr: float = 0.05) -> torch.Tensor:
+        """The images (B, C, H, W) that a sampler's result x stands for.
+
+        Where the network predicts x_0, they are its last x̂_0, to which no filter W is applied:
+
+            x̂_0 + W (x - T x̂_0).
+
+        The difference is what a correction of the last state added, and zero without one. For other predictions they
+        are W x.
+        last: the estimates of the last step (see `LastEstimate`).
+        """
+        if last.sharp is None:
+            return self.deblur(x, inv_snr)
+        return last.sharp + self.deblur(x - last.x_0, inv_snr)
 
     def deblur(self, x: torch.Tensor, inv_snr: float = 0.05) -> torch.Tensor:
         """Undo the mollifier by the Wiener filter.

@@ -114,7 +114,8 @@ def relocate(stored: Config, given: Config, overridden: list[str], where: str) -
         overridden: the fields set on the command line, "section.field"; others keep their stored value.
         where: the run, for the message.
     Raises:
-        ConfigError: when the command line contradicts how the run was trained, with a line for each field.
+        ConfigError: when the command line contradicts how the run was trained, with a line for each field, or the two
+            do not fit together.
     """
     faults = []
     run = dataclasses.replace(given.run, seed=stored.run.seed)
@@ -128,7 +129,7 @@ def relocate(stored: Config, given: Config, overridden: list[str], where: str) -
             faults.append(f"{path}={value!r}: {where} was trained with {trained!r}; accepted: that value, or none")
     if faults:
         raise ConfigError(faults)
-    return dataclasses.replace(stored, run=run)
+    return freeze(ConfigDict(dataclasses.asdict(dataclasses.replace(stored, run=run))), type(stored))
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -96,7 +96,7 @@ def test_a_field_shapes_in_both_stages_or_in_none():
     assert not any(name.startswith("optimizer.") for name in SHAPING)
     assert {name for name in SHAPING if name.startswith("train.")} == {"train.init_from"}
     free = {name for name in flags if name.startswith(("model.", "diffusion.", "mc_integral.")) and name not in SHAPING}
-    assert free == {"model.backend", "model.attention", "model.tile_points"}
+    assert free == {"model.backend", "model.attention", "model.tile_points", "diffusion.final_estimate"}
 
 
 def test_a_state_of_another_version_is_one_line(tmp_path):

@@ -17,6 +17,7 @@ from diffusion import losses
 from diffusion.coordinates import CONVENTIONS, Points, gather_points
 from diffusion.factory import build_image_process
 from diffusion.random import Purpose, stream
+from diffusion.samplers import LastEstimate
 from diffusion.subsets import draw_points
 from diffusion.transfer import to_device
 from infty_diff.cast_weights import cast_weights
@@ -172,8 +173,10 @@ class ImageStage:
         images = self.shown.to(self.device)
         noise = model.initial_noise(range(len(images)), self.config.size)
         options = SamplingOptions(steps=self.config.train.plot_sampling_steps)
-        mollified = model.decode(model.encode(images), noise, options, deblur=False)
-        return {"images": images, "mollified": mollified, "deblurred": model.deblur(mollified)}
+        last = LastEstimate()
+        mollified = model.decode(model.encode(images), noise, options, deblur=False, callback=last)
+        deblurred = model.sharpened(mollified, last.denoised)
+        return {"images": images, "mollified": mollified, "deblurred": deblurred}
 
     def weights(self, averaged: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
         """The averaged weights of both networks, as `InftyDiff.from_runs` reads them."""

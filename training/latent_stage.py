@@ -13,6 +13,7 @@ from data.latents import LatentSet
 from data.loader import index_batches
 from diffusion import losses
 from diffusion.random import Purpose, stream
+from diffusion.samplers import LastEstimate
 from diffusion.transfer import to_device
 from infty_diff.latent_prior import LatentPrior
 from infty_diff.model import InftyDiff, SamplingOptions
@@ -114,8 +115,9 @@ class LatentStage:
         seeds, size = range(self.config.train.sample_size), self.decoder.config.size
         latents = self._prior(averaged["latent_model"]).sample(seeds)
         options = SamplingOptions(steps=self.config.train.plot_sampling_steps)
-        mollified = self.decoder.decode(latents, self.decoder.initial_noise(seeds, size), options, deblur=False)
-        return {"mollified": mollified, "deblurred": self.decoder.deblur(mollified)}
+        last, noise = LastEstimate(), self.decoder.initial_noise(seeds, size)
+        mollified = self.decoder.decode(latents, noise, options, deblur=False, callback=last)
+        return {"mollified": mollified, "deblurred": self.decoder.sharpened(mollified, last.denoised)}
 
     def weights(self, averaged: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
         """The averaged network and the latents' statistics, as `InftyDiff.from_runs` reads them."""

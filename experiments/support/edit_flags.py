@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.coordinates import Size
+from diffusion.factory import build_image_process
 from experiments.support.inputs import Inputs, open_inputs
-from infty_diff.folder import check_steps, parse_size
+from infty_diff.folder import check_steps, final_estimate, parse_size
 from infty_diff.model import SAMPLERS, WEIGHTS, InftyDiff, SamplingOptions
 from infty_diff.results import Results, digest
 from metrics.similarity import SSIM_WINDOW, PairDistance, psnr, ssim
@@ -74,7 +75,7 @@ def open_results(
         latent_run: of the sampler, where one is needed.
     """
     source = str(Path(FLAGS.input).expanduser().resolve()) if FLAGS.input else f"split {FLAGS.split}"
-    settings = {"input": source, "sampling": asdict(sampling), **settings}
+    settings = {"input": source, "sampling": asdict(sampling), **settings} | final_estimate(build_image_process(config))
     runs = {"image_run": run_path(config), **({"latent_run": latent_run} if latent_run else {})}
     model = {name: file_digest(run / WEIGHTS) for name, run in runs.items()}
     default = f"{PurePath(FLAGS.input).stem if FLAGS.input else FLAGS.split}-{digest(settings, model)[:8]}"
