@@ -10,6 +10,8 @@ from typing import Any
 
 SCHEDULES = ("cosine", "linear", "shifted_cosine", "const<beta>")
 PREDICTIONS = ("mollified_epsilon", "epsilon", "xstart", "v")
+RATE_SCHEDULES = ("constant", "cosine", "inverse_sqrt")
+LOSS_WEIGHTS = ("none", "min_snr")
 
 
 def option(
@@ -184,6 +186,11 @@ class DiffusionConfig:
         shapes=True,
     )
     loss_type: str = option("mse", "loss on the prediction", choices=("mse", "l1"), shapes=True)
+    loss_weight: str = option(
+        "none", "weight of the loss by step; min_snr = min(SNR, min_snr_gamma) on the error of x_0",
+        choices=LOSS_WEIGHTS, shapes=True,
+    )
+    min_snr_gamma: float = option(5.0, "largest weight of min_snr", low=0.0, shapes=True)
     model_mean_type: str = option("mollified_epsilon", "what the network predicts", choices=PREDICTIONS, shapes=True)
     final_estimate: str = option(
         "auto",
@@ -215,6 +222,11 @@ class LatentDiffusionConfig:
         shapes=True,
     )
     loss_type: str = option("l1", "loss on the prediction", choices=("mse", "l1"), shapes=True)
+    loss_weight: str = option(
+        "none", "weight of the loss by step; min_snr = min(SNR, min_snr_gamma) on the error of x_0",
+        choices=LOSS_WEIGHTS, shapes=True,
+    )
+    min_snr_gamma: float = option(5.0, "largest weight of min_snr", low=0.0, shapes=True)
     model_mean_type: str = option(
         "epsilon", "what the network predicts", choices=("epsilon", "xstart", "v"), shapes=True
     )
@@ -237,6 +249,12 @@ class OptimizerConfig:
     adam_beta2: float = option(0.99, "Adam second-moment decay", low=0.0, high=0.9999999)
     weight_decay: float = option(0.0, "decoupled weight decay (AdamW)", low=0.0)
     warmup_steps: int = option(0, "steps of linear learning-rate warm-up", low=0)
+    schedule: str = option(
+        "constant",
+        "learning rate after the warm-up; cosine = to 0 at train.steps; inverse_sqrt = by 1/sqrt(step)",
+        choices=RATE_SCHEDULES,
+    )
+    schedule_ref_steps: int = option(1000, "steps at the full rate before inverse_sqrt lowers it", low=1)
     gradient_skip: bool = option(False, "skip steps with a large gradient norm")
     gradient_skip_threshold: float = option(500.0, "gradient norm from which a step is skipped", low=0.0)
     max_nonfinite_steps: int = option(

@@ -121,6 +121,8 @@ def _run_faults(config: ImageConfig | LatentConfig, name: str) -> list[str]:
         config.optimizer.learning_rate,
         "a number > 0",
     )
+    gamma = config.diffusion.min_snr_gamma
+    _check(faults, gamma > 0, f"{name}.diffusion.min_snr_gamma", gamma, "a number > 0")
     faults += _schedule_faults(config.diffusion.noise_schedule, f"{name}.diffusion.noise_schedule")
     return faults
 

@@ -39,6 +39,20 @@ def l1(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 LOSSES: dict[str, Loss] = {"mse": mse, "l1": l1}
 
 
+def min_snr_weight(process: DiffusionProcess, t: torch.Tensor, gamma: float, loss_type: str = "mse") -> torch.Tensor:
+    """Weights (B,), float64, of the losses at steps t, after Hang et al. 2023 (min-SNR-γ), with SNR = ᾱ / (1 - ᾱ):
+
+        min(SNR, γ)  for a predicted x_0,   min(SNR, γ) / SNR  for ξ and Tξ,   min(SNR, γ) / (SNR + 1)  for v.
+
+    Then an error in x_0 at a fixed state weighs min(SNR, γ), whatever the network predicts.
+    gamma: γ > 0. loss_type: a name in `LOSSES`; "l1", a loss of first degree, takes the roots of these weights.
+    """
+    like = torch.empty(0, dtype=torch.float64, device=t.device)
+    snr = process.schedule.at("log_snr", t, like).exp()
+    weight = snr.clamp(max=gamma) * _x_0_per_target(process, t, like).square()
+    return weight.sqrt() if loss_type == "l1" else weight
+
+
 def multiscale(
     loss: Loss,
     prediction: torch.Tensor,

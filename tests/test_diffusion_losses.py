@@ -13,6 +13,7 @@ from diffusion.losses import (
     kl_standard_normal,
     l1,
     log_probability_8bit,
+    min_snr_weight,
     mse,
     multiscale,
     variational_bound,
@@ -27,6 +28,47 @@ def test_per_sample_means():
     torch.testing.assert_close(mse(a, b), torch.stack([((a[i] - b[i]) ** 2).mean() for i in range(3)]))
     torch.testing.assert_close(l1(a, b), torch.stack([(a[i] - b[i]).abs().mean() for i in range(3)]))
     assert mse(torch.full((1, 9), 300.0).half(), torch.zeros(1, 9).half()).item() == 90000  # beyond float16
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "const0.008", "shifted_cosine"])
+def test_min_snr_weights_are_those_of_the_paper(schedule):
+    """Hang et al. 2023, eq. (9) and after it, in exact arithmetic of ᾱ; for ξ it is γ / SNR, at most 1."""
+    noise = Schedule.create(schedule, 100, resolution=128)
+    t = torch.arange(100)
+    expected = {prediction: [] for prediction in Prediction}
+    for alpha_bar in noise.alpha_bar.tolist():
+        snr = alpha_bar / (1 - alpha_bar)
+        expected[Prediction.X0].append(min(snr, 5.0))
+        expected[Prediction.EPS].append(min(1.0, 5.0 / snr))
+        expected[Prediction.MOLLIFIED_EPS].append(min(1.0, 5.0 / snr))
+        expected[Prediction.V].append(min(snr, 5.0) / (snr + 1))
+    for prediction, weights in expected.items():
+        process = DiffusionProcess(noise, Mollifier(1.0, (8, 8)), prediction)
+        found, wanted = min_snr_weight(process, t, 5.0), torch.tensor(weights, dtype=torch.float64)
+        assert found.shape == (100,) and found.dtype == torch.float64
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+        torch.testing.assert_close(min_snr_weight(process, t, 5.0, "l1"), wanted.sqrt(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("loss", "name"), [(mse, "mse"), (l1, "l1")])
+def test_the_weighted_loss_of_an_error_in_x_0_is_the_same_for_all_predictions(loss, name):
+    """Without T, where an error in x_0 at a fixed state is one of each predicted quantity: by `training_pair`."""
+    generator = torch.Generator().manual_seed(0)
+    x_0, error, white = torch.randn(3, 6, 2, 5, 7, generator=generator, dtype=torch.float64)
+    t = torch.tensor([0, 3, 20, 50, 90, 99])
+    schedule, found = Schedule.create("cosine", 100), []
+    for prediction in Prediction:
+        process = DiffusionProcess(schedule, IDENTITY, prediction)
+        x_t, target = process.training_pair(x_0, t, white)
+        a = schedule.alpha_bar[t].reshape(-1, 1, 1, 1)
+        other_white = (x_t - a.sqrt() * (x_0 + error)) / (1 - a).sqrt()  # that of x_0 + error in the same state
+        wrong_state, wrong = process.training_pair(x_0 + error, t, other_white)
+        torch.testing.assert_close(wrong_state, x_t)
+        found.append(min_snr_weight(process, t, 5.0, name) * loss(wrong, target))
+    snr = schedule.alpha_bar[t] / (1 - schedule.alpha_bar[t])
+    weight = snr.clamp(max=5) if name == "mse" else snr.clamp(max=5).sqrt()
+    for values in found:
+        torch.testing.assert_close(values, weight * loss(x_0 + error, x_0), rtol=1e-6, atol=1e-12)
 
 
 def test_kl_divergences():

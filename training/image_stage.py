@@ -123,6 +123,9 @@ class ImageStage:
         prediction, raw_variance = self.process.split(output.float(), axis=2)
         target = gather_points(target, seen)
         base = self._base_loss(prediction, target, seen)
+        diffusion = self.config.diffusion
+        if diffusion.loss_weight == "min_snr":
+            base = base * losses.min_snr_weight(self.process, t, diffusion.min_snr_gamma, diffusion.loss_type).float()
         if raw_variance is None:
             return base, none, kld
         log_variance = self.process.log_variance(raw_variance, t, target)

@@ -91,7 +91,10 @@ class LatentStage:
         x_t, target = self.process.training_pair(x_0, t, noise)
         output = model(x_t, self.process.schedule.network_time(t)).float()
         prediction, raw_variance = self.process.split(output, axis=1)
-        base = losses.LOSSES[self.config.diffusion.loss_type](prediction, target)
+        diffusion = self.config.diffusion
+        base = losses.LOSSES[diffusion.loss_type](prediction, target)
+        if diffusion.loss_weight == "min_snr":
+            base = base * losses.min_snr_weight(self.process, t, diffusion.min_snr_gamma, diffusion.loss_type).float()
         if raw_variance is None:
             return base, 0.0
         log_variance = self.process.log_variance(raw_variance, t, target)

@@ -44,6 +44,7 @@ from training.guard import StepGuard
 from training.init_from import take_over
 from training.means import Means
 from training.parallel import data_parallel
+from training.rates import rate_factor
 
 log = logging.getLogger(__name__)
 # What a training state holds beside the configuration and the versions.
@@ -181,8 +182,9 @@ class Trainer:
         indices = self.step, self.processes.rank
         generator = stream(run.seed, Purpose.STEP, *indices, device=self.device)
         seed_global(run.seed, Purpose.DROPOUT, *indices, device=self.device)
+        part = rate_factor(optim.schedule, self.step, train.steps, optim.warmup_steps, optim.schedule_ref_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = optim.learning_rate * min(1.0, (self.step + 1) / max(optim.warmup_steps, 1))
+            group["lr"] = optim.learning_rate * part
 
         with self.precision.autocast():
             loss_of = self.parallel or self.stage.loss
