@@ -36,7 +36,7 @@ ALLOWED = {
 }  # fmt: skip
 TRAINER = {"runtime.processes", "configs.schema", "runtime.stored", "diffusion.random", "diffusion.transfer",
            "training.acceleration", "runtime.checkpoint", "training.ema", "training.guard", "training.init_from",
-           "training.means", "training.parallel", "runtime.precision", "runtime.run_dir",
+           "training.means", "training.parallel", "runtime.precision", "training.rates", "runtime.run_dir",
            "runtime.signals"}  # fmt: skip
 
 
