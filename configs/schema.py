@@ -48,9 +48,12 @@ class RunConfig:
 @dataclass(frozen=True)
 class DataConfig:
     name: str = option(
-        "functions", "kind of data", choices=("functions", "folder", "ffhq", "celeba", "churches"), shapes=True
+        "functions",
+        "kind of data",
+        choices=("functions", "folder", "ffhq", "fashion_mnist", "celeba", "churches"),
+        shapes=True,
     )
-    root_dir: str = option("", "folder, zip or LMDB of the images; unused for procedural functions")
+    root_dir: str = option("", "folder, zip, LMDB or .npz of the images; unused for procedural functions")
     img_size: int = option(256, "height of the training lattice in pixels", low=4, shapes=True)
     img_width: int = option(256, "width of the training lattice in pixels", low=4, derived="data.img_size", shapes=True)
     channels: int = option(3, "image channels", choices=(1, 3, 4), shapes=True)

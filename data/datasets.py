@@ -5,6 +5,7 @@
 | functions | unused | functions 0 ... num_images-1 of data.seed | val_ratio·num_images others |
 | folder | folder or zip | all others | about val_ratio of the images, by a hash of their names |
 | ffhq | folder or zip | image number < 60000 | image number >= 60000 |
+| fashion_mnist | .npz, or folder of the idx file | all others of its training images | as for folder |
 | celeba | folder (split.json beside the images is used if present) or zip | number < 27000 | number >= 27000 |
 | churches | LSUN's LMDB folders, or one LMDB, folder or zip | church_outdoor_train | church_outdoor_val |
 
@@ -29,6 +30,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data.base import ImageDataset, check_lattice
+from data.fashion_mnist import ACCEPTED, FashionImages, index_name, read_fashion_mnist
 from data.functions import FunctionImages
 from data.images import ImageFiles, ImageSource, can_be_used, existing_path, open_source
 from data.lsun import LsunSource, is_lmdb
@@ -89,6 +91,12 @@ def _ffhq(cfg: Any, split: str) -> ImageDataset:
     return _files(cfg, source, parts or _fallback(cfg, source, f"numbers on both sides of {FFHQ_TRAINING}"), split)
 
 
+def _fashion_mnist(cfg: Any, split: str) -> ImageDataset:
+    images = read_fashion_mnist(existing_path(cfg.root_dir, accepted=ACCEPTED))
+    parts = hashed_split([index_name(i) for i in range(len(images))], cfg.val_ratio)
+    return FashionImages(images, _chosen(cfg, parts, split), _size(cfg), cfg.channels, split=split)
+
+
 def _celeba(cfg: Any, split: str) -> ImageDataset:
     root = existing_path(cfg.root_dir)
     sized = root / str(cfg.img_size)  # one folder per size beside split.json is the authors' layout
@@ -125,16 +133,21 @@ def _churches(cfg: Any, split: str) -> ImageDataset:
 
 
 _OPENERS: dict[str, Callable[[Any, str], ImageDataset]] = {
-    "functions": _functions, "folder": _folder, "ffhq": _ffhq, "celeba": _celeba, "churches": _churches,
+    "functions": _functions, "folder": _folder, "ffhq": _ffhq, "fashion_mnist": _fashion_mnist, "celeba": _celeba,
+    "churches": _churches,
 }
 
 
 def _files(cfg: Any, source: ImageSource, parts: Split, split: str) -> ImageFiles:
+    return ImageFiles(cfg.name, source, _chosen(cfg, parts, split), _size(cfg), cfg.channels, split=split,
+                      on_error=cfg.on_error, in_memory=cfg.in_memory, memory_gb=cfg.memory_gb)
+
+
+def _chosen(cfg: Any, parts: Split, split: str) -> list[int]:
     indices = parts["train"] + parts["val"] if split == "all" else parts[split]
     if split == "val" and not indices:
         raise ValueError(_no_validation(cfg))
-    return ImageFiles(cfg.name, source, indices, _size(cfg), cfg.channels, split=split, on_error=cfg.on_error,
-                      in_memory=cfg.in_memory, memory_gb=cfg.memory_gb)
+    return indices
 
 
 def _good(cfg: Any, source: ImageSource) -> Callable[[int], bool]:

@@ -32,6 +32,7 @@ from data.base import check_lattice, digest, keep_in_memory
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ERROR_MODES = ("raise", "skip")
+_FOLDER_OR_ZIP = "the path of a folder or a zip of images"
 _WARNINGS = 10  # images named one by one when a set is opened
 _ORIENTATION = 0x0112  # EXIF tag; from 5 on, height and width change places
 _TURNED_LATE = ("JPEG", "MPO", "WEBP")  # their headers give the size before the turn, unlike TIFF's
@@ -109,13 +110,13 @@ def open_source(root_dir: str | os.PathLike, field: str = "data.root_dir") -> Fo
     return source
 
 
-def existing_path(root_dir: str | os.PathLike, field: str = "data.root_dir") -> Path:
+def existing_path(root_dir: str | os.PathLike, field: str = "data.root_dir", accepted: str = _FOLDER_OR_ZIP) -> Path:
     """`root_dir` as a path with ~ expanded; ValueError if it is empty or nothing is there."""
     if not str(root_dir):
-        raise ValueError(f"{field}: empty, accepted is the path of a folder or a zip of images")
+        raise ValueError(f"{field}: empty, accepted is {accepted}")
     path = Path(root_dir).expanduser()
     if not path.exists():
-        raise ValueError(f"{field}: {path} does not exist, accepted is the path of a folder or a zip of images")
+        raise ValueError(f"{field}: {path} does not exist, accepted is {accepted}")
     return path
 
 

@@ -234,7 +234,8 @@ def test_functions():
 
 
 @pytest.mark.parametrize("changes, split, message", [
-    ({"name": "mnist"}, "train", r"data\.name: 'mnist', accepted are functions, folder, ffhq, celeba, churches"),
+    ({"name": "mnist"}, "train",
+     r"data\.name: 'mnist', accepted are functions, folder, ffhq, fashion_mnist, celeba, churches"),
     ({}, "test", "split: 'test', accepted are train, val"),
     ({}, "all", "split: 'all' is not defined"),
     ({"channels": 2}, "train", r"data\.channels: 2, accepted are 1"),
