@@ -1,0 +1,11 @@
+"""Procedural landscapes at 32x32: no data needed, two CPU cores and some hours."""
+
+from configs.small_models import small_image_config
+
+
+def get_config():
+    config = small_image_config("landscapes_32", 32)
+    config.data.name = "functions"
+    config.data.num_images = 50_000
+    config.data.random_flip = False  # light falls from the left in all of them
+    return config

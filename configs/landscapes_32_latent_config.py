@@ -1,0 +1,7 @@
+"""Latent model of configs/landscapes_32_config.py."""
+
+from configs.small_models import small_latent_config
+
+
+def get_config():
+    return small_latent_config("landscapes_32")
