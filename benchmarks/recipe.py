@@ -31,10 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.report import machine
-from configs.stored import WEIGHTS
-from generation.folder import claim_folder
-from training.checkpoint import load_weights
-from training.files import write_atomic, write_json
+from infty_diff.folder import claim_folder
+from runtime.checkpoint import load_weights
+from runtime.files import write_atomic, write_json
+from runtime.stored import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[1]
 _FEWER, _MORE = 5, 45  # steps of the two runs whose difference is the time of a step: what they begin with cancels

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from benchmarks import recipe
-from configs.flags import apply_overrides, load_config
 from configs.schema import ImageConfig, LatentConfig
-from configs.stored import WEIGHTS
 from configs.validate import freeze
-from training.checkpoint import save_weights
+from runtime.checkpoint import save_weights
+from runtime.command import apply_overrides, load_config
+from runtime.stored import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[1]
 FID = {"rate_5e-4": 30.0, "v": 20.0, "tiny": 40.0, "tiny_filter": 35.0}
