@@ -20,6 +20,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check --quiet .
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
 clean:

@@ -38,9 +38,7 @@ def convolutions(cudnn: bool) -> Iterator[None]:
         yield
 
 
-def masked_convolution(
-    x: torch.Tensor, weight: torch.Tensor, plan: Plan, layout: torch.memory_format
-) -> torch.Tensor:
+def masked_convolution(x: torch.Tensor, weight: torch.Tensor, plan: Plan, layout: torch.memory_format) -> torch.Tensor:
     """The depthwise convolution at the points: onto a lattice of zeros in `layout`, `conv2d`, back; (B, M, C)."""
     image = scatter_points(x, plan.points).contiguous(memory_format=layout)
     out = F.conv2d(image, weight.to(x.dtype), padding=weight.shape[-1] // 2, groups=x.shape[2])

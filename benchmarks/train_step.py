@@ -175,8 +175,6 @@ class StepTimer:
         typical = statistics.median(others) if others else 0.0
         return typical + (statistics.median(updating) - typical) / every
 
-
-
     def flops(self, count: int) -> int:
         """Those of convolutions and matrix products in a step."""
         with FlopCounterMode(display=False) as counter:

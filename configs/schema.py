@@ -185,13 +185,17 @@ class DiffusionConfig:
     steps: int = option(1000, "diffusion steps", low=2, shapes=True)
     noise_schedule: str = option("cosine", f"one of {', '.join(SCHEDULES)}", shapes=True)
     schedule_sampler: str = option(
-        "uniform", "distribution of training timesteps", choices=("uniform", "loss-second-moment"),
+        "uniform",
+        "distribution of training timesteps",
+        choices=("uniform", "loss-second-moment"),
         shapes=True,
     )
     loss_type: str = option("mse", "loss on the prediction", choices=("mse", "l1"), shapes=True)
     loss_weight: str = option(
-        "none", "weight of the loss by step; min_snr = min(SNR, min_snr_gamma) on the error of x_0",
-        choices=LOSS_WEIGHTS, shapes=True,
+        "none",
+        "weight of the loss by step; min_snr = min(SNR, min_snr_gamma) on the error of x_0",
+        choices=LOSS_WEIGHTS,
+        shapes=True,
     )
     min_snr_gamma: float = option(5.0, "largest weight of min_snr", low=0.0, shapes=True)
     model_mean_type: str = option("mollified_epsilon", "what the network predicts", choices=PREDICTIONS, shapes=True)
@@ -202,16 +206,23 @@ class DiffusionConfig:
         choices=("auto", "network", "filter"),
     )
     gaussian_filter_std: float = option(
-        1.0, "mollifier width in pixels of the training lattice; 0 = white noise", low=0.0,
+        1.0,
+        "mollifier width in pixels of the training lattice; 0 = white noise",
+        low=0.0,
         shapes=True,
     )
     mollifier_type: str = option(
-        "dct", "mollifier: exact in the cosine basis, or a truncated convolution", choices=("dct", "conv"),
+        "dct",
+        "mollifier: exact in the cosine basis, or a truncated convolution",
+        choices=("dct", "conv"),
         shapes=True,
     )
     multiscale_loss: bool = option(False, "add the loss at coarser scales", shapes=True)
     multiscale_max_img_size: int = option(
-        128, "finest grid of the multi-scale loss", low=1, derived="data.img_size // 2",
+        128,
+        "finest grid of the multi-scale loss",
+        low=1,
+        derived="data.img_size // 2",
         shapes=True,
     )
 
@@ -221,13 +232,17 @@ class LatentDiffusionConfig:
     steps: int = option(1000, "diffusion steps", low=2, shapes=True)
     noise_schedule: str = option("const0.008", f"one of {', '.join(SCHEDULES)}", shapes=True)
     schedule_sampler: str = option(
-        "uniform", "distribution of training timesteps", choices=("uniform", "loss-second-moment"),
+        "uniform",
+        "distribution of training timesteps",
+        choices=("uniform", "loss-second-moment"),
         shapes=True,
     )
     loss_type: str = option("l1", "loss on the prediction", choices=("mse", "l1"), shapes=True)
     loss_weight: str = option(
-        "none", "weight of the loss by step; min_snr = min(SNR, min_snr_gamma) on the error of x_0",
-        choices=LOSS_WEIGHTS, shapes=True,
+        "none",
+        "weight of the loss by step; min_snr = min(SNR, min_snr_gamma) on the error of x_0",
+        choices=LOSS_WEIGHTS,
+        shapes=True,
     )
     min_snr_gamma: float = option(5.0, "largest weight of min_snr", low=0.0, shapes=True)
     model_mean_type: str = option(
@@ -240,7 +255,10 @@ class McIntegralConfig:
     type: str = option("uniform", "how coordinates are drawn", choices=("uniform", "halton", "sobol"), shapes=True)
     ratio: float = option(0.25, "part of the lattice seen per image", low=0.0, high=1.0, shapes=True)
     q_sample: int = option(
-        16384, "points seen per image", low=1, derived="mc_integral.ratio * data.img_size * data.img_width",
+        16384,
+        "points seen per image",
+        low=1,
+        derived="mc_integral.ratio * data.img_size * data.img_width",
         shapes=True,
     )
 

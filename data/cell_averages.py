@@ -25,8 +25,9 @@ class Cells:
         return cls(size, y[:, None], x)
 
 
-def half_plane(cells: Cells, g: torch.Tensor, slope_y: torch.Tensor | float,
-               slope_x: torch.Tensor | float) -> torch.Tensor:
+def half_plane(
+    cells: Cells, g: torch.Tensor, slope_y: torch.Tensor | float, slope_x: torch.Tensor | float
+) -> torch.Tensor:
     """Part of each cell in which the linear function with value g at the centre and the given gradient is positive.
 
     Exact: over a rectangle the value of a linear function has a trapezoidal density, the convolution of two boxes as

@@ -74,8 +74,16 @@ def _functions(cfg: Any, split: str) -> ImageDataset:
     count, first = (cfg.num_images, 0) if split == "train" else (held_out, VALIDATION_FUNCTIONS)
     if split == "val" and not held_out:
         raise ValueError(_no_validation(cfg))
-    return FunctionImages(cfg.seed, count, _size(cfg), cfg.channels, first=first, split=split,
-                          in_memory=cfg.in_memory, memory_gb=cfg.memory_gb)
+    return FunctionImages(
+        cfg.seed,
+        count,
+        _size(cfg),
+        cfg.channels,
+        first=first,
+        split=split,
+        in_memory=cfg.in_memory,
+        memory_gb=cfg.memory_gb,
+    )
 
 
 def _folder(cfg: Any, split: str) -> ImageDataset:
@@ -115,8 +123,9 @@ def _churches(cfg: Any, split: str) -> ImageDataset:
     folders = {part: root / folder for part, folder in CHURCH_FOLDERS.items()}
     if any(is_lmdb(folder) for folder in folders.values()):
         if split == "all":
-            raise ValueError("split: 'all' is not defined for the two databases of data.name=churches, "
-                             "accepted are train, val")
+            raise ValueError(
+                "split: 'all' is not defined for the two databases of data.name=churches, accepted are train, val"
+            )
         if not is_lmdb(folders[split]):
             raise ValueError(f"data.root_dir: no LMDB in {folders[split]}, which holds the split {split!r}")
         source = LsunSource(folders[split])
@@ -133,14 +142,27 @@ def _churches(cfg: Any, split: str) -> ImageDataset:
 
 
 _OPENERS: dict[str, Callable[[Any, str], ImageDataset]] = {
-    "functions": _functions, "folder": _folder, "ffhq": _ffhq, "fashion_mnist": _fashion_mnist, "celeba": _celeba,
+    "functions": _functions,
+    "folder": _folder,
+    "ffhq": _ffhq,
+    "fashion_mnist": _fashion_mnist,
+    "celeba": _celeba,
     "churches": _churches,
 }
 
 
 def _files(cfg: Any, source: ImageSource, parts: Split, split: str) -> ImageFiles:
-    return ImageFiles(cfg.name, source, _chosen(cfg, parts, split), _size(cfg), cfg.channels, split=split,
-                      on_error=cfg.on_error, in_memory=cfg.in_memory, memory_gb=cfg.memory_gb)
+    return ImageFiles(
+        cfg.name,
+        source,
+        _chosen(cfg, parts, split),
+        _size(cfg),
+        cfg.channels,
+        split=split,
+        on_error=cfg.on_error,
+        in_memory=cfg.in_memory,
+        memory_gb=cfg.memory_gb,
+    )
 
 
 def _chosen(cfg: Any, parts: Split, split: str) -> list[int]:
@@ -160,8 +182,14 @@ def _good(cfg: Any, source: ImageSource) -> Callable[[int], bool]:
 def _fallback(cfg: Any, source: ImageSource, wanted: str) -> Split:
     """The split of `folder`, for sources without what the published split needs."""
     parts = hashed_split(source.names, cfg.val_ratio, good=_good(cfg, source))
-    _log.info("data.name=%s: %s not found in %s; %d of the %d images, chosen by a hash of their names, are for "
-              "validation", cfg.name, wanted, source.path, len(parts["val"]), len(source.names))
+    _log.info(
+        "data.name=%s: %s not found in %s; %d of the %d images, chosen by a hash of their names, are for validation",
+        cfg.name,
+        wanted,
+        source.path,
+        len(parts["val"]),
+        len(source.names),
+    )
     return parts
 
 
@@ -179,14 +207,17 @@ def _listed_split(table: Path, source: ImageSource) -> Split:
             position[key] = i
     missing = [name for names in wanted.values() for name in names if name not in position]
     if missing:
-        raise ValueError(f"data.root_dir: {table} lists {missing[0]} (and {len(missing) - 1} more) "
-                         f"not found in {source.path}")
+        raise ValueError(
+            f"data.root_dir: {table} lists {missing[0]} (and {len(missing) - 1} more) not found in {source.path}"
+        )
     return {part: [position[name] for name in names] for part, names in wanted.items()}
 
 
 def _no_validation(cfg: Any) -> str:
-    return (f"data.val_ratio: {cfg.val_ratio} leaves no validation images, accepted is a number above 0, with at least "
-            "two images")
+    return (
+        f"data.val_ratio: {cfg.val_ratio} leaves no validation images, accepted is a number above 0, with at least "
+        "two images"
+    )
 
 
 def _size(cfg: Any) -> tuple[int, int]:

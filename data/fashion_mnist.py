@@ -37,8 +37,10 @@ def read_fashion_mnist(path: Path) -> np.ndarray:
     """
     images = _of_idx(path) if path.is_dir() else _of_npz(path)
     if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1:] != (SIDE, SIDE) or not len(images):
-        raise ValueError(f"data.root_dir: {path} holds images of {images.dtype} {images.shape}, "
-                         f"accepted is uint8 (N, {SIDE}, {SIDE}) with N >= 1")
+        raise ValueError(
+            f"data.root_dir: {path} holds images of {images.dtype} {images.shape}, "
+            f"accepted is uint8 (N, {SIDE}, {SIDE}) with N >= 1"
+        )
     return images
 
 
@@ -86,12 +88,15 @@ class FashionImages:
 
     name = "fashion_mnist"
 
-    def __init__(self, images: np.ndarray, indices: Sequence[int], size: tuple[int, int], channels: int, *,
-                 split: str = "all") -> None:
+    def __init__(
+        self, images: np.ndarray, indices: Sequence[int], size: tuple[int, int], channels: int, *, split: str = "all"
+    ) -> None:
         check_lattice(size, channels)
         if max(size) > PADDED:
-            raise ValueError(f"data.img_size, data.img_width: {tuple(size)}, accepted with data.name={self.name} are "
-                             f"sizes up to {PADDED}x{PADDED}")
+            raise ValueError(
+                f"data.img_size, data.img_width: {tuple(size)}, accepted with data.name={self.name} are "
+                f"sizes up to {PADDED}x{PADDED}"
+            )
         self.size, self.channels = tuple(size), channels
         self._indices, self._split = list(indices), split
         border = (PADDED - SIDE) // 2

@@ -29,18 +29,66 @@ FAMILY = "landscapes-2"  # changes whenever the same (seed, index) would name an
 # Colours in OKLCH (lightness, chroma, hue in degrees), one row per mood; columns as in COLOURS.
 COLOURS = ("sky_top", "sky_bottom", "sun", "glow", "lit", "shade", "water", "hill")
 MOODS = (
-    ((0.62, 0.13, 250), (0.93, 0.04, 225), (0.98, 0.08, 95), (0.97, 0.03, 95),
-     (0.76, 0.04, 235), (0.56, 0.07, 250), (0.66, 0.11, 230), (0.64, 0.15, 135)),  # day
-    ((0.68, 0.10, 285), (0.91, 0.08, 60), (0.97, 0.06, 85), (0.94, 0.07, 65),
-     (0.74, 0.10, 355), (0.55, 0.11, 315), (0.76, 0.08, 325), (0.46, 0.10, 300)),  # dawn
-    ((0.42, 0.14, 305), (0.80, 0.15, 52), (0.93, 0.13, 88), (0.82, 0.15, 60),
-     (0.54, 0.15, 20), (0.37, 0.12, 345), (0.56, 0.14, 30), (0.28, 0.08, 330)),  # sunset
-    ((0.22, 0.07, 275), (0.48, 0.10, 260), (0.96, 0.03, 100), (0.66, 0.07, 250),
-     (0.44, 0.07, 258), (0.29, 0.07, 270), (0.35, 0.08, 255), (0.20, 0.05, 265)),  # night
-    ((0.50, 0.09, 215), (0.90, 0.07, 165), (0.98, 0.05, 120), (0.93, 0.06, 150),
-     (0.62, 0.07, 190), (0.45, 0.07, 210), (0.62, 0.09, 185), (0.38, 0.09, 165)),  # mist
-    ((0.74, 0.08, 205), (0.94, 0.07, 90), (0.98, 0.07, 95), (0.96, 0.07, 85),
-     (0.74, 0.12, 60), (0.55, 0.13, 38), (0.68, 0.10, 195), (0.66, 0.13, 75)),  # desert
+    (
+        (0.62, 0.13, 250),
+        (0.93, 0.04, 225),
+        (0.98, 0.08, 95),
+        (0.97, 0.03, 95),
+        (0.76, 0.04, 235),
+        (0.56, 0.07, 250),
+        (0.66, 0.11, 230),
+        (0.64, 0.15, 135),
+    ),  # day
+    (
+        (0.68, 0.10, 285),
+        (0.91, 0.08, 60),
+        (0.97, 0.06, 85),
+        (0.94, 0.07, 65),
+        (0.74, 0.10, 355),
+        (0.55, 0.11, 315),
+        (0.76, 0.08, 325),
+        (0.46, 0.10, 300),
+    ),  # dawn
+    (
+        (0.42, 0.14, 305),
+        (0.80, 0.15, 52),
+        (0.93, 0.13, 88),
+        (0.82, 0.15, 60),
+        (0.54, 0.15, 20),
+        (0.37, 0.12, 345),
+        (0.56, 0.14, 30),
+        (0.28, 0.08, 330),
+    ),  # sunset
+    (
+        (0.22, 0.07, 275),
+        (0.48, 0.10, 260),
+        (0.96, 0.03, 100),
+        (0.66, 0.07, 250),
+        (0.44, 0.07, 258),
+        (0.29, 0.07, 270),
+        (0.35, 0.08, 255),
+        (0.20, 0.05, 265),
+    ),  # night
+    (
+        (0.50, 0.09, 215),
+        (0.90, 0.07, 165),
+        (0.98, 0.05, 120),
+        (0.93, 0.06, 150),
+        (0.62, 0.07, 190),
+        (0.45, 0.07, 210),
+        (0.62, 0.09, 185),
+        (0.38, 0.09, 165),
+    ),  # mist
+    (
+        (0.74, 0.08, 205),
+        (0.94, 0.07, 90),
+        (0.98, 0.07, 95),
+        (0.96, 0.07, 85),
+        (0.74, 0.12, 60),
+        (0.55, 0.13, 38),
+        (0.68, 0.10, 195),
+        (0.66, 0.13, 75),
+    ),  # desert
 )
 _DRAWS = 64  # uniforms per function; the order in which `_landscape` takes them is part of the data
 _PIXELS_PER_CHUNK = 1 << 16  # keeps the intermediate arrays of a batch in the processor's cache
@@ -143,8 +191,9 @@ def _cloud(canvas: _Canvas, u: _Draws, cells: Cells, colour: _Colours) -> None:
     canvas.paint(0.6 * shown * torch.maximum(lower, upper), 0.5 * (colour["sky_bottom"] + 1.0))
 
 
-def _mountain(canvas: _Canvas, u: _Draws, cells: Cells, peak_x: torch.Tensor, shore: torch.Tensor, haze: float,
-              colour: _Colours) -> None:
+def _mountain(
+    canvas: _Canvas, u: _Draws, cells: Cells, peak_x: torch.Tensor, shore: torch.Tensor, haze: float, colour: _Colours
+) -> None:
     """A triangle from a peak down to the shore, its left face lit, its right face in shade."""
     peak_y, left, right = shore - u.between(0.18, 0.42), u.between(0.7, 1.5), u.between(0.7, 1.5)
     lit_side = half_plane(cells, cells.y - peak_y - left * (peak_x - cells.x), 1.0, left)
@@ -155,8 +204,7 @@ def _mountain(canvas: _Canvas, u: _Draws, cells: Cells, peak_x: torch.Tensor, sh
     canvas.paint(lit_side * dark_side, face + haze * (colour["sky_bottom"] - face))
 
 
-def _lake(canvas: _Canvas, u: _Draws, cells: Cells, shore: torch.Tensor, sun_x: torch.Tensor,
-          colour: _Colours) -> None:
+def _lake(canvas: _Canvas, u: _Draws, cells: Cells, shore: torch.Tensor, sun_x: torch.Tensor, colour: _Colours) -> None:
     """Water below the shore, rippled, with the reflection of the sun."""
     coarse = wave(cells, u.between(9, 13), u.between(-2, 2), u.between(0, 1))
     fine = wave(cells, u.between(34, 52), u.between(-7, 7), u.between(0, 1))
@@ -223,11 +271,16 @@ def _oklab(lightness: torch.Tensor, chroma: torch.Tensor, hue: torch.Tensor) -> 
 
 def _oklab_to_rgb(lab: torch.Tensor) -> torch.Tensor:
     """OKLab (..., 3) as gamma-encoded sRGB, clipped to the gamut (B. Ottosson, 2020)."""
-    to_cone = torch.tensor([[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728],
-                            [1, -0.0894841775, -1.2914855480]])
-    to_linear = torch.tensor([[4.0767416621, -3.3077115913, 0.2309699292],
-                              [-1.2684380046, 2.6097574011, -0.3413193965],
-                              [-0.0041960863, -0.7034186147, 1.7076147010]])
+    to_cone = torch.tensor(
+        [[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.2914855480]]
+    )
+    to_linear = torch.tensor(
+        [
+            [4.0767416621, -3.3077115913, 0.2309699292],
+            [-1.2684380046, 2.6097574011, -0.3413193965],
+            [-0.0041960863, -0.7034186147, 1.7076147010],
+        ]
+    )
     linear = ((lab @ to_cone.T) ** 3 @ to_linear.T).clamp(0, 1)
     return torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear.clamp(min=1e-9) ** (1 / 2.4) - 0.055)
 
@@ -259,8 +312,18 @@ class FunctionImages:
 
     name = "functions"
 
-    def __init__(self, seed: int, count: int, size: tuple[int, int], channels: int = 3, *, first: int = 0,
-                 split: str = "all", in_memory: str = "auto", memory_gb: float = 8.0) -> None:
+    def __init__(
+        self,
+        seed: int,
+        count: int,
+        size: tuple[int, int],
+        channels: int = 3,
+        *,
+        first: int = 0,
+        split: str = "all",
+        in_memory: str = "auto",
+        memory_gb: float = 8.0,
+    ) -> None:
         check_lattice(size, channels)
         if count < 1:
             raise ValueError(f"data.num_images: {count}, accepted are integers >= 1")
@@ -290,5 +353,16 @@ class FunctionImages:
         return f"function {self.first + i} of seed {self.functions.seed}"
 
     def fingerprint(self) -> str:
-        return digest({"name": self.name, "family": FAMILY, "seed": self.functions.seed, "first": self.first,
-                       "count": self._count, "size": self.size, "channels": self.channels, "split": self._split}, ())
+        return digest(
+            {
+                "name": self.name,
+                "family": FAMILY,
+                "seed": self.functions.seed,
+                "first": self.first,
+                "count": self._count,
+                "size": self.size,
+                "channels": self.channels,
+                "split": self._split,
+            },
+            (),
+        )

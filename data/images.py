@@ -217,9 +217,19 @@ def fitted(
 class ImageFiles:
     """Chosen images of a source, decoded to one size; see the module's text for faults."""
 
-    def __init__(self, name: str, source: ImageSource, indices: Sequence[int], size: tuple[int, int], channels: int,
-                 *, split: str = "all", on_error: str = "raise", in_memory: str = "auto",
-                 memory_gb: float = 8.0) -> None:
+    def __init__(
+        self,
+        name: str,
+        source: ImageSource,
+        indices: Sequence[int],
+        size: tuple[int, int],
+        channels: int,
+        *,
+        split: str = "all",
+        on_error: str = "raise",
+        in_memory: str = "auto",
+        memory_gb: float = 8.0,
+    ) -> None:
         """Check every header and, if they are to be kept in memory, decode all images.
 
         Args:
@@ -261,8 +271,13 @@ class ImageFiles:
         return self._source.names[self._indices[i]]
 
     def fingerprint(self) -> str:
-        description = {"name": self.name, "size": self.size, "channels": self.channels, "split": self._split,
-                       "on_error": self._on_error}
+        description = {
+            "name": self.name,
+            "size": self.size,
+            "channels": self.channels,
+            "split": self._split,
+            "on_error": self._on_error,
+        }
         return digest(description, (f"{self._source.names[i]} {self._source.signature(i)}" for i in self._indices))
 
     def _usable(self, indices: list[int]) -> list[int]:
@@ -271,8 +286,10 @@ class ImageFiles:
         bad = [(self._source.names[i], fault) for i, fault in zip(indices, faults) if fault]
         if bad and self._on_error == "raise":
             more = f" and {len(bad) - 1} more of {len(indices)} images" if len(bad) > 1 else ""
-            raise ValueError(f"data.root_dir: {self._source.path}: {bad[0][0]} {bad[0][1]}{more}; "
-                             "data.on_error=skip leaves such images out")
+            raise ValueError(
+                f"data.root_dir: {self._source.path}: {bad[0][0]} {bad[0][1]}{more}; "
+                "data.on_error=skip leaves such images out"
+            )
         for name, fault in bad[:_WARNINGS]:
             _log.warning("%s: left out %s, which %s", self._source.path, name, fault)
         if len(bad) > _WARNINGS:

@@ -19,9 +19,18 @@ from data.base import ImageDataset
 from diffusion.random import Purpose, numpy_stream, stream
 
 
-def batches(dataset: ImageDataset, batch_size: int, *, seed: int, seen: int = 0, flip: bool = True,
-            num_workers: int = 0, rank: int = 0, world_size: int = 1,
-            pin_memory: bool = False) -> Iterator[torch.Tensor]:
+def batches(
+    dataset: ImageDataset,
+    batch_size: int,
+    *,
+    seed: int,
+    seen: int = 0,
+    flip: bool = True,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+) -> Iterator[torch.Tensor]:
     """Training batches after the first `seen` images, without end.
 
     Args:
@@ -45,8 +54,15 @@ def batches(dataset: ImageDataset, batch_size: int, *, seed: int, seen: int = 0,
     return _read(dataset, order, num_workers, pin_memory)
 
 
-def sequential(dataset: ImageDataset, batch_size: int, *, flip: bool = False, num_workers: int = 0,
-               indices: Sequence[int] | None = None, pin_memory: bool = False) -> Iterator[torch.Tensor]:
+def sequential(
+    dataset: ImageDataset,
+    batch_size: int,
+    *,
+    flip: bool = False,
+    num_workers: int = 0,
+    indices: Sequence[int] | None = None,
+    pin_memory: bool = False,
+) -> Iterator[torch.Tensor]:
     """Each image once, in order; the last batch may be smaller.
 
     Args:
@@ -66,12 +82,13 @@ def sequential(dataset: ImageDataset, batch_size: int, *, flip: bool = False, nu
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size}, accepted are integers >= 1")
     wanted = range(len(dataset)) if indices is None else indices
-    parts = [np.asarray(wanted[i:i + batch_size], dtype=np.int64) for i in range(0, len(wanted), batch_size)]
+    parts = [np.asarray(wanted[i : i + batch_size], dtype=np.int64) for i in range(0, len(wanted), batch_size)]
     return _read(dataset, [(part, np.full(len(part), flip)) for part in parts], num_workers, pin_memory)
 
 
-def index_batches(count: int, batch_size: int, *, seed: int, seen: int = 0, rank: int = 0,
-                  world_size: int = 1) -> Iterator[torch.Tensor]:
+def index_batches(
+    count: int, batch_size: int, *, seed: int, seen: int = 0, rank: int = 0, world_size: int = 1
+) -> Iterator[torch.Tensor]:
     """The item numbers, int64 (B / world_size,), that `batches` would read of a set of `count` items, without end."""
     order = _TrainingOrder(count, batch_size, seed, seen, flip=False, rank=rank, world_size=world_size)
     return (torch.from_numpy(chosen) for chosen, _ in order)
@@ -80,8 +97,9 @@ def index_batches(count: int, batch_size: int, *, seed: int, seen: int = 0, rank
 class _TrainingOrder(Sampler):
     """Endless (indices, mirrored) of one rank, after a given number of images."""
 
-    def __init__(self, count: int, batch_size: int, seed: int, seen: int, flip: bool, rank: int,
-                 world_size: int) -> None:
+    def __init__(
+        self, count: int, batch_size: int, seed: int, seen: int, flip: bool, rank: int, world_size: int
+    ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"train.batch_size: {batch_size}, accepted are multiples of the {world_size} processes")
         if not 0 <= rank < world_size:
@@ -137,9 +155,16 @@ def _leave_signals_to_the_main_process(_: int) -> None:
 def _read(dataset: ImageDataset, chosen, num_workers: int, pin_memory: bool) -> Iterator[torch.Tensor]:
     workers = 0 if dataset.pixels is not None else num_workers
     # A generator of its own: the loader would else draw from the global one.
-    loader = DataLoader(_Batches(dataset), batch_size=None, sampler=chosen, num_workers=workers,
-                        pin_memory=pin_memory and torch.cuda.is_available(), generator=stream(0, Purpose.READERS),
-                        prefetch_factor=4 if workers else None, worker_init_fn=_leave_signals_to_the_main_process)
+    loader = DataLoader(
+        _Batches(dataset),
+        batch_size=None,
+        sampler=chosen,
+        num_workers=workers,
+        pin_memory=pin_memory and torch.cuda.is_available(),
+        generator=stream(0, Purpose.READERS),
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_leave_signals_to_the_main_process,
+    )
     for batch in loader:
         if isinstance(batch, ValueError):
             raise batch

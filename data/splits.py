@@ -57,8 +57,10 @@ def number_split(names: Sequence[str], first_validation: int) -> Split | None:
     numbers = [image_number(name) for name in names]
     if None in numbers:
         numbers = list(range(len(names)))
-    split = {"train": [i for i, n in enumerate(numbers) if n < first_validation],
-             "val": [i for i, n in enumerate(numbers) if n >= first_validation]}
+    split = {
+        "train": [i for i, n in enumerate(numbers) if n < first_validation],
+        "val": [i for i, n in enumerate(numbers) if n >= first_validation],
+    }
     return split if split["train"] and split["val"] else None
 
 

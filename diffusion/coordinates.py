@@ -90,9 +90,7 @@ def points_to_image(values: torch.Tensor, size: Size) -> torch.Tensor:
 def gather_points(x: torch.Tensor, points: Points) -> torch.Tensor:
     """Read an image (B, C, H, W) at the points: (B, M, C)."""
     if tuple(x.shape[-2:]) != tuple(points.size):
-        raise ValueError(
-            f"x is an image of {tuple(x.shape[-2:])}; points belong to a lattice of {tuple(points.size)}"
-        )
+        raise ValueError(f"x is an image of {tuple(x.shape[-2:])}; points belong to a lattice of {tuple(points.size)}")
     features = image_to_points(x)
     if points.index is None:
         return features

@@ -16,9 +16,7 @@ from diffusion.cosine import idct, on_rows
 from diffusion.random import Key, normals
 
 
-def function_noise(
-    keys: Sequence[Key], channels: int, size: Size, device: torch.device | str = "cpu"
-) -> torch.Tensor:
+def function_noise(keys: Sequence[Key], channels: int, size: Size, device: torch.device | str = "cpu") -> torch.Tensor:
     """Draw white noise whose low frequencies do not depend on the lattice.
 
     Coefficient (k, l) of the orthonormal DCT-II is standard normal, a function of the key, the channel, k and l alone.

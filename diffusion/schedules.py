@@ -93,9 +93,7 @@ def space_timesteps(steps: int, spec: str) -> list[int]:
     for section, count in enumerate(counts):
         size = steps // len(counts) + (section < steps % len(counts))
         if count > size:
-            raise ValueError(
-                f"sampling steps are {spec!r}; section {section} has {size} of {steps} steps, not {count}"
-            )
+            raise ValueError(f"sampling steps are {spec!r}; section {section} has {size} of {steps} steps, not {count}")
         stride = 1.0 if count == 1 else (size - 1) / (count - 1)
         position = 0.0
         for _ in range(count):

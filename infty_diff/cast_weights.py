@@ -21,8 +21,7 @@ def cast_weights(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     twin = copy.copy(network)
     if isinstance(network, nn.Linear | nn.modules.conv._ConvNd):
         twin._parameters = {
-            name: None if weight is None else weight.detach().to(dtype)
-            for name, weight in network._parameters.items()
+            name: None if weight is None else weight.detach().to(dtype) for name, weight in network._parameters.items()
         }
     shared = {"mlp"} if isinstance(network, SparseBlock) else set()
     twin._modules = {

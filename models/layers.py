@@ -80,9 +80,7 @@ class Modulation(nn.Module):
     def __init__(self, channels: int, time_dim: int | None, z_dim: int | None):
         super().__init__()
         self.time = nn.Sequential(nn.GELU(), nn.Linear(time_dim, 2 * channels)) if time_dim else None
-        self.z = (
-            nn.Sequential(nn.Linear(z_dim, channels), nn.GELU(), nn.Linear(channels, channels)) if z_dim else None
-        )
+        self.z = nn.Sequential(nn.Linear(z_dim, channels), nn.GELU(), nn.Linear(channels, channels)) if z_dim else None
 
     def forward(self, h: torch.Tensor, e: torch.Tensor | None, z: torch.Tensor | None) -> torch.Tensor:
         """h: (B, …, C); e: (B, time_dim); z: (B, z_dim). Returns the shape of h."""

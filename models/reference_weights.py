@@ -139,9 +139,7 @@ def _extent(tensor: torch.Tensor) -> list[int]:
     return [side for side in tensor.shape if side != 1]
 
 
-def state_from_reference(
-    module: nn.Module, arrays: Mapping[str, torch.Tensor], layout: str
-) -> dict[str, torch.Tensor]:
+def state_from_reference(module: nn.Module, arrays: Mapping[str, torch.Tensor], layout: str) -> dict[str, torch.Tensor]:
     """The state of `module`, or of any part of a network, from tensors under the authors' names.
 
     Biases their norms lack are zero. Of the module only shapes and types are read, so that it may be on the meta

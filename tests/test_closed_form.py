@@ -229,9 +229,7 @@ def test_inversion_from_the_middle():
 def test_inversion_of_a_two_mode_density():
     """A linear denoiser hides the order of the steps, since they commute; that of a mixture of two Gaussians does
     not."""
-    process = DiffusionProcess(Schedule.create("cosine", 1000), Mollifier(0.0, (1, 1)), Prediction.EPS).respaced(
-        "200"
-    )
+    process = DiffusionProcess(Schedule.create("cosine", 1000), Mollifier(0.0, (1, 1)), Prediction.EPS).respaced("200")
     alpha_bars = process.schedule.alpha_bar.tolist()
     time_to_step = {round(float(process.schedule.network_time(torch.tensor([t])))): t for t in range(200)}
     spread = 0.3

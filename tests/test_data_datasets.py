@@ -18,9 +18,21 @@ from data.splits import hashed_split, image_number, place, tail_split
 
 
 def config(name, root_dir="", **changes):
-    fields = {"name": name, "root_dir": str(root_dir), "img_size": 8, "img_width": 8, "channels": 3,
-              "on_error": "raise", "split": "published", "val_ratio": 0.05, "num_workers": 0, "in_memory": "auto",
-              "memory_gb": 1.0, "num_images": 40, "seed": 0}
+    fields = {
+        "name": name,
+        "root_dir": str(root_dir),
+        "img_size": 8,
+        "img_width": 8,
+        "channels": 3,
+        "on_error": "raise",
+        "split": "published",
+        "val_ratio": 0.05,
+        "num_workers": 0,
+        "in_memory": "auto",
+        "memory_gb": 1.0,
+        "num_images": 40,
+        "seed": 0,
+    }
     return SimpleNamespace(**fields | changes)
 
 
@@ -233,21 +245,27 @@ def test_functions():
     assert open_dataset(config("functions", img_width=0), "train").size == (8, 8)
 
 
-@pytest.mark.parametrize("changes, split, message", [
-    ({"name": "mnist"}, "train",
-     r"data\.name: 'mnist', accepted are functions, folder, ffhq, fashion_mnist, celeba, churches"),
-    ({}, "test", "split: 'test', accepted are train, val"),
-    ({}, "all", "split: 'all' is not defined"),
-    ({"channels": 2}, "train", r"data\.channels: 2, accepted are 1"),
-    ({"img_size": 0}, "train", r"data\.img_size, data\.img_width: \(0, 8\)"),
-    ({"val_ratio": 1.0}, "train", r"data\.val_ratio: 1\.0, accepted are numbers in"),
-    ({"val_ratio": 0.0}, "val", r"data\.val_ratio: 0\.0 leaves no validation images"),
-    ({"split": "authors"}, "train", r"data\.split: 'authors', accepted are published, and with data\.name=ffhq"),
-    ({"split": "first", "name": "ffhq"}, "train", r"data\.split: 'first', accepted are published"),
-    ({"num_images": 0}, "train", r"data\.num_images: 0"),
-    ({"name": "folder"}, "train", r"data\.root_dir: empty"),
-    ({"name": "celeba", "root_dir": "/nowhere/at/all"}, "train", "does not exist"),
-])
+@pytest.mark.parametrize(
+    "changes, split, message",
+    [
+        (
+            {"name": "mnist"},
+            "train",
+            r"data\.name: 'mnist', accepted are functions, folder, ffhq, fashion_mnist, celeba, churches",
+        ),
+        ({}, "test", "split: 'test', accepted are train, val"),
+        ({}, "all", "split: 'all' is not defined"),
+        ({"channels": 2}, "train", r"data\.channels: 2, accepted are 1"),
+        ({"img_size": 0}, "train", r"data\.img_size, data\.img_width: \(0, 8\)"),
+        ({"val_ratio": 1.0}, "train", r"data\.val_ratio: 1\.0, accepted are numbers in"),
+        ({"val_ratio": 0.0}, "val", r"data\.val_ratio: 0\.0 leaves no validation images"),
+        ({"split": "authors"}, "train", r"data\.split: 'authors', accepted are published, and with data\.name=ffhq"),
+        ({"split": "first", "name": "ffhq"}, "train", r"data\.split: 'first', accepted are published"),
+        ({"num_images": 0}, "train", r"data\.num_images: 0"),
+        ({"name": "folder"}, "train", r"data\.root_dir: empty"),
+        ({"name": "celeba", "root_dir": "/nowhere/at/all"}, "train", "does not exist"),
+    ],
+)
 def test_refusals(changes, split, message):
     with pytest.raises(ValueError, match=message) as caught:
         open_dataset(config(**{"name": "functions", **changes}), split)

@@ -31,7 +31,7 @@ def test_one_function_at_every_lattice(size, factor):
     assert error.square().mean().sqrt() * 127.5 < 1.5
     assert error.abs().mean() * 127.5 < 0.3
     # the same is not true of the fine lattice's point samples, so the averages are what makes it hold
-    points = coarse - fine[..., factor // 2::factor, factor // 2::factor]
+    points = coarse - fine[..., factor // 2 :: factor, factor // 2 :: factor]
     assert points.square().mean() > 20 * error.square().mean()
 
 
@@ -61,7 +61,7 @@ def test_shapes_cover_their_area(size):
 def test_smooth_parts_are_exact_averages(size):
     cells = Cells.of(size)
     found = gaussian(cells, 0.4, 0.7, 0.1, 0.05)
-    wanted = _supersampled(lambda y, x: torch.exp(-((y - 0.4) / 0.1) ** 2 / 2 - ((x - 0.7) / 0.05) ** 2 / 2), size)
+    wanted = _supersampled(lambda y, x: torch.exp(-(((y - 0.4) / 0.1) ** 2) / 2 - ((x - 0.7) / 0.05) ** 2 / 2), size)
     torch.testing.assert_close(found, wanted, atol=2e-3, rtol=0)
     found = wave(cells, 3.3, -7.1, 0.2)
     wanted = _supersampled(lambda y, x: torch.sin(2 * math.pi * (3.3 * y - 7.1 * x + 0.2)), size)
@@ -115,14 +115,17 @@ def test_extreme_lattices_are_finite(size):
     assert ProceduralFunctions(0).evaluate(0, size).isfinite().all()
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: ProceduralFunctions(-1), "data.seed: -1, accepted are integers >= 0"),
-    (lambda: ProceduralFunctions(0).evaluate(-2, (4, 4)), "index: -2"),
-    (lambda: ProceduralFunctions(0).evaluate(0, (4, 4), 2), "data.channels: 2, accepted are 1"),
-    (lambda: ProceduralFunctions(0).evaluate(0, (0, 4)), "data.img_size, data.img_width: (0, 4)"),
-    (lambda: FunctionImages(0, 0, (4, 4)), "data.num_images: 0, accepted are integers >= 1"),
-    (lambda: FunctionImages(0, 1, (4, 4), in_memory="maybe"), "data.in_memory: 'maybe', accepted are auto"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: ProceduralFunctions(-1), "data.seed: -1, accepted are integers >= 0"),
+        (lambda: ProceduralFunctions(0).evaluate(-2, (4, 4)), "index: -2"),
+        (lambda: ProceduralFunctions(0).evaluate(0, (4, 4), 2), "data.channels: 2, accepted are 1"),
+        (lambda: ProceduralFunctions(0).evaluate(0, (0, 4)), "data.img_size, data.img_width: (0, 4)"),
+        (lambda: FunctionImages(0, 0, (4, 4)), "data.num_images: 0, accepted are integers >= 1"),
+        (lambda: FunctionImages(0, 1, (4, 4), in_memory="maybe"), "data.in_memory: 'maybe', accepted are auto"),
+    ],
+)
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
@@ -137,9 +140,13 @@ def test_data_set_of_functions():
         assert torch.equal(lazy[i], to_uint8(ProceduralFunctions(2).evaluate(5 + i, (10, 14))))
     assert kept.fingerprint() == lazy.fingerprint()
     assert kept.item_name(1) == "function 6 of seed 2"
-    others = [FunctionImages(3, 70, (10, 14), first=5), FunctionImages(2, 69, (10, 14), first=5),
-              FunctionImages(2, 70, (14, 10), first=5), FunctionImages(2, 70, (10, 14)),
-              FunctionImages(2, 70, (10, 14), 1, first=5)]
+    others = [
+        FunctionImages(3, 70, (10, 14), first=5),
+        FunctionImages(2, 69, (10, 14), first=5),
+        FunctionImages(2, 70, (14, 10), first=5),
+        FunctionImages(2, 70, (10, 14)),
+        FunctionImages(2, 70, (10, 14), 1, first=5),
+    ]
     assert len({d.fingerprint() for d in [kept, *others]}) == 6
     with pytest.raises(IndexError):
         lazy[70]

@@ -73,12 +73,15 @@ def test_folder_and_zip_hold_the_same_images(tmp_path, in_memory):
         folder[6]
 
 
-@pytest.mark.parametrize("size, box", [
-    (SIZE, (0, 3, 56, 37)),  # 56 x 40 (W x H) cut to the ratio 20:12 is 56 x 34 rows, centred
-    ((16, 16), (8, 0, 48, 40)),
-    ((40, 8), (24, 0, 32, 40)),
-    ((7, 5), (13, 0, 42, 40)),
-])
+@pytest.mark.parametrize(
+    "size, box",
+    [
+        (SIZE, (0, 3, 56, 37)),  # 56 x 40 (W x H) cut to the ratio 20:12 is 56 x 34 rows, centred
+        ((16, 16), (8, 0, 48, 40)),
+        ((40, 8), (24, 0, 32, 40)),
+        ((7, 5), (13, 0, 42, 40)),
+    ],
+)
 def test_resize_is_a_central_crop_and_lanczos(size, box):
     image = noise_image(1)
     wanted = image.crop(box).resize(size[::-1], Image.Resampling.LANCZOS)
@@ -92,9 +95,16 @@ def test_no_resampling_at_the_own_size():
     assert np.array_equal(decode_image(encode(image), SIZE, 3).permute(1, 2, 0).numpy(), np.asarray(image))
 
 
-@pytest.mark.parametrize("kind, options, tolerance", [
-    ("JPEG", {"quality": 95}, 12), ("WEBP", {"lossless": True}, 0), ("BMP", {}, 0), ("TIFF", {}, 0), ("GIF", {}, 40),
-])
+@pytest.mark.parametrize(
+    "kind, options, tolerance",
+    [
+        ("JPEG", {"quality": 95}, 12),
+        ("WEBP", {"lossless": True}, 0),
+        ("BMP", {}, 0),
+        ("TIFF", {}, 0),
+        ("GIF", {}, 40),
+    ],
+)
 def test_formats(kind, options, tolerance):
     ramp = np.stack(np.broadcast_arrays(np.arange(40)[:, None] * 6, np.arange(56) * 4, 90), -1).astype(np.uint8)
     found = decode_image(encode(Image.fromarray(ramp), kind, **options), (40, 56), 3).permute(1, 2, 0).numpy()
@@ -129,8 +139,9 @@ def test_palette_with_a_transparent_colour_is_shown_over_white():
     assert (found[:, clear] == 255).all() and (found[:, ~clear] == torch.tensor([[10], [20], [30]])).all()
 
 
-@pytest.mark.parametrize("kind, options", [("TIFF", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 100}),
-                                           ("PNG", {})])
+@pytest.mark.parametrize(
+    "kind, options", [("TIFF", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 100}), ("PNG", {})]
+)
 def test_camera_orientation_is_applied(tmp_path, kind, options):
     ramp = np.stack(np.broadcast_arrays(np.arange(24)[:, None] * 10, np.arange(60) * 4, 90), -1).astype(np.uint8)
     exif = Image.Exif()
@@ -150,7 +161,7 @@ def test_camera_orientation_is_applied(tmp_path, kind, options):
 def test_damaged_pixels(tmp_path, caplog, in_memory, container):
     files = example_files()
     for bad in ("part0/img002.png", "part1/img005.png"):  # places 1 and 5 of 6 in sorted order
-        files[bad] = files[bad][:len(files[bad]) // 2]
+        files[bad] = files[bad][: len(files[bad]) // 2]
     path = make_folder(tmp_path / "d", files) if container == "folder" else make_zip(tmp_path / "d.zip", files)
     with pytest.raises(ValueError, match=r"^data\.root_dir: .*part0/img002\.png cannot be decoded") as caught:
         all_items(open_all(path, in_memory=in_memory))
@@ -167,9 +178,12 @@ def test_damaged_pixels(tmp_path, caplog, in_memory, container):
 
 @pytest.mark.parametrize("in_memory", ["always", "never"])
 def test_bad_headers(tmp_path, caplog, in_memory):
-    files = example_files(4) | {"a_text.png": b"no image", "b_empty.jpg": b"",
-                                "c_small.png": encode(noise_image(0, 11, 99)),
-                                "d_narrow.png": encode(noise_image(0, 99, 19))}
+    files = example_files(4) | {
+        "a_text.png": b"no image",
+        "b_empty.jpg": b"",
+        "c_small.png": encode(noise_image(0, 11, 99)),
+        "d_narrow.png": encode(noise_image(0, 99, 19)),
+    }
     path = make_folder(tmp_path, files)
     with pytest.raises(ValueError, match=r"a_text\.png cannot be read .* and 3 more of 8 images; data\.on_error=skip"):
         open_all(path, in_memory=in_memory)
@@ -203,21 +217,27 @@ def test_missing_and_empty_places(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.zip").write_bytes(b"not an archive")
     make_zip(tmp_path / "none.zip", {"readme.txt": b""})
-    for path, message in (("", "data.root_dir: empty"), (tmp_path / "nowhere", "nowhere does not exist, accepted is"),
-                          (tmp_path / "empty", "no images in .*empty, accepted are files ending in .bmp"),
-                          (tmp_path / "none.zip", "no images in"),
-                          (tmp_path / "text.zip", "text.zip is not a readable zip archive")):
+    for path, message in (
+        ("", "data.root_dir: empty"),
+        (tmp_path / "nowhere", "nowhere does not exist, accepted is"),
+        (tmp_path / "empty", "no images in .*empty, accepted are files ending in .bmp"),
+        (tmp_path / "none.zip", "no images in"),
+        (tmp_path / "text.zip", "text.zip is not a readable zip archive"),
+    ):
         with pytest.raises(ValueError, match=message) as caught:
             open_source(path)
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"channels": 2}, "data.channels: 2, accepted are 1 (grey), 3 (RGB), 4 (RGB and alpha)"),
-    ({"size": (0, 5)}, "data.img_size, data.img_width: (0, 5), accepted are positive (H, W)"),
-    ({"on_error": "ignore"}, "data.on_error: 'ignore', accepted are raise, skip"),
-    ({"in_memory": "yes"}, "data.in_memory: 'yes', accepted are auto, always, never"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"channels": 2}, "data.channels: 2, accepted are 1 (grey), 3 (RGB), 4 (RGB and alpha)"),
+        ({"size": (0, 5)}, "data.img_size, data.img_width: (0, 5), accepted are positive (H, W)"),
+        ({"on_error": "ignore"}, "data.on_error: 'ignore', accepted are raise, skip"),
+        ({"in_memory": "yes"}, "data.in_memory: 'yes', accepted are auto, always, never"),
+    ],
+)
 def test_bad_options(tmp_path, options, message):
     path = make_folder(tmp_path, example_files(1))
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -248,8 +268,13 @@ def test_fingerprint(tmp_path):
     assert open_all(moved, in_memory="never").fingerprint() == print_of  # neither place nor memory matters
     renamed = {name.replace("000", "00a"): content for name, content in files.items()}
     changed = files | {"part0/img000.png": encode(noise_image(77))}
-    others = [open_all(moved, size=(10, 20)), open_all(moved, channels=1), open_all(moved, split="train"),
-              open_all(make_zip(tmp_path / "c.zip", renamed)), open_all(make_zip(tmp_path / "d.zip", changed))]
+    others = [
+        open_all(moved, size=(10, 20)),
+        open_all(moved, channels=1),
+        open_all(moved, split="train"),
+        open_all(make_zip(tmp_path / "c.zip", renamed)),
+        open_all(make_zip(tmp_path / "d.zip", changed)),
+    ]
     assert len({print_of, *(d.fingerprint() for d in others)}) == 6
     folder = make_folder(tmp_path / "folder", files)
     before = open_all(folder).fingerprint()
@@ -274,8 +299,11 @@ def read_in_child(source, queue):
 @pytest.mark.parametrize("method", ["fork", "pickle"])
 def test_sources_work_in_other_processes(tmp_path, kind, method):
     files = example_files()
-    source = ZipSource(make_zip(tmp_path / "a.zip", files)) if kind == "zip" else LsunSource(
-        make_lmdb(tmp_path / "lmdb", files))
+    source = (
+        ZipSource(make_zip(tmp_path / "a.zip", files))
+        if kind == "zip"
+        else LsunSource(make_lmdb(tmp_path / "lmdb", files))
+    )
     wanted = b"".join(source.open(i).read() for i in range(6))  # opened in the parent, then used in the child
     assert wanted == b"".join(files[name] for name in sorted(files))
     if method == "pickle":

@@ -50,7 +50,7 @@ def test_every_epoch_sees_every_image_once(count, batch_size):
     found = take(24, Numbered(count), batch_size, seed=1)
     assert all(batch.shape == (batch_size, 3, 2, 4) and batch.dtype == torch.uint8 for batch in found)
     order = [n for batch in found for n in numbers(batch)]
-    epochs = [order[i:i + count] for i in range(0, len(order) - count + 1, count)]
+    epochs = [order[i : i + count] for i in range(0, len(order) - count + 1, count)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
     if count > 9:  # enough orders that no two agree by chance
         assert len({tuple(epoch) for epoch in epochs}) == len(epochs)  # each in another order
@@ -162,13 +162,19 @@ def test_faults_stay_one_line(workers):
     assert str(caught.value) == "data.root_dir: image 4 cannot be decoded"
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda d: batches(d, 0, seed=0), "train.batch_size: 0"),
-    (lambda d: batches(d, 5, seed=0, world_size=2), "train.batch_size: 5, accepted are multiples of the 2 processes"),
-    (lambda d: batches(d, 4, seed=0, rank=2, world_size=2), "rank: 2, accepted are 0 to 1"),
-    (lambda d: batches(d, 4, seed=0, seen=-1), "seen: -1"),
-    (lambda d: sequential(d, 0), "batch_size: 0"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda d: batches(d, 0, seed=0), "train.batch_size: 0"),
+        (
+            lambda d: batches(d, 5, seed=0, world_size=2),
+            "train.batch_size: 5, accepted are multiples of the 2 processes",
+        ),
+        (lambda d: batches(d, 4, seed=0, rank=2, world_size=2), "rank: 2, accepted are 0 to 1"),
+        (lambda d: batches(d, 4, seed=0, seen=-1), "seen: -1"),
+        (lambda d: sequential(d, 0), "batch_size: 0"),
+    ],
+)
 def test_bad_arguments_are_refused_at_once(call, message):
     with pytest.raises(ValueError, match=message):
         call(Numbered(4))

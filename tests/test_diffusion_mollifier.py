@@ -90,9 +90,7 @@ def test_identity_takes_any_shape():
     for shape in ((3, 24), (2, 3, 4, 5), (7,)):
         x = torch.randn(shape)
         assert IDENTITY.identity
-        assert (
-            torch.equal(IDENTITY(x), x) and torch.equal(IDENTITY.inverse(x), x) and torch.equal(IDENTITY.noise(x), x)
-        )
+        assert torch.equal(IDENTITY(x), x) and torch.equal(IDENTITY.inverse(x), x) and torch.equal(IDENTITY.noise(x), x)
     assert Mollifier(0.0, (8, 8)).noise_scale((16, 16)) == 1.0
     assert Mollifier(1.0, (8, 8)).noise_scale((16, 24)) == pytest.approx(math.sqrt(6))
 

@@ -97,9 +97,7 @@ def test_learned_variances():
     x_t = torch.randn_like(prediction)
     output = torch.cat([prediction, raw], dim=1)
     plain = DiffusionProcess(SCHEDULE, IDENTITY, Prediction.EPS).denoise(prediction, x_t, T, clip=False)
-    learned = DiffusionProcess(SCHEDULE, IDENTITY, Prediction.EPS, Variance.LEARNED).denoise(
-        output, x_t, T, clip=False
-    )
+    learned = DiffusionProcess(SCHEDULE, IDENTITY, Prediction.EPS, Variance.LEARNED).denoise(output, x_t, T, clip=False)
     torch.testing.assert_close(learned.x_0, plain.x_0)
     torch.testing.assert_close(learned.log_variance, raw)
     ranged = DiffusionProcess(SCHEDULE, IDENTITY, Prediction.EPS, Variance.LEARNED_RANGE)

@@ -9,9 +9,9 @@ from diffusion.process import Denoised, DiffusionProcess, Prediction, Variance
 from diffusion.samplers import ancestral, ancestral_step, ddim, ddim_invert
 from diffusion.schedules import Schedule
 
-PROCESS = DiffusionProcess(
-    Schedule.create("cosine", 1000), Mollifier(1.0, (8, 8)), Prediction.MOLLIFIED_EPS
-).respaced("7")
+PROCESS = DiffusionProcess(Schedule.create("cosine", 1000), Mollifier(1.0, (8, 8)), Prediction.MOLLIFIED_EPS).respaced(
+    "7"
+)
 
 
 def knows_the_image(process, smooth):

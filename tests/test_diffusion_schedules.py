@@ -90,9 +90,7 @@ def test_posterior_is_bayes_rule(name, t):
     weights = torch.softmax(log_prior + log_step, dim=0)
     mean = float((weights * x).sum())
     variance = float((weights * (x - mean) ** 2).sum())
-    assert float(schedule.posterior_mean_coef1[t] * x_0 + schedule.posterior_mean_coef2[t] * x_t) == pytest.approx(
-        mean
-    )
+    assert float(schedule.posterior_mean_coef1[t] * x_0 + schedule.posterior_mean_coef2[t] * x_t) == pytest.approx(mean)
     assert float(schedule.posterior_variance[t]) == pytest.approx(variance, rel=1e-6)
     assert alpha_bar == pytest.approx(before * (1 - beta))
 

@@ -96,9 +96,7 @@ def ordered_pixels(
         radius *= 1.25
 
 
-def _sorted_window(
-    geometry: Geometry, rows: torch.Tensor, reach: Size, length: int
-) -> tuple[torch.Tensor, ...] | None:
+def _sorted_window(geometry: Geometry, rows: torch.Tensor, reach: Size, length: int) -> tuple[torch.Tensor, ...] | None:
     """Ids, begins and ends of `PixelTable` for some rows of nodes, from windows of pixels; None unless certain.
 
     Pixels outside the window differ by a whole window side in rows or in columns, so those strictly nearer than the

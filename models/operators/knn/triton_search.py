@@ -114,17 +114,13 @@ def nearest_kernel(
     tl.debug_barrier()  # what follows reads what was stored
     first = tl.load(pixels + to, mask=exists, other=0)
     place = tl.load(places + to, mask=exists, other=0)
-    rows, cols = _offsets(
-        tl.load(pixels + to + K - 1, mask=exists, other=0), row, col, pixel_rows, pixel_cols, width
-    )
+    rows, cols = _offsets(tl.load(pixels + to + K - 1, mask=exists, other=0), row, col, pixel_rows, pixel_cols, width)
     farthest = rows * rows + cols * cols
     room = tl.zeros((NODES,), tl.int32)
     tied = room
     for k in range(0, WIDTH):
         taken = exists & (k < found)
-        rows, cols = _offsets(
-            tl.load(pixels + to + k, mask=taken, other=0), row, col, pixel_rows, pixel_cols, width
-        )
+        rows, cols = _offsets(tl.load(pixels + to + k, mask=taken, other=0), row, col, pixel_rows, pixel_cols, width)
         at_farthest = (taken & (rows * rows + cols * cols == farthest)).to(tl.int32)
         tied += at_farthest
         room += tl.where(k < K, at_farthest, 0)

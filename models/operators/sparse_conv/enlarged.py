@@ -130,9 +130,7 @@ _enlarged.register_autograd(_gradients, setup_context=_save)
 
 
 @lru_cache(maxsize=64)
-def axis(
-    kernel_size: int, extent: int, span: float | None, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def axis(kernel_size: int, extent: int, span: float | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """U of the module, what `resample_kernel` does along one axis, float32 (k, k'), and its segments, int64 (k,).
 
     Columns first[i] to first[i + 1] of U are zero but in the rows i and i + 1; the last of `first` is k'.

@@ -116,9 +116,7 @@ class NativeBackend:
         return engine.depthwise(x, taps, plan.inverse_density, neighbours, residual)
 
 
-def _enlarged(
-    x: torch.Tensor, weight: torch.Tensor, plan: NativePlan, residual: torch.Tensor | None
-) -> torch.Tensor:
+def _enlarged(x: torch.Tensor, weight: torch.Tensor, plan: NativePlan, residual: torch.Tensor | None) -> torch.Tensor:
     image, kernel = scatter_points(x, plan.points).permute(0, 2, 3, 1), weight.squeeze(1)  # (B, H, W, C), (C, k, k)
     if plan.points.is_full:
         image_residual = None if residual is None else residual.to(x.dtype).view(image.shape)
