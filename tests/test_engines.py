@@ -7,9 +7,9 @@ import torch
 
 from diffusion.coordinates import Points
 from fake_gpu import can_pretend
-from models.operators import compiled, native
+from models.operators import compiled
 from models.operators.sparse_conv import backend as base
-from models.operators.sparse_conv import cpu, enlarged, pairs
+from models.operators.sparse_conv import cpu, enlarged, native, pairs
 from models.operators.sparse_conv.backend import lattice_extent
 from models.operators.sparse_conv.native import NativeBackend
 from models.operators.sparse_conv.torch_dense import TorchDenseBackend

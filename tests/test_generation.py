@@ -18,7 +18,7 @@ from infty_diff.folder import FolderOptions, contact_sheet, draw_folder, parse_s
 from infty_diff.latent_prior import LatentPrior
 from infty_diff.model import InftyDiff, SamplingOptions
 from models.factory import build_denoiser, build_encoder, build_latent_model
-from models.operators import native
+from models.operators.sparse_conv import native
 from runtime.checkpoint import save_weights
 from runtime.precision import Precision
 

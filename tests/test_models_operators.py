@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusion.coordinates import Points, gather_points, image_to_points
-from models import operators
+from models.operators import sparse_conv
 from models.operators.sparse_conv import AUTOMATIC, BACKENDS, get_backend
 from models.operators.sparse_conv.backend import kernel_extent, lattice_extent, resample_kernel, window_counts
 
@@ -143,7 +143,7 @@ def test_back_ends_by_name(monkeypatch, caplog):
         get_backend("nonsense")
     with pytest.raises(ValueError, match="not installed: pip install no-such-package"):
         get_backend("elsewhere")
-    operators._announce.cache_clear()
+    sparse_conv._announce.cache_clear()
     with caplog.at_level(logging.INFO):
         for _ in range(3):
             assert get_backend("auto").name in AUTOMATIC

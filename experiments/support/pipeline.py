@@ -18,7 +18,7 @@ from metrics.extractors import EXTRACTORS, open_extractor
 from runtime.processes import Processes
 
 FLAGS = flags.FLAGS
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of ru_maxrss
 
 
