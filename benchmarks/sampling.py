@@ -68,11 +68,12 @@ def evaluation(
     z = torch.randn(batch, config.model.z_dim, generator=generator).to(device)
     step = torch.full((batch,), 50, device=device)
     model = InftyDiff(config, nn.Identity(), network, precision=precision)  # nothing is encoded
-    denoise = model.denoiser_at(z, size, "100")
+    process = model.process.respaced("100")
+    denoise = model.denoiser_at(z, size, process)
     if guided:
         mask = torch.ones(size, dtype=torch.bool, device=device)
         mask[: size[0] // 2] = False
-        denoise = Known(x, mask, model.process.respaced("100"), model.deblur).guided(denoise)
+        denoise = Known(x, mask, process, model.deblur).guided(denoise)
 
     @torch.no_grad()
     def call(_: int) -> torch.Tensor:

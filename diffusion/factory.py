@@ -1,9 +1,12 @@
 """From frozen configurations to diffusion processes: one place for the names they use."""
 
-from configs.schema import ImageConfig, LatentConfig
+import torch
+
+from configs.schema import DiffusionConfig, ImageConfig, LatentConfig, LatentDiffusionConfig
 from diffusion.mollifier import IDENTITY, Mollifier
 from diffusion.process import DiffusionProcess, Prediction, Variance
 from diffusion.schedules import Schedule
+from diffusion.timestep_sampling import TIMESTEP_SAMPLERS, Gather, TimestepSampler
 
 
 def _variance(learn_sigma: bool, sigma_small: bool) -> Variance:
@@ -33,3 +36,10 @@ def build_latent_process(config: LatentConfig) -> DiffusionProcess:
         prediction=Prediction(diffusion.model_mean_type),
         variance=_variance(config.model.learn_sigma, config.model.sigma_small),
     )
+
+
+def build_timesteps(
+    config: DiffusionConfig | LatentDiffusionConfig, device: torch.device, gather: Gather
+) -> TimestepSampler:
+    """How training draws its steps; device, gather: see `LossAwareTimesteps`."""
+    return TIMESTEP_SAMPLERS[config.schedule_sampler](config.steps, device, gather)

@@ -11,6 +11,7 @@ from torch.nn.functional import avg_pool2d
 from diffusion.process import DiffusionProcess, Prediction
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (prediction, target), each (B, ...), to (B,)
+LossWeight = Callable[[DiffusionProcess, torch.Tensor, float, str], torch.Tensor]  # (process, t, γ, loss), to (B,)
 
 COARSEST_LEVEL = 32
 HALF_GREY_LEVEL = 1 / 255  # half the distance of two 8-bit values, in units of [-1, 1]
@@ -39,6 +40,11 @@ def l1(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 LOSSES: dict[str, Loss] = {"mse": mse, "l1": l1}
 
 
+def uniform_weight(process: DiffusionProcess, t: torch.Tensor, gamma: float, loss_type: str = "mse") -> torch.Tensor:
+    """Weights 1, float64 (B,); arguments as in `min_snr_weight`."""
+    return torch.ones(t.shape, dtype=torch.float64, device=t.device)
+
+
 def min_snr_weight(process: DiffusionProcess, t: torch.Tensor, gamma: float, loss_type: str = "mse") -> torch.Tensor:
     """Weights (B,), float64, of the losses at steps t, after Hang et al. 2023 (min-SNR-γ), with SNR = ᾱ / (1 - ᾱ):
 
@@ -51,6 +57,9 @@ def min_snr_weight(process: DiffusionProcess, t: torch.Tensor, gamma: float, los
     snr = process.schedule.at("log_snr", t, like).exp()
     weight = snr.clamp(max=gamma) * _x_0_per_target(process, t, like).square()
     return weight.sqrt() if loss_type == "l1" else weight
+
+
+LOSS_WEIGHTS: dict[str, LossWeight] = {"none": uniform_weight, "min_snr": min_snr_weight}
 
 
 def multiscale(

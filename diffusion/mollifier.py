@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -10,8 +11,6 @@ import torch
 
 from diffusion.coordinates import Size
 from diffusion.cosine import CACHED_MATRICES, FFT_FROM, cosine_matrix, dct, idct, on_rows, times_matrix
-
-KINDS = ("dct", "conv")
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,8 @@ class Mollifier:
             raise ValueError(f"mollifier sigma is {self.sigma}; it must be a finite number of pixels, 0 or more")
         if len(self.train_size) != 2 or min(self.train_size) < 1:
             raise ValueError(f"mollifier train_size is {self.train_size}; it must be (H, W), both at least 1")
-        if self.kind not in KINDS:
-            raise ValueError(f"mollifier kind is {self.kind!r}; accepted are {', '.join(KINDS)}")
+        if self.kind not in MOLLIFIERS:
+            raise ValueError(f"mollifier kind is {self.kind!r}; accepted: {', '.join(MOLLIFIERS)}")
 
     @property
     def identity(self) -> bool:
@@ -102,9 +101,6 @@ class Mollifier:
             raise ValueError(f"the {self.kind!r} mollifier has no {name}; use kind 'dct'")
 
 
-IDENTITY = Mollifier(0.0, (1, 1))
-
-
 def _smooth(x: torch.Tensor, sigma: float, kind: str) -> torch.Tensor:
     """Smooth along the last axis. T is separable, and per axis a fixed symmetric matrix: one product does it."""
     n = x.shape[-1]
@@ -127,14 +123,17 @@ def _gains_on(n: int, sigma: float, dtype: torch.dtype, device: torch.device) ->
 @lru_cache(maxsize=CACHED_MATRICES)
 def _smoothing_matrix(n: int, sigma: float, kind: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The matrix (n, n) of T along one axis, built in float64; x @ matrix smooths rows."""
-    if kind == "conv":
-        return _mirrored_gaussian(n, sigma).mT.to(device, dtype)
+    return MOLLIFIERS[kind](n, sigma).to(device, dtype)
+
+
+def _exact_gaussian(n: int, sigma: float) -> torch.Tensor:
+    """The Gaussian with reflecting boundary."""
     basis = cosine_matrix(n)
-    return (basis.mT * _gains(n, sigma) @ basis).to(device, dtype)
+    return basis.mT * _gains(n, sigma) @ basis
 
 
 def _mirrored_gaussian(n: int, sigma: float) -> torch.Tensor:
-    """Normalised Gaussian of odd side ⌈4σ + 1⌉ (one more if even), mirrored at the outermost pixels, float64 (n, n)."""
+    """Normalised Gaussian of odd side ⌈4σ + 1⌉ (one more if even), mirrored at the outermost pixels."""
     radius = math.ceil(4 * sigma + 1) // 2
     if radius >= n:
         raise ValueError(
@@ -144,4 +143,10 @@ def _mirrored_gaussian(n: int, sigma: float) -> torch.Tensor:
     weights = torch.softmax(-0.5 * (offsets.double() / sigma) ** 2, dim=0)
     pixels = (torch.arange(n).unsqueeze(1) + offsets).abs()
     pixels = torch.where(pixels < n, pixels, 2 * (n - 1) - pixels)
-    return torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, pixels, weights.expand(n, -1).contiguous())
+    return torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, pixels, weights.expand(n, -1).contiguous()).mT
+
+
+# T along an axis of n pixels as a matrix, float64 (n, n); x @ matrix smooths rows. Given its standard deviation.
+MOLLIFIERS: dict[str, Callable[[int, float], torch.Tensor]] = {"dct": _exact_gaussian, "conv": _mirrored_gaussian}
+
+IDENTITY = Mollifier(0.0, (1, 1))

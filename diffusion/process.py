@@ -29,6 +29,10 @@ class Prediction(Enum):
     V = "v"  # √ᾱ ξ - √(1 - ᾱ) x_0, Salimans & Ho 2022
 
 
+PREDICTIONS = tuple(prediction.value for prediction in Prediction)
+FINAL_ESTIMATES = ("auto", "network", "filter")  # what images are in the end: the network's x_0 where it predicts it
+
+
 class Variance(Enum):
     """The variance σ_t² of the reverse step, whose covariance is σ_t² T Tᵗ."""
 

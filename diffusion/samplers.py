@@ -11,6 +11,9 @@ returns (see `diffusion.conditioning`). Then each loop calls `callback(i, t, x, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -19,6 +22,22 @@ from diffusion.process import Denoised, Denoiser, DiffusionProcess
 Noise = Callable[[], torch.Tensor]
 Callback = Callable[[int, int, torch.Tensor, Denoised], None]
 Correction = Callable[[torch.Tensor, int, Denoised], torch.Tensor]
+
+
+class SamplerFunction(Protocol):
+    """Draws from the state `x` at step `start`, by default the last; see the top of this module."""
+
+    def __call__(
+        self,
+        denoise: Denoiser,
+        x: torch.Tensor,
+        process: DiffusionProcess,
+        *,
+        noise: Noise | None = None,
+        start: int | None = None,
+        correct: Correction | None = None,
+        callback: Callback | None = None,
+    ) -> torch.Tensor: ...
 
 
 class LastEstimate:
@@ -58,16 +77,18 @@ def ancestral(
     denoise: Denoiser,
     x: torch.Tensor,
     process: DiffusionProcess,
-    noise: Noise,
     *,
+    noise: Noise | None = None,
     start: int | None = None,
     correct: Correction | None = None,
     callback: Callback | None = None,
 ) -> torch.Tensor:
-    """Draw T x_0 by the reverse chain of the process, Ho et al. 2020 in mollified space, section 3.2.
+    """Draw T x_0 by the reverse chain of the process, Ho et al. 2020 in mollified space, section 3.2. Needs `noise`.
 
     x: the state at step `start`, by default the last, where it is Tξ.
     """
+    if noise is None:
+        raise ValueError("noise is None; accepted: a source of mollified noise, which the reverse chain adds")
     for i, step, t in _steps(reversed(range(_level(process, start, "start") + 1)), x):
         denoised = denoise(x, t)
         x = ancestral_step(process, denoised, x, t, noise() if step > 0 else None)
@@ -106,11 +127,11 @@ def ddim(
     x: torch.Tensor,
     process: DiffusionProcess,
     *,
-    eta: float = 0.0,
     noise: Noise | None = None,
     start: int | None = None,
     correct: Correction | None = None,
     callback: Callback | None = None,
+    eta: float = 0.0,
 ) -> torch.Tensor:
     """Draw T x_0 by DDIM, deterministic for eta = 0.
 
@@ -118,13 +139,13 @@ def ddim(
     eta: 0 … 1, where 1 has the variance β̃_t of the reverse chain; above 0 it needs `noise`.
     """
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}; accepted are 0 (deterministic) to 1")
+        raise ValueError(f"eta is {eta}; accepted: 0 to 1")
     if eta > 0 and noise is None:
-        raise ValueError(f"eta is {eta}; a stochastic sampler needs noise")
+        raise ValueError(f"noise is None; accepted with eta {eta}: a source of mollified noise")
     last = _level(process, start, "start")
     for i, step, t in _steps(reversed(range(last + 1)), x):
         denoised = denoise(x, t)
-        x = ddim_step(process, denoised, x, t, eta, noise() if eta > 0 and step > 0 else None)
+        x = ddim_step(process, denoised, x, t, eta, noise() if noise and eta > 0 and step > 0 else None)
         x = _corrected(correct, x, step, denoised)
         _report(callback, i, step, x, denoised)
     return x
@@ -157,6 +178,7 @@ def dpmpp(
     x: torch.Tensor,
     process: DiffusionProcess,
     *,
+    noise: Noise | None = None,
     start: int | None = None,
     correct: Correction | None = None,
     callback: Callback | None = None,
@@ -165,7 +187,7 @@ def dpmpp(
 
     It wants steps evenly spaced in log-SNR, "logsnr20"; spaced evenly in t, the last ones are too long for it. The
     first step and the last, to ᾱ = 1 where log-SNR is infinite, are of first order.
-    x, start: as in `ddim`.
+    x, start: as in `ddim`. noise: not used.
     """
     before = None
     for i, step, t in _steps(reversed(range(_level(process, start, "start") + 1)), x):
@@ -175,6 +197,53 @@ def dpmpp(
         x = _corrected(correct, x, step, denoised)
         _report(callback, i, step, x, denoised)
     return x
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """An entry of `SAMPLERS`.
+
+    draw: the function. steps: its step subset where none is asked for. spacing: what comes before a mere number of
+    steps, see `Schedule.respace`. always_noisy: whether it draws noise whatever eta is. takes_eta: whether it has a
+    keyword `eta`.
+    """
+
+    draw: SamplerFunction
+    steps: str
+    spacing: str = ""
+    always_noisy: bool = False
+    takes_eta: bool = False
+
+    def step_spec(self, steps: str | None) -> str:
+        """The step subset that `steps` stands for, None being the default."""
+        steps = steps or self.steps
+        return self.spacing + steps if steps.isdecimal() else steps
+
+    def draws_noise(self, eta: float) -> bool:
+        """Whether its steps draw noise, at this eta."""
+        return self.always_noisy or eta > 0
+
+    def with_eta(self, eta: float) -> SamplerFunction:
+        """The function with eta bound; raises ValueError unless the sampler accepts it."""
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta is {eta}; accepted: 0 to 1")
+        if self.takes_eta:
+            return partial(self.draw, eta=eta)
+        if eta > 0:
+            raise ValueError(f"eta is {eta}; accepted: 0, since only {', '.join(_with_eta())} can vary it")
+        return self.draw
+
+
+def _with_eta() -> list[str]:
+    return [name for name, sampler in SAMPLERS.items() if sampler.takes_eta]
+
+
+# All samplers, by the names of configurations and commands. A new one needs a line here and nothing elsewhere.
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": Sampler(ddim, steps="100", takes_eta=True),
+    "ddpm": Sampler(ancestral, steps="100", always_noisy=True),
+    "dpmpp": Sampler(dpmpp, steps="20", spacing="logsnr"),
+}
 
 
 def ddim_invert_step(process: DiffusionProcess, denoised: Denoised, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ Index 0 is the least noisy step. alpha_bar_t is the product of 1 - beta up to an
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -21,57 +22,63 @@ NETWORK_TIME_RANGE = 1000.0  # the network sees t·1000/T, so that models of dif
 def make_betas(name: str, steps: int, resolution: float | None = None) -> torch.Tensor:
     """Variances beta of the noise added per step, float64 (steps,).
 
-    name: "linear", from 0.1/T to 20/T; "cosine"; "shifted_cosine", whose signal-to-noise ratio is (64 / resolution)²
-        times that of cosine; or "const<beta>", e.g. "const0.008", whose beta refers to 1000 steps.
+    name: a name in `SCHEDULES`; or "const<beta>", e.g. "const0.008", whose beta refers to 1000 steps.
     resolution: side of the image in pixels, needed by "shifted_cosine".
     Raises ValueError for any other name, for steps < 1 and for a variance outside (0, 1).
-    Source: Ho et al. 2020, Nichol & Dhariwal 2021, Hoogeboom et al. 2023.
     """
     if steps < 1:
-        raise ValueError(f"steps is {steps}; a schedule needs at least 1")
-    if name == "linear":
-        betas = torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)
-    elif name == "cosine":
-        betas = _betas_of(_cosine_alpha_bar, steps)
-    elif name == "shifted_cosine":
-        if resolution is None:
-            raise ValueError("shifted_cosine needs resolution, the side of the image in pixels")
-        betas = _betas_of(lambda u: _shifted_cosine_alpha_bar(u, resolution), steps)
-    elif name.startswith("const"):
-        betas = torch.full((steps,), _constant_beta(name) * 1000 / steps, dtype=torch.float64)
+        raise ValueError(f"steps is {steps}; accepted: 1 or more")
+    if name in SCHEDULES:
+        betas = SCHEDULES[name](steps, resolution)
+    elif constant := re.fullmatch(r"const(\d*\.?\d+)", name):
+        betas = torch.full((steps,), float(constant[1]) * 1000 / steps, dtype=torch.float64)
     else:
-        raise ValueError(
-            f"schedule is {name!r}; accepted are linear, cosine, shifted_cosine and const<beta>, e.g. const0.008"
-        )
+        raise ValueError(f"schedule is {name!r}; accepted: {SCHEDULES_ACCEPTED}")
     if not (0 < betas.min() and betas.max() < 1):
-        raise ValueError(f"schedule {name!r} with {steps} steps has variances outside (0, 1); use more steps")
+        raise ValueError(f"schedule is {name!r} with {steps} steps; accepted: variances in (0, 1), or more steps")
     return betas
 
 
-def _constant_beta(name: str) -> float:
-    try:
-        return float(name.removeprefix("const"))
-    except ValueError:
-        raise ValueError(f"schedule is {name!r}; after const comes a number, e.g. const0.008") from None
+def _linear(steps: int, resolution: float | None) -> torch.Tensor:
+    """From 0.1/T to 20/T, Ho et al. 2020."""
+    return torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)
+
+
+def _cosine(steps: int, resolution: float | None) -> torch.Tensor:
+    """Nichol & Dhariwal 2021."""
+    return _betas_of(lambda u: math.cos(_cosine_angle(u)) ** 2, steps)
+
+
+def _shifted_cosine(steps: int, resolution: float | None) -> torch.Tensor:
+    """The cosine schedule with (64 / resolution)² times its signal-to-noise ratio, Hoogeboom et al. 2023."""
+    if resolution is None:
+        raise ValueError("resolution is None; accepted with shifted_cosine: the side of the image in pixels")
+    shift = 2 * math.log(64 / resolution)
+
+    def alpha_bar(u: float) -> float:
+        log_snr = shift - math.log(math.tan(_cosine_angle(u)) ** 2)
+        return 1 / (1 + math.exp(-log_snr))
+
+    return _betas_of(alpha_bar, steps)
 
 
 def _cosine_angle(u: float) -> float:
     return (u + 0.008) / 1.008 * math.pi / 2
 
 
-def _cosine_alpha_bar(u: float) -> float:
-    return math.cos(_cosine_angle(u)) ** 2
-
-
-def _shifted_cosine_alpha_bar(u: float, resolution: float) -> float:
-    log_snr = -math.log(math.tan(_cosine_angle(u)) ** 2) + 2 * math.log(64 / resolution)
-    return 1 / (1 + math.exp(-log_snr))
-
-
 def _betas_of(alpha_bar: Callable[[float], float], steps: int) -> torch.Tensor:
     """Betas of a continuous alpha_bar(u), u in [0, 1]; capped, since alpha_bar(1) may be 0."""
     betas = [min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), MAX_BETA) for i in range(steps)]
     return torch.tensor(betas, dtype=torch.float64)
+
+
+# From the number of steps and the side of the image in pixels to betas; "const<beta>" comes beside them.
+SCHEDULES: dict[str, Callable[[int, float | None], torch.Tensor]] = {
+    "cosine": _cosine,
+    "linear": _linear,
+    "shifted_cosine": _shifted_cosine,
+}
+SCHEDULES_ACCEPTED = f"{', '.join(SCHEDULES)} or const<beta> with 0 < beta < 1, e.g. const0.008"
 
 
 def space_timesteps(steps: int, spec: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -9,7 +10,6 @@ import torch
 
 from diffusion.coordinates import Points, Size
 
-KINDS = ("uniform", "halton", "sobol")
 _TILE = 8
 
 
@@ -32,15 +32,15 @@ def draw_points(
     Source: eq. (10) and section 4.2.
     """
     pixels = size[0] * size[1]
-    if kind not in KINDS:
-        raise ValueError(f"point subset is {kind!r}; accepted are {', '.join(KINDS)}")
+    if kind not in DRAWS:
+        raise ValueError(f"kind of draw is {kind!r}; accepted: {', '.join(DRAWS)}")
     if not 1 <= count <= pixels:
-        raise ValueError(f"count is {count}; a {size[0]}x{size[1]} lattice has 1 to {pixels} points to draw")
+        raise ValueError(f"count is {count}; accepted: 1 to {pixels}, the pixels of {size[0]}x{size[1]}")
     device = torch.device(device)
     # With 62 random bits there are no ties, so that the draw is uniform however the smallest keys are found.
     keys = torch.randint(1 << 62, (batch, pixels), generator=generator, device=device)
     order, place = _tile_order(size, device)
-    if kind != "uniform":
+    if DRAWS[kind] is not None:
         keys = _first_visits(kind, generator, keys, place, size, 2 * count)
     return Points(size, order[_smallest(keys, count)])
 
@@ -85,11 +85,15 @@ def _first_visits(
 @lru_cache(maxsize=8)
 def _sequence(kind: str, length: int, device: torch.device) -> torch.Tensor:
     """The first points of a low-discrepancy sequence in [0, 1)², float64 (length, 2)."""
-    if kind == "sobol":
-        points = torch.quasirandom.SobolEngine(2).draw(length, dtype=torch.float64)
-    else:
-        points = torch.stack([_radical_inverse(length, base) for base in (2, 3)], dim=1)
-    return points.to(device)
+    return DRAWS[kind](length).to(device)
+
+
+def _sobol(length: int) -> torch.Tensor:
+    return torch.quasirandom.SobolEngine(2).draw(length, dtype=torch.float64)
+
+
+def _halton(length: int) -> torch.Tensor:
+    return torch.stack([_radical_inverse(length, base) for base in (2, 3)], dim=1)
 
 
 def _radical_inverse(length: int, base: int) -> torch.Tensor:
@@ -102,3 +106,7 @@ def _radical_inverse(length: int, base: int) -> torch.Tensor:
         inverse += weight * (remaining % base)
         remaining = remaining // base
     return inverse
+
+
+# The first points of each low-discrepancy sequence in [0, 1)², float64 (length, 2); None for independent pixels.
+DRAWS: dict[str, Callable[[int], torch.Tensor] | None] = {"uniform": None, "halton": _halton, "sobol": _sobol}

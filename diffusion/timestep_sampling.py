@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
+Gather = Callable[[torch.Tensor], torch.Tensor]
 
-class UniformTimesteps:
-    """Every step equally often; all weights are 1."""
 
-    def __init__(self, num_steps: int) -> None:
-        self.num_steps = num_steps
+class TimestepSampler(Protocol):
+    """Draws steps for training, and may learn from their losses."""
 
     def sample(
         self, generator: torch.Generator, batch: int, device: torch.device | str
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Steps t int64 (B,) and weights float32 (B,) that keep a weighted loss unbiased; generator: on `device`."""
+
+    def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
+        """Take note of unweighted losses (B,) at steps t (B,)."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None: ...
+
+
+class UniformTimesteps:
+    """Every step equally often; all weights are 1. Nothing is learnt, so there is nothing to keep or to gather."""
+
+    def __init__(self, num_steps: int, device: torch.device | str = "cpu", gather: Gather | None = None) -> None:
+        self.num_steps = num_steps
+
+    def sample(
+        self, generator: torch.Generator, batch: int, device: torch.device | str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         t = torch.randint(self.num_steps, (batch,), generator=generator, device=device)
         return t, torch.ones(batch, device=device)
 
     def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
-        """Take note of per-sample losses (B,) at steps t (B,); nothing to learn here."""
+        pass
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {}
@@ -45,10 +63,10 @@ class LossAwareTimesteps:
     def __init__(
         self,
         num_steps: int,
+        device: torch.device | str = "cpu",
+        gather: Gather = lambda own: own.unsqueeze(0),
         history: int = 10,
         uniform_probability: float = 0.001,
-        device: torch.device | str = "cpu",
-        gather: Callable[[torch.Tensor], torch.Tensor] = lambda own: own.unsqueeze(0),
     ) -> None:
         if num_steps < 1 or history < 1 or not 0 < uniform_probability <= 1:
             raise ValueError(
@@ -110,3 +128,9 @@ class LossAwareTimesteps:
         device = self._losses.device
         self._losses = state["losses"].to(device, torch.float64, copy=True)
         self._counts = state["counts"].to(device, torch.int64, copy=True)
+
+
+TIMESTEP_SAMPLERS: dict[str, Callable[[int, torch.device | str, Gather], TimestepSampler]] = {
+    "uniform": UniformTimesteps,
+    "loss-second-moment": LossAwareTimesteps,
+}

@@ -21,6 +21,7 @@ from absl import flags
 
 from configs.schema import ImageConfig
 from experiments.support import edit_flags as edit
+from experiments.support.sampling_flags import sampling_options
 from infty_diff.results import digest
 from metrics.similarity import LPIPS_NETS, load_lpips
 from runtime.command import Command, readable_errors
@@ -41,7 +42,7 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
                 f"--sampler={FLAGS.sampler}, --eta={FLAGS.eta:g}: stochastic codes belong to DDIM without noise; "
                 "accepted: ddim and 0, or --nostochastic_codes"
             )
-        sampling = edit.sampling_options()
+        sampling = sampling_options()
         distance = load_lpips(FLAGS.lpips, FLAGS.lpips_weights) if FLAGS.lpips else None
         model = edit.open_model(config, sampling)
         inputs = edit.open_images(model, edit.requested_size() or model.config.size)

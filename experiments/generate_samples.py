@@ -18,8 +18,9 @@ from absl import flags
 
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.process import DiffusionProcess, Prediction
+from experiments.support import sampling_flags
 from infty_diff.folder import FolderOptions, draw_folder, parse_seeds, parse_size
-from infty_diff.model import SAMPLERS, WEIGHTS, InftyDiff, SamplingOptions
+from infty_diff.model import WEIGHTS, InftyDiff, SamplingOptions
 from runtime.command import Command, readable_errors
 from runtime.files import file_digest
 from runtime.processes import Processes
@@ -27,13 +28,10 @@ from runtime.run_dir import run_path
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("sample_img_size", None, "side, or height x width as in 192x320; default: the training size")
-flags.DEFINE_string("sampling_steps", None, "step subset: 100, ddim50, 10,15,20 or logsnr20; default: 100, dpmpp 20")
+sampling_flags.define_flags()
 flags.DEFINE_string("latent_sampling_steps", None, "step subset of the latent model; default: all steps")
 flags.DEFINE_integer("num_samples", None, "number of images, seeds 0 to N-1; default: data.fid_samples", lower_bound=1)
 flags.DEFINE_string("seeds", None, "seeds instead of num_samples: 0-99 or 3,7,10-12")
-flags.DEFINE_enum("sampler", "ddim", SAMPLERS, "sampler of the images")
-flags.DEFINE_float("eta", 0.0, "noise of DDIM, 0 to 1")
-flags.DEFINE_float("inv_snr", 0.05, "inverse signal-to-noise ratio of the Wiener filter that undoes the mollifier")
 flags.DEFINE_integer("sample_batch_size", 16, "images drawn together on a GPU", lower_bound=1)
 flags.DEFINE_bool("save_raw", False, "keep the mollified images too, float32 .npy under raw/")
 flags.DEFINE_string("out_dir", None, "folder of the samples; default: samples/SETTINGS in the latent run")
@@ -43,7 +41,7 @@ def main(configs: dict[str, Any], _: dict[str, list[str]], processes: Processes)
     config: LatentConfig = configs["config"]
     latent_run, image_run = run_path(config), run_path(configs["decoder_config"])
     with readable_errors():
-        sampling = SamplingOptions(FLAGS.sampling_steps, FLAGS.sampler, FLAGS.eta, FLAGS.inv_snr)
+        sampling = sampling_flags.sampling_options()
         seeds = parse_seeds(FLAGS.seeds) if FLAGS.seeds else list(range(FLAGS.num_samples or config.data.fid_samples))
         size = parse_size(FLAGS.sample_img_size) if FLAGS.sample_img_size else None
         given = configs["decoder_config"], config

@@ -28,6 +28,7 @@ from configs.schema import ImageConfig
 from diffusion.conditioning import check_mask
 from experiments.support import edit_flags as edit
 from experiments.support.inputs import Inputs, parse_box, parse_step, read_mask
+from experiments.support.sampling_flags import sampling_options
 from infty_diff.editing import InpaintOptions, inpaint
 from infty_diff.folder import parse_seeds
 from infty_diff.results import digest
@@ -49,10 +50,10 @@ flags.DEFINE_bool("paste", True, "put the known pixels back into the results")
 def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
     config: ImageConfig = configs["config"]
     with readable_errors():
-        sampling, seeds = edit.sampling_options(), parse_seeds(FLAGS.seeds)
+        sampling, seeds = sampling_options(), parse_seeds(FLAGS.seeds)
         if (FLAGS.mask is None) == (FLAGS.box is None):
             raise ValueError("--mask, --box: accepted: exactly one of them")
-        if FLAGS.see_hole and len(seeds) > 1 and not FLAGS.eta and FLAGS.sampler != "ddpm":
+        if FLAGS.see_hole and len(seeds) > 1 and not sampling.draws_noise:
             raise ValueError(f"--seeds={FLAGS.seeds}: all equal with --see_hole; accepted: one seed, or --eta above 0")
         model = edit.open_model(config, sampling)
         size = edit.requested_size() or model.config.size

@@ -30,6 +30,7 @@ from diffusion.coordinates import Size
 from diffusion.samplers import Callback
 from experiments.support import edit_flags as edit
 from experiments.support.inputs import Inputs
+from experiments.support.sampling_flags import sampling_options
 from infty_diff.editing import lerp, slerp
 from infty_diff.folder import parse_seeds
 from infty_diff.model import InftyDiff, SamplingOptions
@@ -55,8 +56,8 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
     latent = configs["config"] if image != "config" else None
     latent_run = run_path(latent) if latent else None
     with readable_errors():
-        sampling = edit.sampling_options()
-        if sampling.sampler == "ddpm" or sampling.eta:
+        sampling = sampling_options()
+        if sampling.draws_noise:
             raise ValueError(f"--sampler={sampling.sampler}, --eta={sampling.eta:g}: draws noise at every step, which "
                              "breaks the way; accepted: ddim or dpmpp, and 0")  # fmt: skip
         if (FLAGS.seeds is None) != (latent_run is None):

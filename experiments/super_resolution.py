@@ -25,6 +25,7 @@ from configs.schema import ImageConfig
 from diffusion.coordinates import Size
 from experiments.support import edit_flags as edit
 from experiments.support.inputs import parse_step
+from experiments.support.sampling_flags import sampling_options
 from infty_diff.editing import enlarged, super_resolve
 from infty_diff.folder import parse_size
 from infty_diff.results import digest
@@ -42,7 +43,7 @@ flags.DEFINE_string("start_step", None, "with it: step 0 â€¦ T-1, or part 0.0 â€
 def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
     config: ImageConfig = configs["config"]
     with readable_errors():
-        sampling = edit.sampling_options()
+        sampling = sampling_options()
         if FLAGS.start_step and not FLAGS.ddim_encoding:
             raise ValueError(f"--start_step={FLAGS.start_step}: accepted: with --ddim_encoding")
         model = edit.open_model(config, sampling)

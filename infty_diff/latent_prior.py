@@ -72,7 +72,7 @@ class LatentPrior:
         process = self.process if steps is None else self.process.respaced(steps)
         noise = partial(next, self._noise(seeds))
         denoise = process.denoiser(self.model, clip=False)  # latents are unbounded
-        return self.unnormalise(ancestral(denoise, noise(), process, noise))
+        return self.unnormalise(ancestral(denoise, noise(), process, noise=noise))
 
     def _noise(self, seeds: Sequence[int]) -> Iterator[torch.Tensor]:
         """Standard normal (B, D), one after the other, drawn for several steps at once."""

@@ -13,9 +13,9 @@ from configs.schema import ImageConfig, LatentConfig
 from diffusion.coordinates import Points, Size, gather_points, image_to_points, points_to_image
 from diffusion.factory import build_image_process
 from diffusion.noise import function_noise
-from diffusion.process import Denoised, Denoiser
+from diffusion.process import Denoised, Denoiser, DiffusionProcess
 from diffusion.random import Purpose, key
-from diffusion.samplers import Callback, Correction, LastEstimate, ancestral, ddim, ddim_invert, dpmpp
+from diffusion.samplers import SAMPLERS, Callback, Correction, LastEstimate, ddim_invert
 from infty_diff.cast_weights import cast_weights
 from infty_diff.latent_prior import LatentPrior
 from models.factory import build_denoiser, build_encoder, for_evaluation
@@ -30,8 +30,8 @@ from runtime.stored import WEIGHTS, config_from
 class SamplingOptions:
     """How images are drawn from noise.
 
-    steps: step subset, "100", "ddim50", "10,15,20" or "logsnr20"; by default 100, and 20 for "dpmpp", which takes a
-    mere number as that many steps even in log-SNR. sampler: "ddim", "ddpm" or "dpmpp". eta: noise of DDIM, in [0, 1].
+    steps: step subset, "100", "ddim50", "10,15,20" or "logsnr20"; by default, and where it is a mere number, as the
+    sampler wants it. sampler: a name in `diffusion.samplers.SAMPLERS`. eta: noise of DDIM, in [0, 1].
     inv_snr: inverse signal-to-noise ratio of the Wiener filter that undoes the mollifier, where the network does not
     predict the image itself. clip: keep estimates of the clean image in [−1, 1]; without it DDIM inverts
     `encode_stochastic` exactly in the limit of many steps.
@@ -45,17 +45,17 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler={self.sampler!r}; accepted: {', '.join(SAMPLERS)}")
-        if not 0.0 <= self.eta <= 1.0:
-            raise ValueError(f"eta={self.eta}; accepted: 0 to 1")
-        if self.eta > 0 and self.sampler != "ddim":
-            raise ValueError(f"eta={self.eta}; accepted: 0, since {self.sampler} has no such choice")
+            raise ValueError(f"sampler is {self.sampler!r}; accepted: {', '.join(SAMPLERS)}")
+        sampler = SAMPLERS[self.sampler]
+        sampler.with_eta(self.eta)
         if self.inv_snr <= 0:
-            raise ValueError(f"inv_snr={self.inv_snr}; accepted: a number > 0")
-        steps = self.steps or _DEFAULT_STEPS[self.sampler]
-        if self.sampler == "dpmpp" and steps.isdecimal():
-            steps = f"logsnr{steps}"
-        object.__setattr__(self, "steps", steps)
+            raise ValueError(f"inv_snr is {self.inv_snr}; accepted: a number > 0")
+        object.__setattr__(self, "steps", sampler.step_spec(self.steps))
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether steps draw noise, so that images depend on more than latent and first state."""
+        return SAMPLERS[self.sampler].draws_noise(self.eta)
 
 
 class InftyDiff:
@@ -173,7 +173,7 @@ class InftyDiff:
         images = images.to(self.device)
         latents = self.encode(images) if latents is None else latents
         process = self.process.respaced(steps)
-        denoise = self.denoiser_at(latents, tuple(images.shape[-2:]), steps, clip=False)
+        denoise = self.denoiser_at(latents, tuple(images.shape[-2:]), process, clip=False)
         return ddim_invert(denoise, process.mollifier(images), process, stop=stop, callback=callback)
 
     @torch.no_grad()
@@ -206,16 +206,11 @@ class InftyDiff:
         """
         options = options or SamplingOptions()
         process = self.process.respaced(options.steps)
-        denoise = self.denoiser_at(latents, tuple(noise.shape[-2:]), options.steps, options.clip)
+        denoise = self.denoiser_at(latents, tuple(noise.shape[-2:]), process, options.clip)
         denoise = denoise if guide is None else guide(denoise)
         last = LastEstimate(callback)
-        hooks = {"start": start, "correct": correct, "callback": last}
-        if options.sampler == "ddpm":
-            x = ancestral(denoise, noise, process, step_noise, **hooks)
-        elif options.sampler == "dpmpp":
-            x = dpmpp(denoise, noise, process, **hooks)
-        else:
-            x = ddim(denoise, noise, process, eta=options.eta, noise=step_noise, **hooks)
+        draw = SAMPLERS[options.sampler].with_eta(options.eta)
+        x = draw(denoise, noise, process, noise=step_noise, start=start, correct=correct, callback=last)
         return self.sharpened(x, last.denoised, options.inv_snr) if deblur else x
 
     @torch.no_grad()
@@ -284,8 +279,8 @@ class InftyDiff:
         """
         return self.process.mollifier.inverse(x, inv_snr) if self.process.mollifier.kind == "dct" else x
 
-    def denoiser_at(self, latents: torch.Tensor, size: Size, steps: str, clip: bool = True) -> Denoiser:
-        """The denoiser of samplers: states (B, C, H, W) and steps t (B,) of the respaced process to estimates.
+    def denoiser_at(self, latents: torch.Tensor, size: Size, process: DiffusionProcess, clip: bool = True) -> Denoiser:
+        """The denoiser of samplers: states (B, C, H, W) and steps t (B,) of a respaced process to estimates.
 
         Gradients are computed where a state requires them, as in guidance, and else not, whatever the caller's mode.
         """
@@ -297,8 +292,4 @@ class InftyDiff:
             with torch.set_grad_enabled(wanted), self.precision.autocast():
                 return points_to_image(denoiser(image_to_points(x_t), points, time, latents).float(), size)
 
-        return self.process.respaced(steps).denoiser(network, clip)
-
-
-_DEFAULT_STEPS = {"ddim": "100", "ddpm": "100", "dpmpp": "20"}
-SAMPLERS = tuple(_DEFAULT_STEPS)
+        return process.denoiser(network, clip)

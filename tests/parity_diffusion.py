@@ -7,6 +7,7 @@ sizes, schedules and steps need no change here.
 from __future__ import annotations
 
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -193,7 +194,7 @@ def _check_trajectories(comparison: Comparison, schedule: Schedule, mollifier: M
             comparison.compare(f"{out}/pred_xstart_last", record.denoised.x_0)
         else:
             noises = iter(mollifier(multiplier * step_noise))
-            ancestral(denoise, state, process, lambda noises=noises: next(noises), callback=record)
+            ancestral(denoise, state, process, noise=partial(next, noises), callback=record)
         comparison.compare(key, record.at(comparison.given(f"{out}/steps")))
 
 
@@ -227,7 +228,7 @@ def _check_vectors(comparison: Comparison, config: dict) -> None:
     noises = iter(comparison.given("in/latent/step_noise"))
     record = Trajectory()
     denoise = process.denoiser(_toy_model, clip=False)
-    ancestral(denoise, comparison.given("in/latent/init"), process, lambda: next(noises), callback=record)
+    ancestral(denoise, comparison.given("in/latent/init"), process, noise=partial(next, noises), callback=record)
     comparison.compare("out/latent/ddpm", torch.stack(record.states))
 
 

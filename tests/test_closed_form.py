@@ -167,7 +167,7 @@ def test_sampler_has_the_variance_of_the_field(sampler, size):
 
 def sampler_of(denoise: Callable, process: DiffusionProcess, eta: float | None) -> Callable:
     if eta is None:
-        return lambda x, noise: ancestral(denoise, x, process, noise)
+        return lambda x, noise: ancestral(denoise, x, process, noise=noise)
     return lambda x, noise: ddim(denoise, x, process, eta=eta, noise=noise)
 
 
@@ -185,7 +185,7 @@ def test_every_prediction_gives_the_same_samples(prediction, sigma):
             return process.mollifier.noise(torch.randn(white.shape, dtype=torch.float64, generator=generator))
 
         start = process.mollifier.noise(white)
-        results.append(torch.stack([ancestral(denoise, start, process, noise), ddim(denoise, start, process)]))
+        results.append(torch.stack([ancestral(denoise, start, process, noise=noise), ddim(denoise, start, process)]))
     torch.testing.assert_close(*results, rtol=1e-7, atol=1e-9)
 
 
@@ -197,7 +197,7 @@ def test_ancestral_samples_by_monte_carlo():
     def noise() -> torch.Tensor:
         return process.mollifier.noise(torch.randn(batch, 1, *size, generator=generator))
 
-    samples = coefficients(ancestral(denoise, noise(), process, noise))
+    samples = coefficients(ancestral(denoise, noise(), process, noise=noise))
     ratio = (samples**2).mean(axis=(0, 1)) / recursion(oracle, process, ANCESTRAL[Variance.FIXED_LARGE], eta=None)
     assert np.abs(ratio - 1).max() < 5 * math.sqrt(2 / batch)
     assert np.abs(samples.mean(axis=(0, 1)) / samples.std(axis=(0, 1))).max() < 5 / math.sqrt(batch)

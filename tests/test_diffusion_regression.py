@@ -51,7 +51,7 @@ def results() -> dict[str, torch.Tensor]:
                 return process.mollifier.noise(x)
 
             for name, drawn in (
-                ("ancestral", ancestral(denoise, start, short, noise)),
+                ("ancestral", ancestral(denoise, start, short, noise=noise)),
                 ("ddim", ddim(denoise, start, short)),
                 ("ddim_eta1", ddim(denoise, start, short, eta=1.0, noise=noise)),
                 ("ddim_invert", ddim_invert(denoise, process.mollifier(x), short)),

@@ -1,6 +1,8 @@
 """How the samplers call their denoiser, noise and callback. That they sample the right law is shown in
 test_closed_form."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -41,7 +43,7 @@ def test_every_sampler_finds_the_only_image(shape, dtype):
     calls = []
     noise = white_source(shape, calls, dtype=dtype)
     for result in (
-        ancestral(denoise, x, PROCESS, noise),
+        ancestral(denoise, x, PROCESS, noise=noise),
         ddim(denoise, x, PROCESS),
         ddim(denoise, x, PROCESS, eta=1.0, noise=noise),
         ddim(denoise, x, PROCESS, start=3),
@@ -76,7 +78,7 @@ def test_steps_are_visited_in_order_and_reported():
         reported.append((i, t))
         assert state.shape == denoised.x_0.shape
 
-    ancestral(denoise, x, PROCESS, lambda: torch.zeros_like(x), callback=callback)
+    ancestral(denoise, x, PROCESS, noise=lambda: torch.zeros_like(x), callback=callback)
     ddim(denoise, x, PROCESS, start=2, callback=callback)
     ddim_invert(denoise, x, PROCESS, stop=3, callback=callback)
     assert seen == [6, 5, 4, 3, 2, 1, 0, 2, 1, 0, 0, 1, 2]  # the whole chain, from step 2, and up to step 3
@@ -89,9 +91,10 @@ def test_eta_one_is_the_ancestral_sampler():
     denoise = process.denoiser(lambda x, time: torch.sin(3 * x) * torch.cos(time / 300)[:, None], clip=False)
     x = torch.randn(2, 40, dtype=torch.float64)
     results = []
-    for sampler in (ancestral, lambda *args: ddim(*args[:3], eta=1.0, noise=args[3])):
+    for sampler in (ancestral, partial(ddim, eta=1.0)):
         generator = torch.Generator().manual_seed(0)
-        results.append(sampler(denoise, x, process, lambda g=generator: torch.randn(x.shape, generator=g).double()))
+        noise = partial(torch.randn, x.shape, generator=generator, dtype=torch.float64)
+        results.append(sampler(denoise, x, process, noise=noise))
     torch.testing.assert_close(*results)
 
 
@@ -118,7 +121,8 @@ def test_gradients_pass_through_a_sampler():
     ("call", "message"),
     [
         (lambda f, x: ddim(f, x, PROCESS, eta=-0.1), "eta is -0.1"),
-        (lambda f, x: ddim(f, x, PROCESS, eta=0.5), "needs noise"),
+        (lambda f, x: ddim(f, x, PROCESS, eta=0.5), "noise is None"),
+        (lambda f, x: ancestral(f, x, PROCESS), "noise is None"),
         (lambda f, x: ddim(f, x, PROCESS, start=7), "start is 7; the process has steps 0 to 6"),
         (lambda f, x: ddim_invert(f, x, PROCESS, stop=-1), "stop is -1"),
     ],

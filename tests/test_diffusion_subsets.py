@@ -9,16 +9,14 @@ import torch
 from scipy.stats import qmc
 
 from diffusion.coordinates import validate_points
-from diffusion.subsets import _radical_inverse, draw_points
-
-KINDS = ["uniform", "halton", "sobol"]
+from diffusion.subsets import DRAWS, _radical_inverse, draw_points
 
 
 def draw(kind, batch, size, count, seed=0):
     return draw_points(kind, torch.Generator().manual_seed(seed), batch, size, count, "cpu")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DRAWS)
 @pytest.mark.parametrize(
     ("size", "count"), [((16, 16), 64), ((9, 20), 45), ((7, 5), 34), ((1, 13), 4), ((8, 8), 1), ((128, 128), 4096)]
 )
@@ -33,19 +31,19 @@ def test_points_are_distinct_in_the_order_of_tiles_and_as_many_as_asked(kind, si
         assert not torch.equal(points.index[0], points.index[1])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DRAWS)
 def test_all_points_are_the_whole_lattice(kind):
     assert torch.equal(draw(kind, 2, (6, 7), 42).index, torch.arange(42).repeat(2, 1))
     assert torch.equal(draw(kind, 2, (9, 17), 153).index.sort(dim=1).values, torch.arange(153).repeat(2, 1))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DRAWS)
 def test_the_generator_decides(kind):
     first, again, other = (draw(kind, 2, (12, 10), 30, seed).index for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DRAWS)
 def test_every_pixel_is_equally_likely(kind):
     """Chi-square at the 0.1 % level. Points of one draw are dependent, which only narrows the counts."""
     draws, size, count = 4000, (6, 8), 12

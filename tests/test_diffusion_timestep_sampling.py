@@ -14,7 +14,7 @@ def generator(seed=0):
 
 
 def warmed_up(losses, history=4, **options):
-    sampler = LossAwareTimesteps(len(losses), history, **options)
+    sampler = LossAwareTimesteps(len(losses), history=history, **options)
     for _ in range(history):
         sampler.update(torch.arange(len(losses)), torch.tensor(losses))
     return sampler
@@ -63,7 +63,7 @@ def test_vanishing_losses_fall_back_to_uniform():
 def test_losses_are_recorded_one_after_the_other(processes):
     """As a list for each step would keep them, with steps that come more often at once than it is long."""
     draws, history, kept = torch.Generator().manual_seed(2), 3, [collections.deque(maxlen=3) for _ in range(4)]
-    sampler = LossAwareTimesteps(4, history, 0.1, gather=lambda own: everyones)
+    sampler = LossAwareTimesteps(4, history=history, uniform_probability=0.1, gather=lambda own: everyones)
     for _ in range(7):
         t = torch.randint(4, (processes, 9), generator=draws)
         losses = torch.rand(processes, 9, generator=draws)
@@ -88,7 +88,7 @@ def test_state_is_restored_exactly():
     sampler = warmed_up([1.0, 2.0, 3.0])
     sampler.update(torch.tensor([1]), torch.tensor([8.0]))
     state = sampler.state_dict()
-    restored = LossAwareTimesteps(3, 4)
+    restored = LossAwareTimesteps(3, history=4)
     restored.load_state_dict(state)
     sampler.update(torch.tensor([1]), torch.tensor([100.0]))
     assert not torch.equal(restored.probabilities(), sampler.probabilities())  # no shared memory

@@ -94,8 +94,7 @@ def test_the_exact_image_in_double_precision(tmp_path, sampler):
     image = picture(size).double()
     process = DiffusionProcess(Schedule.create("cosine", 1000), Mollifier(1.0, size), Prediction.X0).respaced("7")
     last, x = LastEstimate(), torch.randn(1, 3, *size, dtype=torch.float64)
-    noise = [lambda: process.mollifier.noise(torch.randn_like(x))] if sampler is ancestral else []
-    result = sampler(process.denoiser(lambda x_t, time: image, clip=True), x, process, *noise, callback=last)
+    result = sampler(process.denoiser(lambda x_t, time: image, clip=True), x, process, noise=lambda: x, callback=last)
     found = knowing(tmp_path, size).sharpened(result, last.denoised)
     torch.testing.assert_close(found, image, rtol=0, atol=1e-6)
 
@@ -143,7 +142,7 @@ def test_guidance_completes_the_hole_by_the_sharp_estimate(tmp_path):
     mask = torch.ones(size, dtype=torch.bool)
     mask[4:9, 3:8] = False
     image, process = picture(size).flip(-1), model.process.respaced("5")
-    denoise = model.denoiser_at(torch.zeros(1, 6), size, "5", clip=False)
+    denoise = model.denoiser_at(torch.zeros(1, 6), size, process, clip=False)
 
     def refuse(x):
         raise AssertionError("filtered")

@@ -6,12 +6,15 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from absl import flags
 from PIL import Image
 from torch import nn
 
 import micro
 from configs.schema import ImageConfig
 from data.datasets import open_dataset
+from diffusion.samplers import SAMPLERS, Sampler
+from experiments.support import sampling_flags
 from infty_diff.editing import InpaintOptions, inpaint
 from infty_diff.encodings import load_or_encode
 from infty_diff.folder import FolderOptions, contact_sheet, draw_folder, parse_seeds, parse_size
@@ -41,7 +44,7 @@ def model(tmp_path_factory) -> InftyDiff:
 
 
 @pytest.mark.parametrize("size", [(16, 12), (24, 24), (13, 29)])
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_image_depends_on_its_seed_alone(model, size, sampler):
     # The noisiest step divides the rounding of differently batched products by 5e-5: these steps leave it out.
     options = SamplingOptions(steps="ddim4", sampler=sampler)
@@ -50,6 +53,34 @@ def test_an_image_depends_on_its_seed_alone(model, size, sampler):
     assert together.shape == (3, 3, *size) and together.isfinite().all()
     assert (together[1] - alone[0]).abs().max() < 1e-4 * together.abs().max()
     assert (together[0] - together[1]).abs().max() > 1e-2
+
+
+def test_a_new_sampler_needs_one_entry(model, monkeypatch):
+    """It is registered, and the model and the commands know it."""
+
+    def jump(denoise, x, process, *, noise=None, start=None, correct=None, callback=None):
+        t = torch.full((len(x),), process.schedule.num_steps - 1)
+        denoised = denoise(x, t)
+        callback(0, int(t[0]), denoised.x_0, denoised)
+        return denoised.x_0
+
+    monkeypatch.setitem(SAMPLERS, "jump", Sampler(jump, steps="ddim50", spacing="ddim"))
+    sampling_flags.define_flags()
+    names = ("sampling_steps", "sampler", "eta", "inv_snr")
+    try:
+        flags.FLAGS(["command", "--sampler=jump", "--sampling_steps=4"])
+        options = sampling_flags.sampling_options()
+        with pytest.raises(flags.IllegalFlagValueError, match=r"ddim\|ddpm\|dpmpp\|jump"):
+            flags.FLAGS(["command", "--sampler=heun"])
+    finally:
+        for name in names:
+            delattr(flags.FLAGS, name)
+    assert (options.steps, SamplingOptions(sampler="jump").steps) == ("ddim4", "ddim50")
+    assert not options.draws_noise
+    found = model.sample([5], (13, 29), options, latent_steps="4", deblur=False)
+    process, latents = model.process.respaced("ddim4"), model.prior.sample([5], "4")
+    denoise = model.denoiser_at(latents, (13, 29), process)
+    assert torch.equal(found, denoise(model.initial_noise([5], (13, 29)), torch.tensor([3])).x_0)
 
 
 def test_stochastic_ddim_draws_new_noise_each_step(model):
@@ -112,13 +143,13 @@ def test_latents_follow_the_statistics(model):
 
 
 def test_faults_are_one_line(model, tmp_path):
-    with pytest.raises(ValueError, match="sampler='euler'"):
+    with pytest.raises(ValueError, match="sampler is 'euler'; accepted: ddim, ddpm, dpmpp"):
         SamplingOptions(sampler="euler")
-    with pytest.raises(ValueError, match="eta=2"):
+    with pytest.raises(ValueError, match="eta is 2; accepted: 0 to 1"):
         SamplingOptions(eta=2)
-    with pytest.raises(ValueError, match=r"eta=0.5; accepted: 0, since dpmpp"):
+    with pytest.raises(ValueError, match=r"eta is 0.5; accepted: 0, since only ddim"):
         SamplingOptions(sampler="dpmpp", eta=0.5)
-    with pytest.raises(ValueError, match="inv_snr=0"):
+    with pytest.raises(ValueError, match="inv_snr is 0"):
         SamplingOptions(inv_snr=0)
     with pytest.raises(ValueError, match="100"):
         model.sample([0], None, SamplingOptions("2000"))
@@ -263,7 +294,7 @@ def test_loaded_weights_have_no_gradients(tmp_path):
 def test_the_denoiser_computes_gradients_where_a_state_asks_for_them(tmp_path):
     """Also of weights that could have some, and outside of `torch.no_grad`."""
     model = build(tmp_path)
-    denoise = model.denoiser_at(torch.zeros(1, 6), (16, 12), "4")
+    denoise = model.denoiser_at(torch.zeros(1, 6), (16, 12), model.process.respaced("4"))
     state, step = model.initial_noise([0], (16, 12)), torch.tensor([2])
     assert not denoise(state, step).x_0.requires_grad
     assert denoise(state.requires_grad_(), step).x_0.requires_grad

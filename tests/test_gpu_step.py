@@ -10,12 +10,11 @@ import torch
 
 import micro
 from data.datasets import open_dataset
+from diffusion.factory import build_timesteps
 from fake_gpu import can_pretend, moved
 from runtime.precision import Precision
-from runtime.processes import ALONE
 from runtime.run_dir import RunDir
 from training.image_stage import ImageStage
-from training.parallel import training_timesteps
 from training.trainer import Trainer
 
 HAS_GPU = torch.cuda.is_available()
@@ -45,7 +44,7 @@ def test_no_value_is_read_back_before_the_backward_pass(tmp_path, fake_gpu, chan
         for network in stage.modules.values():
             moved(network)
         stage.device = torch.device("cuda")
-        stage.timesteps = training_timesteps(stage.config.diffusion, ALONE, stage.device)
+        stage.timesteps = build_timesteps(stage.config.diffusion, stage.device, lambda own: own.unsqueeze(0))
         images = torch.zeros(4, 3, *stage.config.size, dtype=torch.uint8, device="cuda")
         loss, scalars = stage.loss(images, torch.Generator())
         assert all(value.device.type == "cuda" for value in (loss, *scalars.values()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from data.loader import batches, sequential
 from data.pixels import to_float
 from diffusion import losses
 from diffusion.coordinates import CONVENTIONS, Points, gather_points
-from diffusion.factory import build_image_process
+from diffusion.factory import build_image_process, build_timesteps
 from diffusion.random import Purpose, stream
 from diffusion.samplers import LastEstimate
 from diffusion.subsets import draw_points
@@ -27,7 +28,7 @@ from models.interpolation import interpolate_to_grid
 from runtime.checkpoint import BEST_WEIGHTS
 from runtime.precision import Precision
 from runtime.processes import ALONE, Processes
-from training.parallel import training_timesteps
+from training.parallel import stacked
 
 log = logging.getLogger(__name__)
 _HELD_OUT_BATCH = 16  # part of what the held-out loss is: the batch size of training may change, its draws may not
@@ -61,7 +62,7 @@ class ImageStage:
             "denoiser": build_denoiser(config.model, config.data.channels, config.size).to(self.device),
             "encoder": build_encoder(config.model, config.data.channels, config.size).to(self.device),
         }
-        self.timesteps = training_timesteps(config.diffusion, processes, self.device)
+        self.timesteps = build_timesteps(config.diffusion, self.device, partial(stacked, processes=processes))
         self.val_set, self.held_out = val_set, "val_loss"
         self.held_out_steps = 0 if val_set is None else config.train.val_loss_steps
         if val_set is None and config.train.val_loss_steps:
@@ -124,8 +125,8 @@ class ImageStage:
         target = gather_points(target, seen)
         base = self._base_loss(prediction, target, seen)
         diffusion = self.config.diffusion
-        if diffusion.loss_weight == "min_snr":
-            base = base * losses.min_snr_weight(self.process, t, diffusion.min_snr_gamma, diffusion.loss_type).float()
+        weight = losses.LOSS_WEIGHTS[diffusion.loss_weight]
+        base = base * weight(self.process, t, diffusion.min_snr_gamma, diffusion.loss_type).float()
         if raw_variance is None:
             return base, none, kld
         log_variance = self.process.log_variance(raw_variance, t, target)

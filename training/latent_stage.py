@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from configs.schema import LatentConfig
 from data.latents import LatentSet
 from data.loader import index_batches
 from diffusion import losses
+from diffusion.factory import build_timesteps
 from diffusion.random import Purpose, stream
 from diffusion.samplers import LastEstimate
 from diffusion.transfer import to_device
@@ -20,7 +22,7 @@ from infty_diff.model import InftyDiff, SamplingOptions
 from models.factory import build_latent_model
 from runtime.precision import Precision
 from runtime.processes import ALONE, Processes
-from training.parallel import training_timesteps
+from training.parallel import stacked
 
 _HELD_OUT_BATCH = 256  # part of what the held-out loss is: the batch size of training may change, its draws may not
 
@@ -54,7 +56,7 @@ class LatentStage:
         self.mean, self.std = latents.mean, latents.std
         self.prior = self._prior(self.model)
         self.process = self.prior.process
-        self.timesteps = training_timesteps(config.diffusion, processes, self.device)
+        self.timesteps = build_timesteps(config.diffusion, self.device, partial(stacked, processes=processes))
 
     def _prior(self, model: nn.Module) -> LatentPrior:
         return LatentPrior(self.config, model, self.mean, self.std)
@@ -93,8 +95,8 @@ class LatentStage:
         prediction, raw_variance = self.process.split(output, axis=1)
         diffusion = self.config.diffusion
         base = losses.LOSSES[diffusion.loss_type](prediction, target)
-        if diffusion.loss_weight == "min_snr":
-            base = base * losses.min_snr_weight(self.process, t, diffusion.min_snr_gamma, diffusion.loss_type).float()
+        weight = losses.LOSS_WEIGHTS[diffusion.loss_weight]
+        base = base * weight(self.process, t, diffusion.min_snr_gamma, diffusion.loss_type).float()
         if raw_variance is None:
             return base, 0.0
         log_variance = self.process.log_variance(raw_variance, t, target)

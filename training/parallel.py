@@ -1,7 +1,7 @@
 """One training step on the devices of several processes."""
 
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -9,8 +9,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from configs.schema import DiffusionConfig, LatentDiffusionConfig
-from diffusion.timestep_sampling import LossAwareTimesteps, UniformTimesteps
 from runtime.processes import Processes
 
 # Processes agree before each step, so they enter it together; apart from that they differ in how long they compile.
@@ -54,12 +52,3 @@ def stacked(own: torch.Tensor, processes: Processes) -> torch.Tensor:
     everyones = [torch.empty_like(own) for _ in range(processes.world_size)]
     dist.all_gather(everyones, own, group=_group(own.device.type))
     return torch.stack(everyones)
-
-
-def training_timesteps(
-    config: DiffusionConfig | LatentDiffusionConfig, processes: Processes, device: torch.device
-) -> UniformTimesteps | LossAwareTimesteps:
-    """How training draws its steps of the diffusion, by `diffusion.schedule_sampler`, on a device."""
-    if config.schedule_sampler == "uniform":
-        return UniformTimesteps(config.steps)
-    return LossAwareTimesteps(config.steps, device=device, gather=partial(stacked, processes=processes))

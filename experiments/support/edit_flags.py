@@ -11,9 +11,10 @@ from tqdm import tqdm
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.coordinates import Size
 from diffusion.factory import build_image_process
+from experiments.support import sampling_flags
 from experiments.support.inputs import Inputs, open_inputs
 from infty_diff.folder import check_steps, final_estimate, parse_size
-from infty_diff.model import SAMPLERS, WEIGHTS, InftyDiff, SamplingOptions
+from infty_diff.model import WEIGHTS, InftyDiff, SamplingOptions
 from infty_diff.results import Results, digest
 from metrics.similarity import SSIM_WINDOW, PairDistance, psnr, ssim
 from runtime.files import file_digest
@@ -28,18 +29,10 @@ def define_flags(num_images: int, size_help: str) -> None:
     flags.DEFINE_enum("split", "val", ("train", "val"), "split of the data set, without --input")
     flags.DEFINE_integer("num_images", num_images, "take at most so many images", lower_bound=1)
     flags.DEFINE_string("sample_img_size", None, f"side, or height x width as in 192x320, of {size_help}")
-    flags.DEFINE_string("sampling_steps", None, "step subset: 100, ddim50, 10,15,20, logsnr20; default: 100, dpmpp 20")
-    flags.DEFINE_enum("sampler", "ddim", SAMPLERS, "sampler")
-    flags.DEFINE_float("eta", 0.0, "noise of DDIM, 0 to 1")
-    flags.DEFINE_float("inv_snr", 0.05, "inverse signal-to-noise ratio of the Wiener filter that undoes the mollifier")
+    sampling_flags.define_flags()
     flags.DEFINE_string(
         "out_dir", None, "folder of the results; default: COMMAND/INPUT-DIGEST_OF_SETTINGS in the folder of the run"
     )
-
-
-def sampling_options() -> SamplingOptions:
-    """The options of the flags."""
-    return SamplingOptions(FLAGS.sampling_steps, FLAGS.sampler, FLAGS.eta, FLAGS.inv_snr)
 
 
 def requested_size() -> Size | None:
