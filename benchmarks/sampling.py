@@ -78,7 +78,7 @@ def evaluation(
     @torch.no_grad()
     def call(_: int) -> torch.Tensor:
         denoised = denoise(x, step)
-        return denoised.gradient if guided else denoised.eps
+        return denoised.gradient if guided else denoised.noise
 
     return call
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from diffusion.coordinates import Size
+from diffusion.coordinates import Size, size_of
 from diffusion.cosine import dct, idct, on_rows
 from diffusion.mollifier import Mollifier
 from diffusion.process import Denoised, Denoiser, DiffusionProcess
 
 Image = torch.Tensor
-_SURE = 0.99  # part of its Gaussian weight that a mollified pixel has from known pixels to count as known
+_SURE = 0.99  # fraction of its Gaussian weight that a mollified pixel has from known pixels to count as known
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Known:
     deblur: Callable[[Image], Image]
 
     def __post_init__(self) -> None:
-        check_mask(self.mask, tuple(self.image.shape[-2:]))
+        check_mask(self.mask, size_of(self.image))
 
     def guided(self, denoise: Denoiser, *, plain: bool = False) -> Denoiser:
         """Reconstruction guidance (section 5.3, after Ho et al. 2022b): a denoiser that returns `Guided`, with
@@ -64,13 +64,13 @@ class Known:
                 x_t = x_t.detach().requires_grad_()
                 denoised = denoise(x_t, t)
                 fixed = _detached(denoised)
-                sharp = self.deblur(fixed.x_0) if fixed.sharp is None else fixed.sharp
+                sharp = self.deblur(fixed.smooth) if fixed.sharp is None else fixed.sharp
                 target = mollifier(self.completed(sharp))
-                missed = self.mask * (denoised.x_0 - target)
+                missed = self.mask * (denoised.smooth - target)
                 (gradient,) = torch.autograd.grad(missed.square().sum(), x_t)
             if not plain:
                 gradient = self.process.schedule.at("sqrt_alpha_bar", t, x_t) * mollifier(mollifier(gradient))
-            return Guided(fixed.x_0, fixed.eps, fixed.log_variance, fixed.sharp, gradient=gradient)
+            return Guided(fixed.smooth, fixed.noise, fixed.log_variance, fixed.sharp, gradient=gradient)
 
         return denoise_and_compare
 
@@ -92,8 +92,8 @@ class Known:
 
 
 def _detached(denoised: Denoised) -> Denoised:
-    values = denoised.x_0, denoised.eps, denoised.log_variance, denoised.sharp
-    return Denoised(*(value if value is None else value.detach() for value in values))
+    sharp = None if denoised.sharp is None else denoised.sharp.detach()
+    return Denoised(denoised.smooth.detach(), denoised.noise.detach(), denoised.log_variance.detach(), sharp)
 
 
 def descend(scale: float) -> Callable[[torch.Tensor, int, Guided], torch.Tensor]:
@@ -119,7 +119,7 @@ def check_mask(mask: torch.Tensor, size: Size) -> None:
             f"mask is {mask.dtype} {tuple(mask.shape)}; accepted: torch.bool {tuple(size)}, the size of the image"
         )
     if mask.all() or not mask.any():
-        raise ValueError(f"mask: {'no' if mask.all() else 'every'} pixel is unknown; accepted: some, not all")
+        raise ValueError(f"mask has {'no' if mask.all() else 'only'} unknown pixels; accepted: some, not all")
 
 
 def fill_hole(image: Image, mask: torch.Tensor) -> Image:
@@ -128,7 +128,7 @@ def fill_hole(image: Image, mask: torch.Tensor) -> Image:
     Each pixel takes the Gaussian mean of the known pixels, T(m x̄) / T m, with a T of 1, 2, 4, … pixels, the first by
     which enough of them reach it. mask: bool (H, W), true where known.
     """
-    size = tuple(image.shape[-2:])
+    size = size_of(image)
     check_mask(mask, size)
     known = torch.where(mask, image, 0.0)
     enough = min(0.05, 0.5 * float(mask.float().mean()))  # the widest T spreads the known part evenly
@@ -145,7 +145,7 @@ def fill_hole(image: Image, mask: torch.Tensor) -> Image:
 def join_bands(low: Image, high: Image, band: Size) -> Image:
     """The image whose cosine coefficients (k, l) are those of `low` where k < H' and l < W', and those of `high` else.
 
-    low, high: (B, C, H, W). band: (H', W'), the lattice that determines the coefficients taken from `low`.
+    low, high: (B, C, H, W). band: (H', W'), the resolution that determines the coefficients taken from `low`.
     """
     spectrum = [on_rows(dct, dct(x)) for x in (low, high)]
     joined = spectrum[1].clone()

@@ -1,4 +1,4 @@
-"""The orthonormal cosine transform (DCT-II) of lattices, by matrices or by FFT, whichever is faster at the size.
+"""The orthonormal cosine transform (DCT-II) of images, by matrices or by FFT, whichever is faster at the size.
 
 The DCT-II expands functions on [0, 1] with reflecting boundary: basis function k is cos(πk (i + 1/2) / n) at pixel i.
 """

@@ -16,7 +16,7 @@ def _variance(learn_sigma: bool, sigma_small: bool) -> Variance:
 
 
 def build_image_process(config: ImageConfig) -> DiffusionProcess:
-    """The mollified diffusion of images, on the training lattice's time schedule."""
+    """The mollified diffusion of images, at the training resolution."""
     diffusion = config.diffusion
     return DiffusionProcess(
         schedule=Schedule.create(diffusion.noise_schedule, diffusion.steps, resolution=max(config.size)),

@@ -75,7 +75,7 @@ def multiscale(
     L = loss / image_size + Σ_r loss(average-pooled to r × r) / r, for r = grid_size, grid_size/2, … ≥ 32 and
     r < image_size: low frequencies, of which an image has few, count as much as high ones.
 
-    prediction, target: values in any layout (B, ...), at points or on a lattice.
+    prediction, target: values in any layout (B, ...), at points or of all pixels.
     to_grid: interpolates such values to (B, C, grid_size, grid_size).
     image_size: side of the image in pixels. Source: Hoogeboom et al. 2023.
     """

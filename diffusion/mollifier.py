@@ -9,24 +9,25 @@ from functools import lru_cache, partial
 
 import torch
 
-from diffusion.coordinates import Size
+from diffusion.coordinates import Size, size_of
 from diffusion.cosine import CACHED_MATRICES, FFT_FROM, cosine_matrix, dct, idct, on_rows, times_matrix
 
 
 @dataclass(frozen=True)
 class Mollifier:
-    """T, a Gaussian of standard deviation `sigma` pixels of the training lattice, with reflecting boundary.
+    """T, a Gaussian of standard deviation `sigma` pixels at the training resolution, with reflecting boundary.
 
-    On an (H, W) lattice, where it is σ_h and σ_w pixels wide, T multiplies the cosine coefficient (k, l) by
+    At resolution (H, W) it is σ_h and σ_w pixels wide, and multiplies the cosine coefficient (k, l) by
 
         g = exp(-π² (σ_h² k² / H² + σ_w² l² / W²) / 2).
 
-    It is one operator on functions: on a lattice r times finer σ is r times as many pixels, and the white noise of the
-    training lattice becomes white noise times r (`noise_scale`), so that Tξ has the same variance there.
+    It is one operator on functions. At r times the resolution σ is r times as many pixels. White noise is multiplied by
+    r there (`noise_scale`), so that Tξ has the same variance.
 
     sigma: 0 or more, in pixels of `train_size`; 0 makes T the identity, for tensors of any shape.
-    train_size: (N_h, N_w).
-    kind: "dct", exact; or "conv", a Gaussian cut off at side ⌈4σ + 1⌉ with mirrored pixels, which has no inverse.
+    train_size: (N_h, N_w), the training resolution.
+    kind: a name in `MOLLIFIERS`. "dct" is exact. "conv" is cut off at side ⌈4σ + 1⌉ with mirrored pixels, and has no
+        inverse.
     Calling it maps x (..., H, W) of any floating dtype to Tx; half precision is computed in float32.
     Source: section 3.2.
     """
@@ -37,9 +38,9 @@ class Mollifier:
 
     def __post_init__(self) -> None:
         if not 0 <= self.sigma < math.inf:
-            raise ValueError(f"mollifier sigma is {self.sigma}; it must be a finite number of pixels, 0 or more")
+            raise ValueError(f"mollifier sigma is {self.sigma}; accepted: a finite number of pixels, 0 or more")
         if len(self.train_size) != 2 or min(self.train_size) < 1:
-            raise ValueError(f"mollifier train_size is {self.train_size}; it must be (H, W), both at least 1")
+            raise ValueError(f"mollifier train_size is {self.train_size}; accepted: (H, W), both at least 1")
         if self.kind not in MOLLIFIERS:
             raise ValueError(f"mollifier kind is {self.kind!r}; accepted: {', '.join(MOLLIFIERS)}")
 
@@ -49,15 +50,15 @@ class Mollifier:
         return self.sigma == 0
 
     def sigmas(self, size: Size) -> tuple[float, float]:
-        """Standard deviation of T along rows and columns in pixels of a lattice `size`."""
+        """Standard deviation of T along rows and columns in pixels at resolution `size`."""
         return self.sigma * size[0] / self.train_size[0], self.sigma * size[1] / self.train_size[1]
 
     def noise_scale(self, size: Size) -> float:
-        """Standard deviation of white noise on a lattice that is 1 on the training lattice; always 1 without T."""
+        """Standard deviation of white noise at resolution `size`: 1 at that of training, and if T is the identity."""
         return 1.0 if self.identity else math.sqrt(math.prod(size) / math.prod(self.train_size))
 
     def gain(self, size: Size) -> torch.Tensor:
-        """The factors g in (0, 1] of the cosine coefficients of a lattice, float64 (H, W)."""
+        """The factors g in (0, 1] of the cosine coefficients at resolution `size`, float64 (H, W)."""
         self._require_spectrum("gain")
         return torch.outer(*map(_gains, size, self.sigmas(size)))
 
@@ -69,9 +70,11 @@ class Mollifier:
         return work.to(x.dtype)
 
     def noise(self, white: torch.Tensor) -> torch.Tensor:
-        """The mollified noise Tξ (B, C, H, W) of white noise of unit variance on any lattice."""
+        """The mollified noise Tξ (B, C, H, W) of white noise of unit variance at any resolution."""
+        if self.identity:
+            return white
         work = white.to(torch.promote_types(white.dtype, torch.float32))
-        return (self(work) * self.noise_scale(white.shape[-2:])).to(white.dtype)
+        return (self(work) * self.noise_scale(size_of(white))).to(white.dtype)
 
     def inverse(self, x: torch.Tensor, inv_snr: float = 0.05) -> torch.Tensor:
         """Undo T by the Wiener filter, coefficients times g / (g² + inv_snr²); x (..., H, W).
@@ -82,9 +85,9 @@ class Mollifier:
             return x
         self._require_spectrum("inverse")
         if not inv_snr > 0:
-            raise ValueError(f"inv_snr is {inv_snr}; the Wiener filter needs a number above 0")
+            raise ValueError(f"inv_snr is {inv_snr}; accepted: a number above 0")
         work, sigmas = self._working_copy(x)
-        rows, cols = (_gains_on(n, sigma, work.dtype, work.device) for n, sigma in zip(x.shape[-2:], sigmas))
+        rows, cols = (_gains_on(n, sigma, work.dtype, work.device) for n, sigma in zip(size_of(x), sigmas))
         gain = torch.outer(rows, cols)
         coefficients = on_rows(dct, dct(work)) * (gain / (gain**2 + inv_snr**2))
         return idct(on_rows(idct, coefficients)).to(x.dtype)
@@ -92,13 +95,13 @@ class Mollifier:
     def _working_copy(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[float, float]]:
         if x.ndim < 2 or not x.is_floating_point():
             raise ValueError(
-                f"the mollifier takes floating images (..., H, W), not {x.dtype} of shape {tuple(x.shape)}"
+                f"x is {x.dtype} of shape {tuple(x.shape)}; accepted by the mollifier: floating images (..., H, W)"
             )
-        return x.to(torch.promote_types(x.dtype, torch.float32)), self.sigmas(x.shape[-2:])
+        return x.to(torch.promote_types(x.dtype, torch.float32)), self.sigmas(size_of(x))
 
     def _require_spectrum(self, name: str) -> None:
         if self.kind != "dct":
-            raise ValueError(f"the {self.kind!r} mollifier has no {name}; use kind 'dct'")
+            raise ValueError(f"mollifier kind is {self.kind!r}; accepted: 'dct', since only this has the {name}")
 
 
 def _smooth(x: torch.Tensor, sigma: float, kind: str) -> torch.Tensor:
@@ -137,7 +140,7 @@ def _mirrored_gaussian(n: int, sigma: float) -> torch.Tensor:
     radius = math.ceil(4 * sigma + 1) // 2
     if radius >= n:
         raise ValueError(
-            f"the 'conv' mollifier reaches {radius} pixels; an axis of {n} pixels is too short for sigma {sigma}"
+            f"image side is {n} pixels; accepted: above {radius}, the reach of the 'conv' mollifier of sigma {sigma:g}"
         )
     offsets = torch.arange(-radius, radius + 1)
     weights = torch.softmax(-0.5 * (offsets.double() / sigma) ** 2, dim=0)

@@ -1,8 +1,8 @@
-"""Noise that is one function on every lattice.
+"""Noise that is one function at every resolution.
 
-White noise on a lattice is drawn as its cosine coefficients, each from its own place in a random stream. Two lattices
-then share the coefficients of the frequencies they have in common, so that after mollification, which removes the
-others, they hold samples of one and the same function.
+White noise is drawn as its cosine coefficients, each from its own place in a random stream. Two resolutions then share
+the coefficients of the frequencies they have in common. Mollification removes the others: what is left are samples of
+one and the same function.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from diffusion.random import Key, normals
 
 
 def function_noise(keys: Sequence[Key], channels: int, size: Size, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Draw white noise whose low frequencies do not depend on the lattice.
+    """Draw white noise whose low frequencies do not depend on the resolution.
 
     Coefficient (k, l) of the orthonormal DCT-II is standard normal, a function of the key, the channel, k and l alone.
-    The result is standard normal white noise: the transform is orthogonal. Drawing costs H·W for lattices of any shape.
+    The result is standard normal white noise: the transform is orthogonal. Drawing costs H·W at any (H, W).
 
     Args:
         keys: one a field, from `diffusion.random.key`.

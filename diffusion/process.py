@@ -4,8 +4,9 @@ T is the mollifier, ξ white noise, x_t a state. States are mollified,
 
     x_t = √ᾱ_t · T x_0 + √(1 - ᾱ_t) · T ξ,        (11)
 
-and so is every estimate made of them here: `x_0` of a `Denoised` stands for T x̂_0, `eps` for T ξ̂. With the identity
-as T (sigma 0) this is ordinary diffusion, of images (B, C, H, W) or of vectors (B, D).
+and so are the estimates made of them. In names, x_0 and `white` are the data and ξ themselves; `smooth` and `noise`
+are T x_0 and T ξ. With the identity as T (sigma 0) this is ordinary diffusion, of images (B, C, H, W) or of vectors
+(B, D).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from enum import Enum
 
 import torch
 
+from diffusion.coordinates import size_of
 from diffusion.mollifier import Mollifier
 from diffusion.schedules import Schedule
 
@@ -46,17 +48,23 @@ class Variance(Enum):
         return self in (Variance.LEARNED, Variance.LEARNED_RANGE)
 
 
+_FIXED_LOG_VARIANCES = {
+    Variance.FIXED_LARGE: "fixed_large_log_variance",
+    Variance.FIXED_SMALL: "posterior_log_variance_clipped",
+}
+
+
 @dataclass(frozen=True)
 class Denoised:
-    """What a denoiser makes of a state x_t = √ᾱ_t · x_0 + √(1 - ᾱ_t) · eps, which holds exactly.
+    """What a denoiser makes of a state: x_t = √ᾱ_t · smooth + √(1 - ᾱ_t) · noise holds exactly.
 
-    x_0, eps: the mollified estimates T x̂_0 and T ξ̂, shaped like x_t.
+    smooth, noise: the mollified estimates T x̂_0 and T ξ̂, shaped like x_t.
     log_variance: log σ_t² of the reverse step, (B, 1, ...) or, learned, shaped like x_t.
     sharp: x̂_0 itself where the network predicts it, and else None: to find it from T x̂_0 takes a Wiener filter.
     """
 
-    x_0: torch.Tensor
-    eps: torch.Tensor
+    smooth: torch.Tensor
+    noise: torch.Tensor
     log_variance: torch.Tensor
     sharp: torch.Tensor | None = None
 
@@ -94,55 +102,55 @@ class DiffusionProcess:
     def q_sample(self, x_0: torch.Tensor, t: torch.Tensor, white: torch.Tensor) -> torch.Tensor:
         """Draw x_t from q(x_t | x_0), eq. (11).
 
-        x_0: un-mollified data (B, C, H, W) on any lattice, or (B, D). white: standard normal, same shape.
+        x_0: un-mollified data (B, C, H, W) at any resolution, or (B, D). white: standard normal, same shape.
         """
-        signal, noise = self._amplitudes(t, x_0)
-        scale = self.mollifier.noise_scale(white.shape[-2:])
-        return self.mollifier(signal * x_0 + noise * scale * white).to(x_0.dtype)
+        a, b = self._amplitudes(t, x_0)
+        scale = self.mollifier.noise_scale(size_of(white))
+        return self.mollifier(a * x_0 + b * scale * white).to(x_0.dtype)
 
     def training_pair(
         self, x_0: torch.Tensor, t: torch.Tensor, white: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The state x_t and what the network has to predict from it, shaped like x_0; arguments as in `q_sample`.
 
-        The loss over Monte-Carlo points gathers both, eq. (10): the mollifier needs the whole lattice.
+        The loss over Monte-Carlo points gathers both, eq. (10): the mollifier needs all pixels.
         """
-        signal, noise = self._amplitudes(t, x_0)
+        a, b = self._amplitudes(t, x_0)
         if self.prediction is Prediction.MOLLIFIED_EPS:
-            target = self.mollifier.noise(white)
-            return (signal * self.mollifier(x_0) + noise * target).to(x_0.dtype), target
+            noise = self.mollifier.noise(white)
+            return (a * self.mollifier(x_0) + b * noise).to(x_0.dtype), noise
         x_t = self.q_sample(x_0, t, white)
         if self.prediction is Prediction.X0:
             return x_t, x_0
-        eps = white * self.mollifier.noise_scale(white.shape[-2:])
+        white = white * self.mollifier.noise_scale(size_of(white))
         if self.prediction is Prediction.EPS:
-            return x_t, eps
-        return x_t, (signal * eps - noise * x_0).to(x_0.dtype)
+            return x_t, white
+        return x_t, (a * white - b * x_0).to(x_0.dtype)
 
     def denoise(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, clip: bool) -> Denoised:
         """Turn the network's output into the estimates that samplers use.
 
         A predicted x_0, ξ or v is mollified first: the state consists of T x_0 and T ξ, not of x_0 and ξ. With `clip`,
-        a predicted x_0 is clamped to [-1, 1] before it is mollified, an estimate of T x_0 as it is; then `eps` follows
-        from x_t and the clamped x_0.
-        output: on the whole lattice of x_t (B, C, H, W), with a learned variance (B, 2C, H, W); or vectors.
+        a predicted x_0 is clamped to [-1, 1] before it is mollified, an estimate of T x_0 as it is; the noise then
+        follows from x_t and the clamped estimate.
+        output: (B, C, H, W), with a learned variance (B, 2C, H, W); or vectors.
         """
         prediction, raw_variance = self.split(output, axis=1)
-        signal, noise = self._amplitudes(t, x_t)
+        a, b = self._amplitudes(t, x_t)
         sharp = None
         if self.prediction is Prediction.X0:
             prediction = prediction.clamp(-1, 1) if clip else prediction
-            x_0 = self.mollifier(prediction)
+            smooth = self.mollifier(prediction)
             sharp = prediction.to(x_t.dtype) if self.keep_sharp else None
         else:
             if self.prediction is Prediction.V:
-                x_0 = signal * x_t - noise * self.mollifier(prediction)
+                smooth = a * x_t - b * self.mollifier(prediction)
             else:
                 mollified = self.prediction is Prediction.MOLLIFIED_EPS
-                x_0 = (x_t - noise * (prediction if mollified else self.mollifier(prediction))) / signal
-            x_0 = x_0.clamp(-1, 1) if clip else x_0
-        eps = (x_t - signal * x_0) / noise
-        return Denoised(x_0.to(x_t.dtype), eps.to(x_t.dtype), self.log_variance(raw_variance, t, x_t), sharp)
+                smooth = (x_t - b * (prediction if mollified else self.mollifier(prediction))) / a
+            smooth = smooth.clamp(-1, 1) if clip else smooth
+        noise = (x_t - a * smooth) / b
+        return Denoised(smooth.to(x_t.dtype), noise.to(x_t.dtype), self.log_variance(raw_variance, t, x_t), sharp)
 
     def split(self, output: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Split a network's output into the prediction and the raw learned variance, None if variances are fixed.
@@ -153,7 +161,7 @@ class DiffusionProcess:
             return output, None
         if output.shape[axis] % 2:
             raise ValueError(
-                f"output has {output.shape[axis]} channels; a learned variance needs twice the channels of the data"
+                f"output has {output.shape[axis]} channels; accepted with a learned variance: twice those of the data"
             )
         prediction, raw_variance = output.chunk(2, dim=axis)
         return prediction, raw_variance
@@ -161,20 +169,18 @@ class DiffusionProcess:
     def log_variance(self, raw_variance: torch.Tensor | None, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """log σ_t² of the reverse step, at least float32; raw_variance: what `split` returns, shaped like `like`."""
         at = self.schedule.at
-        if self.variance is Variance.FIXED_LARGE:
-            return at("fixed_large_log_variance", t, like)
-        if self.variance is Variance.FIXED_SMALL:
-            return at("posterior_log_variance_clipped", t, like)
+        if raw_variance is None:
+            return at(_FIXED_LOG_VARIANCES[self.variance], t, like)
         raw_variance = raw_variance.to(torch.promote_types(raw_variance.dtype, torch.float32))
         if self.variance is Variance.LEARNED:
             return raw_variance
         low, high = at("posterior_log_variance_clipped", t, like), at("log_betas", t, like)
         return low + (raw_variance + 1) / 2 * (high - low)
 
-    def posterior_mean(self, x_0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Mean of q(x_{t-1} | x_t, x_0), eq. (12); x_0 is the mollified T x_0, as in `Denoised`."""
+    def posterior_mean(self, smooth: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Mean of q(x_{t-1} | x_t, x_0), eq. (12), given T x_0."""
         at = self.schedule.at
-        mean = at("posterior_mean_coef1", t, x_t) * x_0 + at("posterior_mean_coef2", t, x_t) * x_t
+        mean = at("posterior_mean_coef1", t, x_t) * smooth + at("posterior_mean_coef2", t, x_t) * x_t
         return mean.to(x_t.dtype)
 
     def denoiser(self, network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], clip: bool) -> Denoiser:

@@ -118,8 +118,9 @@ def normals(
     """
     device, (height, width) = torch.device(device), size
     schedule = [[_round_keys(k) for k in keys], [[k[2]] for k in keys]]
-    rounds, last = (to_device(torch.tensor(part), device) for part in schedule)
-    round_keys = [tuple(pair[:, :, None, None, None].unbind(1)) for pair in rounds.unbind(1)]  # each (B, 1, 1, 1)
+    rounds, last = (to_device(torch.tensor(words), device) for words in schedule)
+    pairs = rounds[..., None, None, None].unbind(1)
+    round_keys = [(pair[:, 0], pair[:, 1]) for pair in pairs]  # each (B, 1, 1, 1)
     blocks = -(-width // 4)
     column = torch.arange(blocks, device=device)[None, None, None, :]
     channel = torch.arange(channels, device=device)[None, :, None, None]
@@ -128,12 +129,12 @@ def normals(
     for top in range(0, height, at_once):
         row = torch.arange(top, min(top + at_once, height), device=device)[None, None, :, None]
         bits = _philox((column, row, channel, last[:, :, None, None]), round_keys)
-        part = out[:, :, top : top + at_once]
+        rows = out[:, :, top : top + at_once]
         for i in (0, 2):
             radius = (bits[i].float() + 0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
             angle = bits[i + 1].float().mul_(2 * math.pi * 2.0**-32)
-            torch.mul(radius, angle.cos(), out=part[..., i])
-            torch.mul(radius, angle.sin(), out=part[..., i + 1])
+            torch.mul(radius, angle.cos(), out=rows[..., i])
+            torch.mul(radius, angle.sin(), out=rows[..., i + 1])
     return out.flatten(-2)[..., :width]
 
 

@@ -66,7 +66,7 @@ def ancestral_step(
     diag(σ_t) T Tᵗ diag(σ_t), or σ_t² T Tᵗ where σ_t is constant.
     noise: Tξ shaped like x; None stands for zero.
     """
-    mean = process.posterior_mean(denoised.x_0, x, t)
+    mean = process.posterior_mean(denoised.smooth, x, t)
     if noise is None:
         return mean
     sigma = torch.exp(0.5 * denoised.log_variance) * _shaped(t > 0, x)
@@ -107,7 +107,7 @@ def ddim_step(
 ) -> torch.Tensor:
     """One DDIM step, Song et al. 2021, eq. (12) and (16):
 
-        x_{t-1} = √ᾱ_{t-1} · x_0 + √(1 - ᾱ_{t-1} - s²) · eps + s · Tξ,    s² = η² (1 - ᾱ_{t-1}) / (1 - ᾱ_t) · β_t.
+        x_{t-1} = √ᾱ_{t-1} · smooth + √(1 - ᾱ_{t-1} - s²) · noise + s · Tξ,    s² = η² (1 - ᾱ_{t-1}) / (1 - ᾱ_t) · β_t.
 
     noise: Tξ shaped like x, for η > 0; None stands for zero.
     """
@@ -116,7 +116,7 @@ def ddim_step(
     variance = eta**2 * (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
     # 1 - ᾱ - s² is zero for η = 1 at the last step, and may round below it.
     direction = (1 - alpha_bar_prev - variance).clamp(min=0).sqrt()
-    following = alpha_bar_prev.sqrt() * denoised.x_0 + direction * denoised.eps
+    following = alpha_bar_prev.sqrt() * denoised.smooth + direction * denoised.noise
     if noise is not None:
         following = following + variance.sqrt() * noise
     return following.to(x.dtype)
@@ -156,21 +156,21 @@ def dpmpp_step(
 ) -> torch.Tensor:
     """One step t ≥ 1 of DPM-Solver++ (2M), Lu et al. 2022, algorithm 2, with λ = log √ᾱ/√(1 - ᾱ), h = λ_{t-1} - λ_t:
 
-        x_{t-1} = √(1 - ᾱ_{t-1}) / √(1 - ᾱ_t) · x_t + √ᾱ_{t-1} (1 - e^{-h}) · (x_0 + h / (2 h') · (x_0 - x_0')).
+        x_{t-1} = √(1 - ᾱ_{t-1}) / √(1 - ᾱ_t) · x_t + √ᾱ_{t-1} (1 - e^{-h}) · (y + h / (2 h') · (y - y')).
 
-    x_0' is the estimate at step t + 1, h' the length of the step from there; without it the step is that of DDIM.
-    The solver integrates the linear part of the ODE exactly and the estimate to second order, both of which the
-    mollifier leaves as they are: T acts on x_t, x_0 and x_0' alike.
+    y is `denoised.smooth`, y' the same at step t + 1, and h' the length of the step from there. Without y' this is a
+    step of DDIM. The solver integrates the linear part of the ODE exactly and the estimate to second order. The
+    mollifier changes neither: T acts on x_t, y and y' alike.
     before: the estimates of step t + 1, or None.
     """
     at = process.schedule.at
     h = 0.5 * (at("log_snr", t - 1, x) - at("log_snr", t, x))
-    x_0 = denoised.x_0
+    y = denoised.smooth
     if before is not None:
         h_before = 0.5 * (at("log_snr", t, x) - at("log_snr", t + 1, x))
-        x_0 = x_0 + h / (2 * h_before) * (x_0 - before.x_0)
+        y = y + h / (2 * h_before) * (y - before.smooth)
     noise = at("sqrt_one_minus_alpha_bar", t - 1, x) / at("sqrt_one_minus_alpha_bar", t, x)
-    return (noise * x - at("sqrt_alpha_bar", t - 1, x) * torch.expm1(-h) * x_0).to(x.dtype)
+    return (noise * x - at("sqrt_alpha_bar", t - 1, x) * torch.expm1(-h) * y).to(x.dtype)
 
 
 def dpmpp(
@@ -192,7 +192,7 @@ def dpmpp(
     before = None
     for i, step, t in _steps(reversed(range(_level(process, start, "start") + 1)), x):
         denoised = denoise(x, t)
-        x = denoised.x_0 if step == 0 else dpmpp_step(process, denoised, before, x, t)
+        x = denoised.smooth if step == 0 else dpmpp_step(process, denoised, before, x, t)
         before = denoised
         x = _corrected(correct, x, step, denoised)
         _report(callback, i, step, x, denoised)
@@ -228,7 +228,8 @@ class Sampler:
         if not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta}; accepted: 0 to 1")
         if self.takes_eta:
-            return partial(self.draw, eta=eta)
+            draw: Callable[..., torch.Tensor] = self.draw
+            return partial(draw, eta=eta)
         if eta > 0:
             raise ValueError(f"eta is {eta}; accepted: 0, since only {', '.join(_with_eta())} can vary it")
         return self.draw
@@ -247,9 +248,9 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def ddim_invert_step(process: DiffusionProcess, denoised: Denoised, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """One DDIM step towards noise, x_{t+1} = √ᾱ_{t+1} · x_0 + √(1 - ᾱ_{t+1}) · eps."""
+    """One DDIM step towards noise, x_{t+1} = √ᾱ_{t+1} · smooth + √(1 - ᾱ_{t+1}) · noise."""
     alpha_bar_next = process.schedule.at("alpha_bar_next", t, x)
-    return (alpha_bar_next.sqrt() * denoised.x_0 + (1 - alpha_bar_next).sqrt() * denoised.eps).to(x.dtype)
+    return (alpha_bar_next.sqrt() * denoised.smooth + (1 - alpha_bar_next).sqrt() * denoised.noise).to(x.dtype)
 
 
 def ddim_invert(

@@ -93,19 +93,22 @@ def space_timesteps(steps: int, spec: str) -> list[int]:
         for stride in range(1, steps + 1):
             if len(range(0, steps, stride)) == count:
                 return list(range(0, steps, stride))
-        raise ValueError(f"sampling steps are {spec!r}; no integer stride takes exactly {count} of {steps} steps")
-    counts = [_positive_int(part, spec) for part in spec.split(",")]
+        raise ValueError(
+            f"sampling steps are {spec!r}; accepted after ddim: what an integer stride takes of {steps} steps"
+        )
+    counts = [_positive_int(count, spec) for count in spec.split(",")]
     kept: list[int] = []
     start = 0
     for section, count in enumerate(counts):
         size = steps // len(counts) + (section < steps % len(counts))
         if count > size:
-            raise ValueError(f"sampling steps are {spec!r}; section {section} has {size} of {steps} steps, not {count}")
-        stride = 1.0 if count == 1 else (size - 1) / (count - 1)
+            where = f" in section {section}" if len(counts) > 1 else ""
+            raise ValueError(f"sampling steps are {spec!r}; accepted{where}: at most {size} of {steps} steps")
+        spacing = 1.0 if count == 1 else (size - 1) / (count - 1)
         position = 0.0
         for _ in range(count):
             kept.append(start + round(position))
-            position += stride
+            position += spacing
         start += size
     return kept
 
@@ -120,7 +123,9 @@ def log_snr_timesteps(alpha_bar: torch.Tensor, spec: str) -> list[int]:
     count = _positive_int(spec.removeprefix("logsnr"), spec)
     seen = max(int((alpha_bar >= LEAST_SIGNAL**2).sum()), 1)
     if count > seen:
-        raise ValueError(f"sampling steps are {spec!r}; {seen} of {len(alpha_bar)} steps show a signal, not {count}")
+        raise ValueError(
+            f"sampling steps are {spec!r}; accepted after logsnr: at most {seen}, the steps that show a signal"
+        )
     log_snr = (alpha_bar.log() - (1 - alpha_bar).log())[:seen]
     kept: list[int] = []
     for position, target in enumerate(torch.linspace(log_snr[0], log_snr[-1], count, dtype=torch.float64)):
@@ -133,8 +138,7 @@ def log_snr_timesteps(alpha_bar: torch.Tensor, spec: str) -> list[int]:
 def _positive_int(text: str, spec: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise ValueError(
-            f"sampling steps are {spec!r}; accepted are a number, numbers joined by commas, or ddim or logsnr and a "
-            "number"
+            f"sampling steps are {spec!r}; accepted: a number, numbers joined by commas, or ddim or logsnr and a number"
         )
     return int(text)
 
@@ -224,7 +228,7 @@ class Schedule:
         else:
             indices = space_timesteps(self.num_steps, kept)
         if not indices or indices[0] < 0 or indices[-1] >= self.num_steps:
-            raise ValueError(f"kept steps are {indices}; at least one is needed, all from 0 to {self.num_steps - 1}")
+            raise ValueError(f"kept steps are {indices}; accepted: at least one, all from 0 to {self.num_steps - 1}")
         alpha_bar = self.alpha_bar[indices]
         previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
         return Schedule(1 - alpha_bar / previous, self.timestep_map[indices], self.original_steps)

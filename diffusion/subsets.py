@@ -1,4 +1,4 @@
-"""Monte-Carlo points: the random subsets of a lattice at which functions are seen in training, eq. (10)."""
+"""Monte-Carlo points: the random pixels at which functions are seen in training, eq. (10)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from diffusion.coordinates import Points, Size
 
+Sequence = Callable[[int], torch.Tensor]
 _TILE = 8
 
 
@@ -21,14 +22,14 @@ def draw_points(
     count: int,
     device: torch.device | str,
 ) -> Points:
-    """Draw `count` distinct pixels of a lattice for each of `batch` functions at once, without waiting for the device.
+    """Draw `count` distinct pixels for each of `batch` functions at once, without waiting for the device.
 
-    kind: "uniform", without replacement; or "halton" or "sobol", the first distinct pixels of a low-discrepancy
-        sequence that is shifted at random, on the torus, for each function. All make every pixel equally likely.
-    generator: on `device`. size: (H, W) of the lattice.
-    Returns Points with ids (B, count) in the order of 8 × 8 tiles, so that points near in the list are near in the
-    image and what gathers neighbours finds them in a cache. Raises ValueError for an unknown kind and a count outside
-    1 … H·W.
+    kind: a name in `DRAWS`. "uniform" draws without replacement. "halton" and "sobol" take the first distinct pixels of
+        a low-discrepancy sequence, which is shifted at random, on the torus, for each function. In all of them every
+        pixel is equally likely.
+    generator: on `device`. size: (H, W), the resolution.
+    Returns Points with ids (B, count) in the order of 8 × 8 tiles: points near in the list are near in the image, so
+    that their neighbours are in the cache. Raises ValueError for an unknown kind and a count outside 1 … H·W.
     Source: eq. (10) and section 4.2.
     """
     pixels = size[0] * size[1]
@@ -40,8 +41,9 @@ def draw_points(
     # With 62 random bits there are no ties, so that the draw is uniform however the smallest keys are found.
     keys = torch.randint(1 << 62, (batch, pixels), generator=generator, device=device)
     order, place = _tile_order(size, device)
-    if DRAWS[kind] is not None:
-        keys = _first_visits(kind, generator, keys, place, size, 2 * count)
+    sequence = DRAWS[kind]
+    if sequence is not None:
+        keys = _first_visits(_sequence(sequence, 2 * count, device), generator, keys, place, size)
     return Points(size, order[_smallest(keys, count)])
 
 
@@ -64,28 +66,27 @@ def _smallest(keys: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _first_visits(
-    kind: str, generator: torch.Generator, keys: torch.Tensor, place: torch.Tensor, size: Size, length: int
+    sequence: torch.Tensor, generator: torch.Generator, keys: torch.Tensor, place: torch.Tensor, size: Size
 ) -> torch.Tensor:
     """Replace the key of each pixel, which is at its place of the order, by the time the shifted sequence visits it.
 
-    Pixels not visited within `length` points keep their random key, which exceeds any time: they come last, in random
-    order, so that any number of distinct pixels can be taken.
+    sequence: float64 (L, 2) in [0, 1)². Pixels that it does not visit keep their random key, which exceeds any time:
+    they come last, in random order, so that any number of distinct pixels can be taken.
     """
-    batch = keys.shape[0]
-    sequence = _sequence(kind, length, keys.device)  # (length, 2)
+    batch, length = keys.shape[0], len(sequence)
     shift = torch.rand(batch, 1, 2, generator=generator, device=keys.device, dtype=torch.float64)
-    position = (sequence + shift).frac()  # (B, length, 2)
+    position = (sequence + shift).frac()  # (B, L, 2)
     # A position just below 1 may round to row H or column W.
     row, col = ((position[..., axis] * n).long().clamp(max=n - 1) for axis, n in enumerate(size))
-    visited = place[row * size[1] + col]  # (B, length)
+    visited = place[row * size[1] + col]  # (B, L)
     times = torch.arange(length, device=keys.device).expand(batch, -1)
     return (keys + length).scatter_reduce(1, visited, times, "amin")
 
 
 @lru_cache(maxsize=8)
-def _sequence(kind: str, length: int, device: torch.device) -> torch.Tensor:
-    """The first points of a low-discrepancy sequence in [0, 1)², float64 (length, 2)."""
-    return DRAWS[kind](length).to(device)
+def _sequence(points: Sequence, length: int, device: torch.device) -> torch.Tensor:
+    """The first points of a low-discrepancy sequence on a device, copied there once."""
+    return points(length).to(device)
 
 
 def _sobol(length: int) -> torch.Tensor:
@@ -109,4 +110,4 @@ def _radical_inverse(length: int, base: int) -> torch.Tensor:
 
 
 # The first points of each low-discrepancy sequence in [0, 1)², float64 (length, 2); None for independent pixels.
-DRAWS: dict[str, Callable[[int], torch.Tensor] | None] = {"uniform": None, "halton": _halton, "sobol": _sobol}
+DRAWS: dict[str, Sequence | None] = {"uniform": None, "halton": _halton, "sobol": _sobol}

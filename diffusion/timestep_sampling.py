@@ -46,7 +46,7 @@ class UniformTimesteps:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         if state:
-            raise ValueError(f"state of the timestep sampler holds {sorted(state)}; the uniform one has none")
+            raise ValueError(f"state of the timestep sampler holds {sorted(state)}; accepted by the uniform one: none")
 
 
 class LossAwareTimesteps:
@@ -70,8 +70,8 @@ class LossAwareTimesteps:
     ) -> None:
         if num_steps < 1 or history < 1 or not 0 < uniform_probability <= 1:
             raise ValueError(
-                f"loss-aware steps: num_steps {num_steps} and history {history} must be at least 1, "
-                f"uniform_probability {uniform_probability} in (0, 1]"
+                f"num_steps, history, uniform_probability are {num_steps}, {history}, {uniform_probability}; "
+                "accepted: at least 1, at least 1, in (0, 1]"
             )
         self.num_steps = num_steps
         self.uniform_probability = uniform_probability
@@ -124,7 +124,7 @@ class LossAwareTimesteps:
         for name, own in (("losses", self._losses), ("counts", self._counts)):
             if name not in state or state[name].shape != own.shape:
                 found = tuple(state[name].shape) if name in state else "missing"
-                raise ValueError(f"state of the timestep sampler: {name} is {found}; this one has {tuple(own.shape)}")
+                raise ValueError(f"{name} of the timestep sampler is {found}; accepted: of shape {tuple(own.shape)}")
         device = self._losses.device
         self._losses = state["losses"].to(device, torch.float64, copy=True)
         self._counts = state["counts"].to(device, torch.int64, copy=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from configs.schema import ImageConfig, LatentConfig
-from diffusion.coordinates import Points, Size, gather_points, image_to_points, points_to_image
+from diffusion.coordinates import Points, Size, gather_points, image_to_points, points_to_image, validate_points
 from diffusion.factory import build_image_process
 from diffusion.noise import function_noise
 from diffusion.process import Denoised, Denoiser, DiffusionProcess
@@ -140,7 +140,9 @@ class InftyDiff:
         points: the pixels to look at, every one by default.
         """
         images = images.to(self.device)
-        points = points or Points(tuple(images.shape[-2:]))
+        if points is None:
+            points = Points(tuple(images.shape[-2:]))
+        validate_points(points)
         with self.precision.autocast():
             encoding = self.encoder(gather_points(images, points), points)
         if self.config.model.stochastic_encoding:
@@ -269,7 +271,7 @@ class InftyDiff:
         """
         if last.sharp is None:
             return self.deblur(x, inv_snr)
-        return last.sharp + self.deblur(x - last.x_0, inv_snr)
+        return last.sharp + self.deblur(x - last.smooth, inv_snr)
 
     def deblur(self, x: torch.Tensor, inv_snr: float = 0.05) -> torch.Tensor:
         """Undo the mollifier by the Wiener filter.

@@ -162,7 +162,7 @@ def _check_single_steps(comparison: Comparison, schedule: Schedule, mollifier: M
         denoised = process.denoiser(_toy_model, clip == "clip1")(x, t)
         noise = mollifier(float(multiplier.removeprefix("mul")) * white)
         sample = ancestral_step(process, denoised, x, t, noise)
-        comparison.compare(key, sample if result == "sample" else denoised.x_0)
+        comparison.compare(key, sample if result == "sample" else denoised.smooth)
 
 
 def _check_learned_variances(comparison: Comparison, schedule: Schedule, mollifier: Mollifier) -> None:
@@ -172,10 +172,10 @@ def _check_learned_variances(comparison: Comparison, schedule: Schedule, mollifi
         process = DiffusionProcess(schedule, mollifier, Prediction.MOLLIFIED_EPS, variance)
         denoised = process.denoise(output, x, t, clip=True)
         out = f"out/p_mean_variance/{variance.value}"
-        comparison.compare(f"{out}/mean", process.posterior_mean(denoised.x_0, x, t))
+        comparison.compare(f"{out}/mean", process.posterior_mean(denoised.smooth, x, t))
         comparison.compare(f"{out}/variance", denoised.log_variance.exp())
         comparison.compare(f"{out}/log_variance", denoised.log_variance)
-        comparison.compare(f"{out}/pred_xstart", denoised.x_0)
+        comparison.compare(f"{out}/pred_xstart", denoised.smooth)
 
 
 def _check_trajectories(comparison: Comparison, schedule: Schedule, mollifier: Mollifier) -> None:
@@ -191,7 +191,7 @@ def _check_trajectories(comparison: Comparison, schedule: Schedule, mollifier: M
         if sampler == "ddim":
             comparison.compare(f"{out}/first_state", state)
             ddim(denoise, state, process, callback=record)
-            comparison.compare(f"{out}/pred_xstart_last", record.denoised.x_0)
+            comparison.compare(f"{out}/pred_xstart_last", record.denoised.smooth)
         else:
             noises = iter(mollifier(multiplier * step_noise))
             ancestral(denoise, state, process, noise=partial(next, noises), callback=record)

@@ -113,17 +113,17 @@ def test_gradient_is_that_of_the_formula():
     with torch.no_grad():
         known = field.known(process)
         guided, natural = known.guided(denoise, plain=True)(x, t), known.guided(denoise)(x, t)
-        target = field.mollifier(known.completed(field.deblur(denoise(x, t).x_0)))
+        target = field.mollifier(known.completed(field.deblur(denoise(x, t).smooth)))
         for row, col in [(0, 0), (7, 10), (5, 7), (15, 23)]:
             nudge = torch.zeros_like(x)
             nudge[0, 0, row, col] = 1e-4
-            losses = [(field.mask * (denoise(x + s * nudge, t).x_0 - target)).square().sum() for s in (1, -1)]
+            losses = [(field.mask * (denoise(x + s * nudge, t).smooth - target)).square().sum() for s in (1, -1)]
             assert guided.gradient[0, 0, row, col] == pytest.approx(float(losses[0] - losses[1]) / 2e-4, rel=1e-6)
         covariance = process.schedule.alpha_bar[6].sqrt() * field.filtered(field.gain**2, guided.gradient)
         torch.testing.assert_close(natural.gradient, covariance)
-        torch.testing.assert_close(guided.x_0, denoise(x, t).x_0)
-        torch.testing.assert_close(guided.eps, denoise(x, t).eps)
-    assert not guided.x_0.requires_grad
+        torch.testing.assert_close(guided.smooth, denoise(x, t).smooth)
+        torch.testing.assert_close(guided.noise, denoise(x, t).noise)
+    assert not guided.smooth.requires_grad
 
 
 @pytest.mark.parametrize("field", FIELDS.values(), ids=FIELDS)
@@ -190,7 +190,7 @@ def test_wrong_masks_are_named():
         check_mask(some, (6, 4))
     with pytest.raises(ValueError, match=r"torch\.float32"):
         Known(torch.zeros(1, 1, 4, 6), some.float(), UNMOLLIFIED, lambda x: x)
-    with pytest.raises(ValueError, match="every pixel is unknown"):
+    with pytest.raises(ValueError, match="mask has only unknown pixels"):
         fill_hole(torch.zeros(1, 1, 4, 6), some)
-    with pytest.raises(ValueError, match="no pixel is unknown"):
+    with pytest.raises(ValueError, match="mask has no unknown pixels"):
         check_mask(~some, (4, 6))

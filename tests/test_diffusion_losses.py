@@ -99,7 +99,7 @@ def test_variational_bound_is_the_divergence_of_both_reverse_steps(prediction):
     output = torch.cat([target + 0.1 * torch.randn_like(target), torch.rand_like(target) * 2 - 1], dim=1)
     denoised = process.denoise(output, x_t, t, clip=False)
     sigma = (0.5 * denoised.log_variance).exp()
-    mean = process.posterior_mean(denoised.x_0, x_t, t)
+    mean = process.posterior_mean(denoised.smooth, x_t, t)
     posterior = process.schedule.at("posterior_log_variance_clipped", t, x_0)
     true = Normal(process.posterior_mean(x_0, x_t, t), (0.5 * posterior).exp())
     expected = kl_divergence(true, Normal(mean, sigma)).mean(dim=(1, 2, 3))

@@ -29,8 +29,8 @@ def test_a_perfect_prediction_returns_what_the_state_is_made_of(prediction, sigm
     x_t, target = process.training_pair(x_0, T, white)
     denoised = process.denoise(target, x_t, T, clip=False)
     torch.testing.assert_close(x_t, process.q_sample(x_0, T, white))
-    torch.testing.assert_close(denoised.x_0, mollifier(x_0), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(denoised.eps, mollifier.noise(white), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(denoised.smooth, mollifier(x_0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(denoised.noise, mollifier.noise(white), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("prediction", list(Prediction))
@@ -39,7 +39,7 @@ def test_vectors(prediction):
     x_0, white = torch.randn(2, 3, 24, dtype=torch.float64)
     x_t, target = process.training_pair(x_0, T, white)
     assert x_t.shape == target.shape == (3, 24)
-    torch.testing.assert_close(process.denoise(target, x_t, T, clip=False).x_0, x_0, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(process.denoise(target, x_t, T, clip=False).smooth, x_0, rtol=1e-6, atol=1e-6)
 
 
 def test_forward_process_is_equation_11():
@@ -63,10 +63,10 @@ def test_clipped_estimates_stay_consistent_with_the_state(prediction, sigma):
     x_t, output = torch.randn(2, 3, 2, 9, 12, dtype=torch.float64) * 3
     denoised = process.denoise(output, x_t, T, clip=True)
     alpha_bar = SCHEDULE.alpha_bar[T].view(3, 1, 1, 1)
-    torch.testing.assert_close(alpha_bar.sqrt() * denoised.x_0 + (1 - alpha_bar).sqrt() * denoised.eps, x_t)
-    assert denoised.x_0.abs().max() <= 1 + 1e-9
+    torch.testing.assert_close(alpha_bar.sqrt() * denoised.smooth + (1 - alpha_bar).sqrt() * denoised.noise, x_t)
+    assert denoised.smooth.abs().max() <= 1 + 1e-9
     if prediction is Prediction.X0:
-        torch.testing.assert_close(denoised.x_0, mollifier(output.clamp(-1, 1)))
+        torch.testing.assert_close(denoised.smooth, mollifier(output.clamp(-1, 1)))
 
 
 def test_posterior_mean_is_the_kept_state_of_a_noiseless_problem():
@@ -98,7 +98,7 @@ def test_learned_variances():
     output = torch.cat([prediction, raw], dim=1)
     plain = DiffusionProcess(SCHEDULE, IDENTITY, Prediction.EPS).denoise(prediction, x_t, T, clip=False)
     learned = DiffusionProcess(SCHEDULE, IDENTITY, Prediction.EPS, Variance.LEARNED).denoise(output, x_t, T, clip=False)
-    torch.testing.assert_close(learned.x_0, plain.x_0)
+    torch.testing.assert_close(learned.smooth, plain.smooth)
     torch.testing.assert_close(learned.log_variance, raw)
     ranged = DiffusionProcess(SCHEDULE, IDENTITY, Prediction.EPS, Variance.LEARNED_RANGE)
     for position, table in ((-1.0, SCHEDULE.posterior_variance), (1.0, SCHEDULE.betas)):
@@ -126,8 +126,8 @@ def test_dtypes_are_kept(prediction, dtype):
     x_0, white = smooth_problem(dtype=dtype)
     x_t, target = process.training_pair(x_0, T, white)
     denoised = process.denoise(target, x_t, T, clip=True)
-    mean = process.posterior_mean(denoised.x_0, x_t, T)
-    assert {x_t.dtype, target.dtype, denoised.x_0.dtype, denoised.eps.dtype, mean.dtype} == {dtype}
+    mean = process.posterior_mean(denoised.smooth, x_t, T)
+    assert {x_t.dtype, target.dtype, denoised.smooth.dtype, denoised.noise.dtype, mean.dtype} == {dtype}
     assert process.q_sample(x_0, T, white).dtype == dtype
 
 
@@ -141,7 +141,7 @@ def test_denoiser_passes_the_time_of_training():
 
     denoised = process.denoiser(network, clip=False)(torch.ones(2, 5), torch.tensor([1, 0]))
     assert times[0].tolist() == [800.0, 20.0]
-    torch.testing.assert_close(denoised.x_0[0], 1 / process.schedule.alpha_bar[1].sqrt().float().expand(5))
+    torch.testing.assert_close(denoised.smooth[0], 1 / process.schedule.alpha_bar[1].sqrt().float().expand(5))
 
 
 def test_config_names_are_the_published_ones():

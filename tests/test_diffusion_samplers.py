@@ -76,7 +76,7 @@ def test_steps_are_visited_in_order_and_reported():
 
     def callback(i, t, state, denoised):
         reported.append((i, t))
-        assert state.shape == denoised.x_0.shape
+        assert state.shape == denoised.smooth.shape
 
     ancestral(denoise, x, PROCESS, noise=lambda: torch.zeros_like(x), callback=callback)
     ddim(denoise, x, PROCESS, start=2, callback=callback)

@@ -100,9 +100,9 @@ def test_state_is_restored_exactly():
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="num_steps 0"):
+    with pytest.raises(ValueError, match="are 0, 10"):
         LossAwareTimesteps(0)
-    with pytest.raises(ValueError, match=r"losses is \(3, 10\)"):
+    with pytest.raises(ValueError, match=r"losses of the timestep sampler is \(3, 10\)"):
         LossAwareTimesteps(4).load_state_dict(LossAwareTimesteps(3).state_dict())
     with pytest.raises(ValueError, match="missing"):
         LossAwareTimesteps(4).load_state_dict({})

@@ -202,7 +202,7 @@ def test_interpolation_of_samples(root, tmp_path):
         ("super_resolution", ["--start_step=3"], "accepted: with --ddim_encoding"),
         ("generate_recons", ["--sampler=dpmpp"], "stochastic codes belong to DDIM"),
         ("interpolate", ["--seeds=1,2"], "--seeds, --decoder_config: accepted: both"),
-        ("inpaint", ["--box=0,0,16,12"], "--box=0,0,16,12: mask: every pixel is unknown"),
+        ("inpaint", ["--box=0,0,16,12"], "--box=0,0,16,12: mask has only unknown pixels"),
         ("super_resolution", ["--sampling_steps=1001"], "--sampling_steps: sampling steps are '1001'"),
     ],
 )

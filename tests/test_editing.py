@@ -215,7 +215,7 @@ def test_faults_of_masks_boxes_and_steps_are_one_line(model, tmp_path):
     for name in ("none.png", "broken.png", "."):
         with pytest.raises(ValueError, match="--mask"):
             read_mask(str(tmp_path / name), (16, 12), (16, 12))
-    with pytest.raises(ValueError, match="no pixel is unknown"):
+    with pytest.raises(ValueError, match="mask has no unknown pixels"):
         inpaint(model, torch.zeros(3, 20, 30), read_mask(str(tmp_path / "mask.png"), (20, 30), (20, 30)), [0],
                 InpaintOptions(FAST))  # fmt: skip
     for text in ("", "1,2,3", "1,2,3,4,5", "a,b,c,d", "-1,0,2,2", "0,0,0,5", "10,0,7,2", "0,10,2,3"):
@@ -240,11 +240,11 @@ def test_guidance_of_a_network_lowers_the_error_of_known_pixels(model):
     known = Known(image, mask, process, model.deblur)
     x, t = model.initial_noise([0], size), torch.tensor([4])
     guided = known.guided(denoise)(x, t)
-    target = process.mollifier(known.completed(model.deblur(guided.x_0)))
+    target = process.mollifier(known.completed(model.deblur(guided.smooth)))
 
     @torch.no_grad()
     def error(state: torch.Tensor) -> float:
-        return float((mask * (denoise(state, t).x_0 - target)).square().sum())
+        return float((mask * (denoise(state, t).smooth - target)).square().sum())
 
     assert guided.gradient.norm() > 0
     step = 1e-3 * guided.gradient / guided.gradient.norm()

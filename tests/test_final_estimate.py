@@ -81,9 +81,9 @@ def test_only_a_predicted_image_is_sharp(prediction):
     if denoised.sharp is not None:
         assert torch.equal(denoised.sharp, output.clamp(-1, 1))
         assert torch.equal(process.denoise(output, x_t, t, clip=False).sharp, output)
-        torch.testing.assert_close(denoised.x_0, process.mollifier(denoised.sharp))
+        torch.testing.assert_close(denoised.smooth, process.mollifier(denoised.sharp))
         half = process.denoise(output.half(), x_t.half(), t, clip=True)
-        assert half.sharp.dtype == half.x_0.dtype == torch.float16
+        assert half.sharp.dtype == half.smooth.dtype == torch.float16
     filtered = dataclasses.replace(process, keep_sharp=False)
     assert filtered.denoise(output, x_t, t, clip=True).sharp is None and not filtered.gives_sharp
 

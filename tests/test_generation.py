@@ -13,6 +13,7 @@ from torch import nn
 import micro
 from configs.schema import ImageConfig
 from data.datasets import open_dataset
+from diffusion.coordinates import Points
 from diffusion.samplers import SAMPLERS, Sampler
 from experiments.support import sampling_flags
 from infty_diff.editing import InpaintOptions, inpaint
@@ -61,26 +62,20 @@ def test_a_new_sampler_needs_one_entry(model, monkeypatch):
     def jump(denoise, x, process, *, noise=None, start=None, correct=None, callback=None):
         t = torch.full((len(x),), process.schedule.num_steps - 1)
         denoised = denoise(x, t)
-        callback(0, int(t[0]), denoised.x_0, denoised)
-        return denoised.x_0
+        callback(0, int(t[0]), denoised.smooth, denoised)
+        return denoised.smooth
 
     monkeypatch.setitem(SAMPLERS, "jump", Sampler(jump, steps="ddim50", spacing="ddim"))
-    sampling_flags.define_flags()
-    names = ("sampling_steps", "sampler", "eta", "inv_snr")
-    try:
-        flags.FLAGS(["command", "--sampler=jump", "--sampling_steps=4"])
-        options = sampling_flags.sampling_options()
-        with pytest.raises(flags.IllegalFlagValueError, match=r"ddim\|ddpm\|dpmpp\|jump"):
-            flags.FLAGS(["command", "--sampler=heun"])
-    finally:
-        for name in names:
-            delattr(flags.FLAGS, name)
+    values = flags.FlagValues()
+    sampling_flags.define_flags(values)
+    values(["command", "--sampler=jump", "--sampling_steps=4"])
+    options = sampling_flags.sampling_options(values)
     assert (options.steps, SamplingOptions(sampler="jump").steps) == ("ddim4", "ddim50")
     assert not options.draws_noise
     found = model.sample([5], (13, 29), options, latent_steps="4", deblur=False)
     process, latents = model.process.respaced("ddim4"), model.prior.sample([5], "4")
     denoise = model.denoiser_at(latents, (13, 29), process)
-    assert torch.equal(found, denoise(model.initial_noise([5], (13, 29)), torch.tensor([3])).x_0)
+    assert torch.equal(found, denoise(model.initial_noise([5], (13, 29)), torch.tensor([3])).smooth)
 
 
 def test_stochastic_ddim_draws_new_noise_each_step(model):
@@ -153,6 +148,8 @@ def test_faults_are_one_line(model, tmp_path):
         SamplingOptions(inv_snr=0)
     with pytest.raises(ValueError, match="100"):
         model.sample([0], None, SamplingOptions("2000"))
+    with pytest.raises(ValueError, match=r"points\.index is 0 to 192; accepted: 0 to 191"):
+        model.encode(torch.zeros(1, 3, 16, 12), Points((16, 12), torch.tensor([[0, 192]])))
     with pytest.raises(ValueError, match="latent model of stage two"):
         InftyDiff(model.config, model.encoder, model.denoiser).sample([0])
     with pytest.raises(ValueError, match="no such file"):
@@ -296,10 +293,10 @@ def test_the_denoiser_computes_gradients_where_a_state_asks_for_them(tmp_path):
     model = build(tmp_path)
     denoise = model.denoiser_at(torch.zeros(1, 6), (16, 12), model.process.respaced("4"))
     state, step = model.initial_noise([0], (16, 12)), torch.tensor([2])
-    assert not denoise(state, step).x_0.requires_grad
-    assert denoise(state.requires_grad_(), step).x_0.requires_grad
+    assert not denoise(state, step).smooth.requires_grad
+    assert denoise(state.requires_grad_(), step).smooth.requires_grad
     with torch.no_grad():
-        assert not denoise(state, step).x_0.requires_grad
+        assert not denoise(state, step).smooth.requires_grad
 
 
 @pytest.mark.parametrize("guidance", [0.0, 0.4])
