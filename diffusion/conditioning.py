@@ -16,6 +16,7 @@ from diffusion.coordinates import Size, size_of
 from diffusion.cosine import dct, idct, on_rows
 from diffusion.mollifier import Mollifier
 from diffusion.process import Denoised, Denoiser, DiffusionProcess
+from diffusion.samplers import Correction
 
 Image = torch.Tensor
 _SURE = 0.99  # fraction of its Gaussian weight that a mollified pixel has from known pixels to count as known
@@ -96,12 +97,18 @@ def _detached(denoised: Denoised) -> Denoised:
     return Denoised(denoised.smooth.detach(), denoised.noise.detach(), denoised.log_variance.detach(), sharp)
 
 
-def descend(scale: float) -> Callable[[torch.Tensor, int, Guided], torch.Tensor]:
+def descend(scale: float) -> Correction:
     """The correction x_{t-1} ← x_{t-1} - λ · gradient of samplers with a guided denoiser; scale: λ."""
-    return lambda x, step, denoised: x - scale * denoised.gradient
+
+    def correct(x: torch.Tensor, step: int, denoised: Denoised) -> torch.Tensor:
+        if not isinstance(denoised, Guided):
+            raise TypeError(f"denoised is {type(denoised).__name__}; accepted: Guided, from `Known.guided`")
+        return x - scale * denoised.gradient
+
+    return correct
 
 
-def follow(states: Sequence[torch.Tensor], weights: torch.Tensor) -> Callable[[torch.Tensor, int, object], Image]:
+def follow(states: Sequence[torch.Tensor], weights: torch.Tensor) -> Correction:
     """The correction that holds the known part to its own path, x ← x + w ⊙ (x_known - x), after Lugmayr et al. 2022.
 
     They draw x_known from q(x_{t-1} | x̄) anew at each step; the states that DDIM inversion went through are consistent

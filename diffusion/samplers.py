@@ -10,7 +10,7 @@ returns (see `diffusion.conditioning`). Then each loop calls `callback(i, t, x, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -50,7 +50,32 @@ class LastEstimate:
 
     def __call__(self, i: int, t: int, x: torch.Tensor, denoised: Denoised) -> None:
         self.denoised = denoised
-        _report(self._callback, i, t, x, denoised)
+        if self._callback is not None:
+            self._callback(i, t, x, denoised)
+
+
+def _run(
+    advance: Callable[[Denoised, torch.Tensor, torch.Tensor, int], torch.Tensor],
+    denoise: Denoiser,
+    x: torch.Tensor,
+    process: DiffusionProcess,
+    start: int | None,
+    correct: Correction | None,
+    callback: Callback | None,
+) -> torch.Tensor:
+    """The loop of every sampler, from step `start`, by default the last, down to 0.
+
+    advance: makes x_{t-1} of (denoised, x_t, t, the step as a number).
+    """
+    for i, step in enumerate(range(_level(process, start, "start"), -1, -1)):
+        t = _batch_of(step, x)
+        denoised = denoise(x, t)
+        x = advance(denoised, x, t, step)
+        if correct is not None:
+            x = correct(x, step, denoised)
+        if callback is not None:
+            callback(i, step, x, denoised)
+    return x
 
 
 def ancestral_step(
@@ -69,7 +94,7 @@ def ancestral_step(
     mean = process.posterior_mean(denoised.smooth, x, t)
     if noise is None:
         return mean
-    sigma = torch.exp(0.5 * denoised.log_variance) * _shaped(t > 0, x)
+    sigma = torch.exp(0.5 * denoised.log_variance) * (t > 0).reshape(-1, *(1,) * (x.ndim - 1))
     return (mean + sigma * noise).to(x.dtype)
 
 
@@ -89,12 +114,11 @@ def ancestral(
     """
     if noise is None:
         raise ValueError("noise is None; accepted: a source of mollified noise, which the reverse chain adds")
-    for i, step, t in _steps(reversed(range(_level(process, start, "start") + 1)), x):
-        denoised = denoise(x, t)
-        x = ancestral_step(process, denoised, x, t, noise() if step > 0 else None)
-        x = _corrected(correct, x, step, denoised)
-        _report(callback, i, step, x, denoised)
-    return x
+
+    def step(denoised: Denoised, x: torch.Tensor, t: torch.Tensor, i: int) -> torch.Tensor:
+        return ancestral_step(process, denoised, x, t, noise() if i > 0 else None)
+
+    return _run(step, denoise, x, process, start, correct, callback)
 
 
 def ddim_step(
@@ -142,13 +166,11 @@ def ddim(
         raise ValueError(f"eta is {eta}; accepted: 0 to 1")
     if eta > 0 and noise is None:
         raise ValueError(f"noise is None; accepted with eta {eta}: a source of mollified noise")
-    last = _level(process, start, "start")
-    for i, step, t in _steps(reversed(range(last + 1)), x):
-        denoised = denoise(x, t)
-        x = ddim_step(process, denoised, x, t, eta, noise() if noise and eta > 0 and step > 0 else None)
-        x = _corrected(correct, x, step, denoised)
-        _report(callback, i, step, x, denoised)
-    return x
+
+    def step(denoised: Denoised, x: torch.Tensor, t: torch.Tensor, i: int) -> torch.Tensor:
+        return ddim_step(process, denoised, x, t, eta, noise() if noise and eta > 0 and i > 0 else None)
+
+    return _run(step, denoise, x, process, start, correct, callback)
 
 
 def dpmpp_step(
@@ -189,14 +211,14 @@ def dpmpp(
     first step and the last, to ᾱ = 1 where log-SNR is infinite, are of first order.
     x, start: as in `ddim`. noise: not used.
     """
-    before = None
-    for i, step, t in _steps(reversed(range(_level(process, start, "start") + 1)), x):
-        denoised = denoise(x, t)
-        x = denoised.smooth if step == 0 else dpmpp_step(process, denoised, before, x, t)
-        before = denoised
-        x = _corrected(correct, x, step, denoised)
-        _report(callback, i, step, x, denoised)
-    return x
+    before: Denoised | None = None
+
+    def step(denoised: Denoised, x: torch.Tensor, t: torch.Tensor, i: int) -> torch.Tensor:
+        nonlocal before
+        previous, before = before, denoised
+        return dpmpp_step(process, denoised, previous, x, t) if i > 0 else denoised.smooth
+
+    return _run(step, denoise, x, process, start, correct, callback)
 
 
 @dataclass(frozen=True)
@@ -214,10 +236,10 @@ class Sampler:
     always_noisy: bool = False
     takes_eta: bool = False
 
-    def step_spec(self, steps: str | None) -> str:
+    def step_spec(self, steps: str | int | None) -> str:
         """The step subset that `steps` stands for, None being the default."""
-        steps = steps or self.steps
-        return self.spacing + steps if steps.isdecimal() else steps
+        spec = self.steps if steps is None else str(steps)
+        return self.spacing + spec if spec.isdecimal() else spec
 
     def draws_noise(self, eta: float) -> bool:
         """Whether its steps draw noise, at this eta."""
@@ -265,10 +287,12 @@ def ddim_invert(
 
     The steps ascend, each from the state the one before has reached; the clean image stands in for the state at step 0.
     """
-    for i, step, t in _steps(range(_level(process, stop, "stop")), x):
+    for i in range(_level(process, stop, "stop")):
+        t = _batch_of(i, x)
         denoised = denoise(x, t)
         x = ddim_invert_step(process, denoised, x, t)
-        _report(callback, i, step, x, denoised)
+        if callback is not None:
+            callback(i, i, x, denoised)
     return x
 
 
@@ -281,20 +305,6 @@ def _level(process: DiffusionProcess, step: int | None, name: str) -> int:
     return step
 
 
-def _steps(order: Iterable[int], x: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Number the steps and give each as the int64 (B,) that denoisers take."""
-    for i, step in enumerate(order):
-        yield i, step, torch.full((x.shape[0],), step, dtype=torch.int64, device=x.device)
-
-
-def _corrected(correct: Correction | None, x: torch.Tensor, step: int, denoised: Denoised) -> torch.Tensor:
-    return x if correct is None else correct(x, step, denoised)
-
-
-def _report(callback: Callback | None, i: int, step: int, x: torch.Tensor, denoised: Denoised) -> None:
-    if callback is not None:
-        callback(i, step, x, denoised)
-
-
-def _shaped(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return mask.reshape(-1, *(1,) * (like.ndim - 1))
+def _batch_of(step: int, x: torch.Tensor) -> torch.Tensor:
+    """A step as the int64 (B,) that denoisers take."""
+    return torch.full((x.shape[0],), step, dtype=torch.int64, device=x.device)

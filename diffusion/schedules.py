@@ -152,7 +152,7 @@ class Schedule:
     log_snr: log ᾱ / (1 - ᾱ).
     posterior_*: of q(x_{t-1} | x_t, x_0), eq. (12): the variance; its logarithm, with the zero at t = 0 replaced by the
         entry after it; the factors of x_0 (coef1) and x_t (coef2) in the mean.
-    fixed_large_variance: beta, with the entry at t = 0 replaced by posterior_variance[1].
+    fixed_large_log_variance: of beta, with the entry at t = 0 replaced by posterior_variance[1].
     """
 
     betas: torch.Tensor
@@ -163,16 +163,13 @@ class Schedule:
     alpha_bar_next: torch.Tensor = field(init=False)
     sqrt_alpha_bar: torch.Tensor = field(init=False)
     sqrt_one_minus_alpha_bar: torch.Tensor = field(init=False)
-    log_one_minus_alpha_bar: torch.Tensor = field(init=False)
     log_snr: torch.Tensor = field(init=False)
-    sqrt_recip_alpha_bar: torch.Tensor = field(init=False)
     sqrt_recipm1_alpha_bar: torch.Tensor = field(init=False)
     log_betas: torch.Tensor = field(init=False)
     posterior_variance: torch.Tensor = field(init=False)
     posterior_log_variance_clipped: torch.Tensor = field(init=False)
     posterior_mean_coef1: torch.Tensor = field(init=False)
     posterior_mean_coef2: torch.Tensor = field(init=False)
-    fixed_large_variance: torch.Tensor = field(init=False)
     fixed_large_log_variance: torch.Tensor = field(init=False)
     _device_tables: dict[tuple[str, torch.device], torch.Tensor] = field(init=False, repr=False, default_factory=dict)
 
@@ -184,24 +181,20 @@ class Schedule:
         posterior_variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)
         # The posterior variance at t = 0 is zero; where a logarithm is needed, the entry after it stands in.
         first_variance = posterior_variance[1:2] if len(betas) > 1 else betas
-        fixed_large_variance = torch.cat([first_variance, betas[1:]])
         tables = {
             "alpha_bar": alpha_bar,
             "alpha_bar_prev": alpha_bar_prev,
             "alpha_bar_next": torch.cat([alpha_bar[1:], zero]),
             "sqrt_alpha_bar": alpha_bar.sqrt(),
             "sqrt_one_minus_alpha_bar": (1 - alpha_bar).sqrt(),
-            "log_one_minus_alpha_bar": (1 - alpha_bar).log(),
             "log_snr": alpha_bar.log() - (1 - alpha_bar).log(),
-            "sqrt_recip_alpha_bar": (1 / alpha_bar).sqrt(),
             "sqrt_recipm1_alpha_bar": (1 / alpha_bar - 1).sqrt(),
             "log_betas": betas.log(),
             "posterior_variance": posterior_variance,
             "posterior_log_variance_clipped": torch.cat([first_variance, posterior_variance[1:]]).log(),
             "posterior_mean_coef1": betas * alpha_bar_prev.sqrt() / (1 - alpha_bar),
             "posterior_mean_coef2": (1 - alpha_bar_prev) * (1 - betas).sqrt() / (1 - alpha_bar),
-            "fixed_large_variance": fixed_large_variance,
-            "fixed_large_log_variance": fixed_large_variance.log(),
+            "fixed_large_log_variance": torch.cat([first_variance, betas[1:]]).log(),
         }
         for name, table in tables.items():
             object.__setattr__(self, name, table)

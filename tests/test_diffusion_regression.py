@@ -29,8 +29,9 @@ def results() -> dict[str, torch.Tensor]:
     found = {}
     for name in ("linear", "cosine", "shifted_cosine", "const0.008"):
         schedule = Schedule.create(name, 1000, resolution=256)
-        for table in ("alpha_bar", "posterior_log_variance_clipped", "posterior_mean_coef1", "fixed_large_variance"):
+        for table in ("alpha_bar", "posterior_log_variance_clipped", "posterior_mean_coef1"):
             found[f"schedule/{name}/{table}"] = getattr(schedule, table)[::333]
+        found[f"schedule/{name}/fixed_large_variance"] = schedule.fixed_large_log_variance.exp()[::333]
         found[f"schedule/{name}/respaced"] = schedule.respace("10,5").betas[::5]
     for size in ((16, 16), (24, 40)):
         x, white = waves(2, 3, *size, phase=0.3), waves(2, 3, *size, phase=1.1)
