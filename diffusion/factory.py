@@ -3,6 +3,7 @@
 import torch
 
 from configs.schema import DiffusionConfig, ImageConfig, LatentConfig, LatentDiffusionConfig
+from diffusion.losses import Objective
 from diffusion.mollifier import IDENTITY, Mollifier
 from diffusion.process import DiffusionProcess, Prediction, Variance
 from diffusion.schedules import Schedule
@@ -36,6 +37,11 @@ def build_latent_process(config: LatentConfig) -> DiffusionProcess:
         prediction=Prediction(diffusion.model_mean_type),
         variance=_variance(config.model.learn_sigma, config.model.sigma_small),
     )
+
+
+def build_objective(config: DiffusionConfig | LatentDiffusionConfig, process: DiffusionProcess) -> Objective:
+    """What training minimises."""
+    return Objective(process, config.loss_type, config.loss_weight, config.min_snr_gamma)
 
 
 def build_timesteps(

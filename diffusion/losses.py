@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import avg_pool2d
@@ -149,6 +150,41 @@ def variational_bound(
     kl = kl_gaussians(torch.zeros_like(mean_error), posterior, mean_error, log_variance)
     nll = -log_probability_8bit(x_0, x_0 + mean_error, 0.5 * log_variance)
     return torch.where(t > 0, per_sample_mean(kl), per_sample_mean(nll)) / math.log(2)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What training minimises: a loss of the prediction, weighted by step, and the bound for a learned variance.
+
+    loss: a name in `LOSSES`. weight: a name in `LOSS_WEIGHTS`. gamma: its γ.
+    """
+
+    process: DiffusionProcess
+    loss: str
+    weight: str
+    gamma: float
+
+    def __call__(
+        self,
+        output: torch.Tensor,
+        target: torch.Tensor,
+        x_0: torch.Tensor,
+        t: torch.Tensor,
+        axis: int = 1,
+        loss: Loss | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss and the bound of each sample, float32 (B,); the bound is zero where variances are fixed.
+
+        output: of the network, with channels along `axis`. target, x_0: shaped like the prediction in it.
+        loss: stands in for `LOSSES[self.loss]`, and is of the same degree.
+        """
+        prediction, raw_variance = self.process.split(output.float(), axis)
+        weight = LOSS_WEIGHTS[self.weight](self.process, t, self.gamma, self.loss).float()
+        base = weight * (loss or LOSSES[self.loss])(prediction, target)
+        if raw_variance is None:
+            return base, torch.zeros_like(base)
+        log_variance = self.process.log_variance(raw_variance, t, target)
+        return base, variational_bound(self.process, prediction.detach(), log_variance, target, x_0, t)
 
 
 def _x_0_per_target(process: DiffusionProcess, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

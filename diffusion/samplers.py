@@ -1,11 +1,15 @@
 """Samplers: pure functions of a denoiser, a state, a process and a source of noise.
 
-They know no network and no resolution. A denoiser maps (x_t, t) to `Denoised`. A state x is always mollified: begin
-with Tξ, or for inversion with T x_0, in any shape (B, ...). `noise` returns mollified noise Tξ shaped like x, fresh at
-each call. Gradients are followed unless the caller disables them.
+They know no network and no resolution. All have one signature, `SamplerFunction`, and stand in `SAMPLERS`. In it,
 
-A generating loop hands the state x that its step t led to, to `correct(x, t, denoised)` and goes on with what that
-returns (see `diffusion.conditioning`). Then each loop calls `callback(i, t, x, denoised)`: its i-th step is done.
+    denoise   maps (x_t, t) to `Denoised`;
+    x         is a state in any shape (B, ...), always mollified: Tξ, or for inversion T x_0;
+    noise     returns mollified noise Tξ shaped like x, fresh at each call;
+    start     is the step whose state x is, by default the last;
+    correct   is given (x, t, denoised) after step t and returns the x to go on with, see `diffusion.conditioning`;
+    callback  is given (i, t, x, denoised) when the i-th step is done.
+
+Gradients are followed unless the caller disables them.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ Correction = Callable[[torch.Tensor, int, Denoised], torch.Tensor]
 
 
 class SamplerFunction(Protocol):
-    """Draws from the state `x` at step `start`, by default the last; see the top of this module."""
+    """Draws T x_0, shaped like `x`; its arguments are described at the top of this module."""
 
     def __call__(
         self,
@@ -162,8 +166,7 @@ def ddim(
     x: the state at step `start` (default: the last, where it is Tξ), for example the result of `ddim_invert`.
     eta: 0 … 1, where 1 has the variance β̃_t of the reverse chain; above 0 it needs `noise`.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}; accepted: 0 to 1")
+    _check_eta(eta)
     if eta > 0 and noise is None:
         raise ValueError(f"noise is None; accepted with eta {eta}: a source of mollified noise")
 
@@ -247,18 +250,14 @@ class Sampler:
 
     def with_eta(self, eta: float) -> SamplerFunction:
         """The function with eta bound; raises ValueError unless the sampler accepts it."""
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta is {eta}; accepted: 0 to 1")
+        _check_eta(eta)
         if self.takes_eta:
             draw: Callable[..., torch.Tensor] = self.draw
             return partial(draw, eta=eta)
         if eta > 0:
-            raise ValueError(f"eta is {eta}; accepted: 0, since only {', '.join(_with_eta())} can vary it")
+            others = [name for name, sampler in SAMPLERS.items() if sampler.takes_eta]
+            raise ValueError(f"eta is {eta}; accepted: 0, since only {', '.join(others)} can vary it")
         return self.draw
-
-
-def _with_eta() -> list[str]:
-    return [name for name, sampler in SAMPLERS.items() if sampler.takes_eta]
 
 
 # All samplers, by the names of configurations and commands. A new one needs a line here and nothing elsewhere.
@@ -296,12 +295,17 @@ def ddim_invert(
     return x
 
 
+def _check_eta(eta: float) -> None:
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; accepted: 0 to 1")
+
+
 def _level(process: DiffusionProcess, step: int | None, name: str) -> int:
     last = process.schedule.num_steps - 1
     if step is None:
         return last
     if not 0 <= step <= last:
-        raise ValueError(f"{name} is {step}; the process has steps 0 to {last}")
+        raise ValueError(f"{name} is {step}; accepted: 0 to {last}, the steps of the process")
     return step
 
 

@@ -78,6 +78,7 @@ SCHEDULES: dict[str, Callable[[int, float | None], torch.Tensor]] = {
     "linear": _linear,
     "shifted_cosine": _shifted_cosine,
 }
+STEPS_ACCEPTED = "100, ddim50, 10,15,20 or logsnr20"  # of `Schedule.respace`
 SCHEDULES_ACCEPTED = f"{', '.join(SCHEDULES)} or const<beta> with 0 < beta < 1, e.g. const0.008"
 
 
@@ -137,9 +138,7 @@ def log_snr_timesteps(alpha_bar: torch.Tensor, spec: str) -> list[int]:
 
 def _positive_int(text: str, spec: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
-        raise ValueError(
-            f"sampling steps are {spec!r}; accepted: a number, numbers joined by commas, or ddim or logsnr and a number"
-        )
+        raise ValueError(f"sampling steps are {spec!r}; accepted: numbers as in {STEPS_ACCEPTED}")
     return int(text)
 
 

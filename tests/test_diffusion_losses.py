@@ -1,6 +1,7 @@
 """Losses against torch.distributions, scipy and closed forms."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import scipy.stats
@@ -9,6 +10,8 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import interpolate
 
 from diffusion.losses import (
+    LOSSES,
+    Objective,
     kl_gaussians,
     kl_standard_normal,
     l1,
@@ -130,6 +133,28 @@ def test_variational_bound_is_least_at_the_true_variance():
     bound.sum().backward()
     assert bound.item() == pytest.approx(0, abs=1e-6)
     assert raw.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_objective_is_weighted_loss_and_bound_in_any_layout(loss):
+    """With an error of 1/2 everywhere: 1/4 or 1/2 times the weight of the step, and no gradient to the mean from the
+    bound."""
+    process = DiffusionProcess(Schedule.create("cosine", 50), Mollifier(1.0, (5, 6)), Prediction.EPS, Variance.LEARNED)
+    t = torch.tensor([3, 40])
+    x_0, target, raw = torch.randn(3, 2, 2, 5, 6)
+    output = torch.cat([target + 0.5, raw], dim=1).requires_grad_()
+    objective = Objective(process, loss, "min_snr", 1.0)
+    base, bound = objective(output, target, x_0, t)
+    snr = process.schedule.alpha_bar[t] / (1 - process.schedule.alpha_bar[t])
+    weight = (snr.clamp(max=1) / snr).float()
+    torch.testing.assert_close(base, 0.25 * weight if loss == "mse" else 0.5 * weight.sqrt())
+    (gradient,) = torch.autograd.grad(bound.sum(), output)
+    assert not gradient[:, :2].any() and gradient[:, 2:].all()
+    points = [x.flatten(2).transpose(1, 2) for x in (output, target, x_0)]
+    torch.testing.assert_close(objective(*points, t, axis=2), (base, bound))
+    fixed = Objective(replace(process, variance=Variance.FIXED_SMALL), loss, "none", 1.0)
+    error = fixed(target + 0.5, target, x_0, t)
+    torch.testing.assert_close(error, (torch.full((2,), 0.25 if loss == "mse" else 0.5), torch.zeros(2)))
 
 
 def as_grid(side):

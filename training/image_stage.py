@@ -16,7 +16,7 @@ from data.loader import batches, sequential
 from data.pixels import to_float
 from diffusion import losses
 from diffusion.coordinates import CONVENTIONS, Points, gather_points
-from diffusion.factory import build_image_process, build_timesteps
+from diffusion.factory import build_image_process, build_objective, build_timesteps
 from diffusion.random import Purpose, stream
 from diffusion.samplers import LastEstimate
 from diffusion.subsets import draw_points
@@ -57,6 +57,7 @@ class ImageStage:
         self.config, self.train_set, self.precision, self.processes = config, train_set, precision, processes
         self.device = precision.device
         self.process = build_image_process(config)
+        self.objective = build_objective(config.diffusion, self.process)
         self.process.respaced(config.train.plot_sampling_steps)  # a wrong subset must not wait for the first picture
         self.modules: dict[str, nn.Module] = {
             "denoiser": build_denoiser(config.model, config.data.channels, config.size).to(self.device),
@@ -108,12 +109,12 @@ class ImageStage:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of each image (B,): the base loss, the bound that trains a learned variance, and the KL term of a stochastic
         encoder, zero where there is none."""
-        batch, none = len(x_0), x_0.new_zeros(len(x_0))
+        batch = len(x_0)
         white = torch.randn(x_0.shape, generator=generator, device=self.device)
         x_t, target = self.process.training_pair(x_0, t, white)
         seen, encoded = self._draw_points(generator, batch), self._draw_points(generator, batch)
 
-        encode, kld = modules["encoder"], none
+        encode, kld = modules["encoder"], x_0.new_zeros(batch)
         if self.config.model.stochastic_encoding:
             draw = torch.randn(batch, self.config.model.z_dim, generator=generator, device=self.device)
             encoding = encode(gather_points(x_0, encoded), encoded, draw)
@@ -121,17 +122,8 @@ class ImageStage:
         else:
             z = encode(gather_points(x_0, encoded), encoded)
         output = modules["denoiser"](gather_points(x_t, seen), seen, self.process.schedule.network_time(t), z)
-        prediction, raw_variance = self.process.split(output.float(), axis=2)
-        target = gather_points(target, seen)
-        base = self._base_loss(prediction, target, seen)
-        diffusion = self.config.diffusion
-        weight = losses.LOSS_WEIGHTS[diffusion.loss_weight]
-        base = base * weight(self.process, t, diffusion.min_snr_gamma, diffusion.loss_type).float()
-        if raw_variance is None:
-            return base, none, kld
-        log_variance = self.process.log_variance(raw_variance, t, target)
-        x_0_seen = gather_points(x_0, seen)
-        bound = losses.variational_bound(self.process, prediction.detach(), log_variance, target, x_0_seen, t)
+        target, x_0 = gather_points(target, seen), gather_points(x_0, seen)
+        base, bound = self.objective(output, target, x_0, t, axis=2, loss=partial(self._base_loss, points=seen))
         return base, bound, kld
 
     @torch.no_grad()

@@ -12,8 +12,7 @@ from torch import nn
 from configs.schema import LatentConfig
 from data.latents import LatentSet
 from data.loader import index_batches
-from diffusion import losses
-from diffusion.factory import build_timesteps
+from diffusion.factory import build_objective, build_timesteps
 from diffusion.random import Purpose, stream
 from diffusion.samplers import LastEstimate
 from diffusion.transfer import to_device
@@ -56,6 +55,7 @@ class LatentStage:
         self.mean, self.std = latents.mean, latents.std
         self.prior = self._prior(self.model)
         self.process = self.prior.process
+        self.objective = build_objective(config.diffusion, self.process)
         self.timesteps = build_timesteps(config.diffusion, self.device, partial(stacked, processes=processes))
 
     def _prior(self, model: nn.Module) -> LatentPrior:
@@ -87,20 +87,11 @@ class LatentStage:
 
     def _per_latent(
         self, model: nn.Module, x_0: torch.Tensor, t: torch.Tensor, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor | float]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The base loss of each latent, and the bound that trains a learned variance."""
         noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
         x_t, target = self.process.training_pair(x_0, t, noise)
-        output = model(x_t, self.process.schedule.network_time(t)).float()
-        prediction, raw_variance = self.process.split(output, axis=1)
-        diffusion = self.config.diffusion
-        base = losses.LOSSES[diffusion.loss_type](prediction, target)
-        weight = losses.LOSS_WEIGHTS[diffusion.loss_weight]
-        base = base * weight(self.process, t, diffusion.min_snr_gamma, diffusion.loss_type).float()
-        if raw_variance is None:
-            return base, 0.0
-        log_variance = self.process.log_variance(raw_variance, t, target)
-        return base, losses.variational_bound(self.process, prediction.detach(), log_variance, target, x_0, t)
+        return self.objective(model(x_t, self.process.schedule.network_time(t)), target, x_0, t)
 
     @torch.no_grad()
     def held_out_loss(self, averaged: dict[str, nn.Module]) -> float:

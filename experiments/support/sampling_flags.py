@@ -3,6 +3,7 @@
 from absl import flags
 
 from diffusion.samplers import SAMPLERS
+from diffusion.schedules import STEPS_ACCEPTED
 from infty_diff.model import SamplingOptions
 
 FLAGS = flags.FLAGS
@@ -11,7 +12,7 @@ FLAGS = flags.FLAGS
 def define_flags(values: flags.FlagValues = FLAGS) -> None:
     """Flags of every command that draws images."""
     default, steps = SamplingOptions, ", ".join(f"{sampler.steps} for {name}" for name, sampler in SAMPLERS.items())
-    text = f"step subset: 100, ddim50, 10,15,20 or logsnr20; default: {steps}"
+    text = f"step subset: {STEPS_ACCEPTED}; default: {steps}"
     flags.DEFINE_string("sampling_steps", default.steps, text, values)
     flags.DEFINE_enum("sampler", default.sampler, list(SAMPLERS), "sampler of the images", values)
     flags.DEFINE_float("eta", default.eta, "noise of DDIM, 0 to 1", flag_values=values)
