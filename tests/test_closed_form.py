@@ -20,24 +20,14 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import scipy.fft
 import torch
 
 from diffusion.mollifier import Mollifier
 from diffusion.process import DiffusionProcess, Prediction, Variance
 from diffusion.samplers import ancestral, ddim, ddim_invert
-from diffusion.schedules import Schedule
+from known_answers import TRAIN_SIZE, coefficients, image, process_of, seeded, two_modes
 
-TRAIN_SIZE = (8, 8)
 SIZES = [(8, 8), (6, 10), (9, 16), (7, 5)]  # the training lattice; not square; finer; odd and coarser
-
-
-def coefficients(x: torch.Tensor) -> np.ndarray:
-    return scipy.fft.dctn(x.double().numpy(), axes=(-2, -1), norm="ortho")
-
-
-def image(coefficients: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(scipy.fft.idctn(coefficients, axes=(-2, -1), norm="ortho"))
 
 
 def gains(size: tuple[int, int], sigma: float = 1.0) -> np.ndarray:
@@ -91,8 +81,7 @@ def make(steps: int, size: tuple[int, int], sigma: float = 1.0, **kinds) -> tupl
     # The last step is never kept: there ᾱ is capped, and the oracle's formula with it.
     kept = [round(i * 998 / (steps - 1)) for i in range(steps)]
     prediction = kinds.pop("prediction", Prediction.MOLLIFIED_EPS)
-    process = DiffusionProcess(Schedule.create("cosine", 1000), Mollifier(sigma, TRAIN_SIZE), prediction, **kinds)
-    process = process.respaced(kept)
+    process = process_of(prediction, sigma=sigma, **kinds).respaced(kept)
     oracle = Oracle(process, size)
     return process, process.denoiser(oracle, clip=False), oracle
 
@@ -175,11 +164,11 @@ def sampler_of(denoise: Callable, process: DiffusionProcess, eta: float | None) 
 @pytest.mark.parametrize("prediction", list(Prediction))
 def test_every_prediction_gives_the_same_samples(prediction, sigma):
     size = (6, 10)
-    white = torch.randn(3, 2, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    white = torch.randn(3, 2, *size, dtype=torch.float64, generator=seeded(0))
     results = []
     for kind in (Prediction.MOLLIFIED_EPS, prediction):
         process, denoise, _ = make(12, size, sigma, prediction=kind)
-        generator = torch.Generator().manual_seed(1)
+        generator = seeded(1)
 
         def noise(process=process, generator=generator):
             return process.mollifier.noise(torch.randn(white.shape, dtype=torch.float64, generator=generator))
@@ -192,7 +181,7 @@ def test_every_prediction_gives_the_same_samples(prediction, sigma):
 def test_ancestral_samples_by_monte_carlo():
     size, batch = (6, 10), 4000
     process, denoise, oracle = make(40, size)
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
 
     def noise() -> torch.Tensor:
         return process.mollifier.noise(torch.randn(batch, 1, *size, generator=generator))
@@ -229,21 +218,10 @@ def test_inversion_from_the_middle():
 def test_inversion_of_a_two_mode_density():
     """A linear denoiser hides the order of the steps, since they commute; that of a mixture of two Gaussians does
     not."""
-    process = DiffusionProcess(Schedule.create("cosine", 1000), Mollifier(0.0, (1, 1)), Prediction.EPS).respaced("200")
-    alpha_bars = process.schedule.alpha_bar.tolist()
-    time_to_step = {round(float(process.schedule.network_time(torch.tensor([t])))): t for t in range(200)}
-    spread = 0.3
-
-    def network(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        alpha_bar = alpha_bars[time_to_step[round(float(time[0]))]]
-        variance = alpha_bar * spread**2 + 1 - alpha_bar
-        mean = math.sqrt(alpha_bar) * torch.tanh(math.sqrt(alpha_bar) * x / variance)  # modes at ±1, weighed by x
-        return math.sqrt(1 - alpha_bar) * (x - mean) / variance
-
-    generator = torch.Generator().manual_seed(5)
+    process = process_of(Prediction.EPS, sigma=0.0).respaced("200")
+    spread, generator, denoise = 0.3, seeded(5), two_modes(process)
     x = torch.randn(500, 1, dtype=torch.float64, generator=generator) * spread
     x = x + torch.randint(2, x.shape, generator=generator) * 2 - 1
-    denoise = process.denoiser(network, clip=False)
     code = ddim_invert(denoise, x, process)
     assert (ddim(denoise, code, process) - x).abs().mean() < 0.01
     assert abs(float((code**2).mean()) - 1) < 0.1  # noise, as the forward process would have made it

@@ -9,11 +9,11 @@ import scipy.fft
 import torch
 
 from diffusion.conditioning import Known, check_mask, descend, fill_hole, follow, join_bands
-from diffusion.mollifier import IDENTITY, Mollifier
+from diffusion.mollifier import Mollifier
 from diffusion.noise import function_noise
 from diffusion.process import DiffusionProcess, Prediction
 from diffusion.samplers import ddim, ddim_invert, dpmpp
-from diffusion.schedules import Schedule
+from known_answers import coefficients, process_of, seeded
 
 
 class Field:
@@ -40,8 +40,7 @@ class Field:
         return self.mollifier.inverse(x, 0.05)
 
     def process(self, spec: str) -> DiffusionProcess:
-        schedule = Schedule.create("cosine", 1000)
-        return DiffusionProcess(schedule, self.mollifier, Prediction.MOLLIFIED_EPS).respaced(spec)
+        return process_of(size=self.size).respaced(spec)
 
     def known(self, process: DiffusionProcess) -> Known:
         return Known(torch.where(self.mask, self.sharp, math.nan), self.mask, process, self.deblur)
@@ -77,7 +76,7 @@ class Field:
         return tuple(float(error) for error in errors)
 
 
-UNMOLLIFIED = DiffusionProcess(Schedule.create("cosine", 10), IDENTITY, Prediction.EPS)
+UNMOLLIFIED = process_of(Prediction.EPS, sigma=0.0, steps=10)
 FIELDS = {
     "wide": Field((16, 24), (slice(5, 11), slice(8, 15))),
     "tall": Field((21, 13), (slice(8, 14), slice(4, 9))),
@@ -109,7 +108,7 @@ def test_gradient_is_that_of_the_formula():
     field = FIELDS["wide"]
     process = field.process("10")
     denoise, t = field.denoiser(process), torch.tensor([6])
-    x = torch.randn(field.sharp.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(field.sharp.shape, dtype=torch.float64, generator=seeded())
     with torch.no_grad():
         known = field.known(process)
         guided, natural = known.guided(denoise, plain=True)(x, t), known.guided(denoise)(x, t)
@@ -134,9 +133,7 @@ def test_following_the_inversion_keeps_known_pixels_exactly(field):
     code = ddim_invert(denoise, clean, process, callback=lambda i, t, x, d: states.append(x))
     assert len(states) == process.schedule.num_steps and torch.equal(states[-1], code)
     weights = field.known(process).soft_mask()
-    fresh = process.mollifier.noise(
-        torch.randn(field.sharp.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    )
+    fresh = process.mollifier.noise(torch.randn(field.sharp.shape, dtype=torch.float64, generator=seeded(2)))
     x = ddim(denoise, fresh, process, correct=follow(states, weights))
     sure = weights > 0.999
     assert sure.any() and (x - clean)[..., sure].abs().max() < 5e-3
@@ -146,7 +143,7 @@ def test_following_the_inversion_keeps_known_pixels_exactly(field):
 
 
 def test_soft_mask_of_white_noise_diffusion_is_the_mask():
-    mask = torch.rand(7, 9, generator=torch.Generator().manual_seed(0)) > 0.5
+    mask = torch.rand(7, 9, generator=seeded()) > 0.5
     known = Known(torch.zeros(1, 3, 7, 9), mask, UNMOLLIFIED, lambda x: x)
     assert torch.equal(known.soft_mask(), mask.float())
 
@@ -177,9 +174,9 @@ def test_fill_from_a_single_pixel(corner):
 def test_bands_of_one_function_join_to_it(coarse, fine):
     """White noise drawn as one function on two lattices: its shared band is the coarse one, scaled by their pixels."""
     a, b = function_noise([(s, 0, 0) for s in (0, 1)], 2, fine).split(1)
-    joined = scipy.fft.dctn(join_bands(a, b, coarse).numpy(), axes=(-2, -1), norm="ortho")
-    expected = scipy.fft.dctn(b.numpy(), axes=(-2, -1), norm="ortho")
-    shared = scipy.fft.dctn(a.numpy(), axes=(-2, -1), norm="ortho")
+    joined = coefficients(join_bands(a, b, coarse))
+    expected = coefficients(b)
+    shared = coefficients(a)
     expected[..., : coarse[0], : coarse[1]] = shared[..., : coarse[0], : coarse[1]]
     np.testing.assert_allclose(joined, expected, atol=1e-5)
 

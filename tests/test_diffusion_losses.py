@@ -24,6 +24,7 @@ from diffusion.losses import (
 from diffusion.mollifier import IDENTITY, Mollifier
 from diffusion.process import DiffusionProcess, Prediction, Variance
 from diffusion.schedules import Schedule
+from known_answers import process_of, seeded
 
 
 def test_per_sample_means():
@@ -56,7 +57,7 @@ def test_min_snr_weights_are_those_of_the_paper(schedule):
 @pytest.mark.parametrize(("loss", "name"), [(mse, "mse"), (l1, "l1")])
 def test_the_weighted_loss_of_an_error_in_x_0_is_the_same_for_all_predictions(loss, name):
     """Without T, where an error in x_0 at a fixed state is one of each predicted quantity: by `training_pair`."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     x_0, error, white = torch.randn(3, 6, 2, 5, 7, generator=generator, dtype=torch.float64)
     t = torch.tensor([0, 3, 20, 50, 90, 99])
     schedule, found = Schedule.create("cosine", 100), []
@@ -95,7 +96,7 @@ def test_probabilities_of_grey_levels():
 
 @pytest.mark.parametrize("prediction", list(Prediction))
 def test_variational_bound_is_the_divergence_of_both_reverse_steps(prediction):
-    process = DiffusionProcess(Schedule.create("cosine", 50), IDENTITY, prediction, Variance.LEARNED_RANGE)
+    process = process_of(prediction, Variance.LEARNED_RANGE, sigma=0.0, steps=50)
     t = torch.tensor([1, 20, 49, 0])
     x_0 = torch.rand(4, 2, 5, 6, dtype=torch.float64) * 2 - 1
     x_t, target = process.training_pair(x_0, t, torch.randn_like(x_0))
@@ -114,7 +115,7 @@ def test_variational_bound_is_the_divergence_of_both_reverse_steps(prediction):
 @pytest.mark.parametrize("prediction", list(Prediction))
 def test_variational_bound_is_pointwise(prediction):
     """The bound of an image is the bound of its pixels as points, with a mollifier too."""
-    process = DiffusionProcess(Schedule.create("cosine", 50), Mollifier(1.0, (5, 6)), prediction, Variance.LEARNED)
+    process = process_of(prediction, Variance.LEARNED, size=(5, 6), steps=50)
     t = torch.tensor([3, 0])
     x_0 = torch.rand(2, 2, 5, 6) * 2 - 1
     _, target = process.training_pair(x_0, t, torch.randn_like(x_0))
@@ -125,7 +126,7 @@ def test_variational_bound_is_pointwise(prediction):
 
 def test_variational_bound_is_least_at_the_true_variance():
     """Without an error of the mean, the posterior variance is optimal, and the bound is zero."""
-    process = DiffusionProcess(Schedule.create("cosine", 50), IDENTITY, Prediction.EPS, Variance.LEARNED)
+    process = process_of(Prediction.EPS, Variance.LEARNED, sigma=0.0, steps=50)
     t = torch.tensor([7])
     target = torch.randn(1, 9)
     raw = torch.full((1, 9), math.log(process.schedule.posterior_variance[7]), requires_grad=True)
@@ -139,7 +140,7 @@ def test_variational_bound_is_least_at_the_true_variance():
 def test_objective_is_weighted_loss_and_bound_in_any_layout(loss):
     """With an error of 1/2 everywhere: 1/4 or 1/2 times the weight of the step, and no gradient to the mean from the
     bound."""
-    process = DiffusionProcess(Schedule.create("cosine", 50), Mollifier(1.0, (5, 6)), Prediction.EPS, Variance.LEARNED)
+    process = process_of(Prediction.EPS, Variance.LEARNED, size=(5, 6), steps=50)
     t = torch.tensor([3, 40])
     x_0, target, raw = torch.randn(3, 2, 2, 5, 6)
     output = torch.cat([target + 0.5, raw], dim=1).requires_grad_()

@@ -6,25 +6,12 @@ from functools import partial
 import pytest
 import torch
 
-from diffusion.mollifier import IDENTITY, Mollifier
+from diffusion.mollifier import IDENTITY
 from diffusion.process import Denoised, DiffusionProcess, Prediction, Variance
 from diffusion.samplers import ancestral, ancestral_step, ddim, ddim_invert
-from diffusion.schedules import Schedule
+from known_answers import knows_the_image, process_of, seeded
 
-PROCESS = DiffusionProcess(Schedule.create("cosine", 1000), Mollifier(1.0, (8, 8)), Prediction.MOLLIFIED_EPS).respaced(
-    "7"
-)
-
-
-def knows_the_image(process, smooth):
-    """The denoiser of a data set of one image: it sees T x_0 whatever the state."""
-
-    def denoise(x_t, t):
-        signal = process.schedule.at("sqrt_alpha_bar", t, x_t)
-        noise = process.schedule.at("sqrt_one_minus_alpha_bar", t, x_t)
-        return Denoised(smooth, (x_t - signal * smooth) / noise, process.log_variance(None, t, x_t))
-
-    return denoise
+PROCESS = process_of().respaced("7")
 
 
 def white_source(shape, calls, **kind):
@@ -92,8 +79,7 @@ def test_eta_one_is_the_ancestral_sampler():
     x = torch.randn(2, 40, dtype=torch.float64)
     results = []
     for sampler in (ancestral, partial(ddim, eta=1.0)):
-        generator = torch.Generator().manual_seed(0)
-        noise = partial(torch.randn, x.shape, generator=generator, dtype=torch.float64)
+        noise = partial(torch.randn, x.shape, generator=seeded(), dtype=torch.float64)
         results.append(sampler(denoise, x, process, noise=noise))
     torch.testing.assert_close(*results)
 

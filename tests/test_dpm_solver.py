@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from benchmarks.sampler_error import sampler_errors
-from diffusion.mollifier import IDENTITY, Mollifier
-from diffusion.process import Denoised, DiffusionProcess, Prediction
+from diffusion.process import Prediction
 from diffusion.samplers import ancestral, ddim, dpmpp
 from diffusion.schedules import Schedule
-from test_closed_form import TRAIN_SIZE, Oracle, coefficients, image
+from known_answers import coefficients, image, knows_the_image, process_of, seeded, two_modes
+from test_closed_form import Oracle
 
 ROOT = Path(__file__).resolve().parents[1]
 # Many steps, so that a subset of them can be even in log-SNR to high precision.
-FINE = DiffusionProcess(Schedule.create("cosine", 20000), Mollifier(1.0, TRAIN_SIZE), Prediction.MOLLIFIED_EPS)
+FINE = process_of(steps=20000)
 
 
 def error_before_the_last_step(sampler, spec: str, size: tuple[int, int]) -> float:
@@ -47,21 +47,8 @@ def test_second_order(size):
     assert errors[dpmpp][0] < 0.2 * errors[ddim][0]
 
 
-def two_modes(process: DiffusionProcess, spread: float = 0.3):
-    """The optimal denoiser of an even mixture of normals at ±1: not linear, so that the order of steps matters."""
-
-    def denoise(x: torch.Tensor, t: torch.Tensor) -> Denoised:
-        alpha_bar = process.schedule.at("alpha_bar", t, x)
-        signal, variance = alpha_bar.sqrt(), alpha_bar * spread**2 + 1 - alpha_bar
-        mode = torch.tanh(signal * x / variance)
-        x_0 = mode + signal * spread**2 / variance * (x - signal * mode)
-        return Denoised(x_0, (x - signal * x_0) / (1 - alpha_bar).sqrt(), process.log_variance(None, t, x))
-
-    return denoise
-
-
 def test_agrees_with_the_limit_of_ddim():
-    whole = DiffusionProcess(Schedule.create("cosine", 20000), IDENTITY, Prediction.EPS)
+    whole = process_of(Prediction.EPS, sigma=0.0, steps=20000)
     x = torch.linspace(-2.5, 2.5, 40, dtype=torch.float64)[:, None]
     limit = ddim(two_modes(whole), x, whole)
     errors = {}
@@ -97,16 +84,9 @@ def test_wrong_steps(spec):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_finds_the_only_image(steps, dtype):
     """However the steps lie, the last of the cosine schedule with ᾱ = 2e-9 among them, and from any step."""
-    process = DiffusionProcess(Schedule.create("cosine", 1000), Mollifier(1.0, (8, 8)), Prediction.MOLLIFIED_EPS)
-    process = process.respaced(steps)
-    smooth, x = torch.randn(2, 2, 3, 5, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
-
-    def denoise(x_t, t):
-        eps = (x_t - process.schedule.at("sqrt_alpha_bar", t, x_t) * smooth) / process.schedule.at(
-            "sqrt_one_minus_alpha_bar", t, x_t
-        )
-        return Denoised(smooth, eps.to(dtype), process.log_variance(None, t, x_t))
-
+    process = process_of().respaced(steps)
+    smooth, x = torch.randn(2, 2, 3, 5, 11, generator=seeded()).to(dtype)
+    denoise = knows_the_image(process, smooth)
     for start in {None, 0, process.schedule.num_steps - 1}:
         result = dpmpp(denoise, x, process, start=start)
         assert result.dtype == dtype
@@ -114,7 +94,7 @@ def test_finds_the_only_image(steps, dtype):
 
 
 def test_corrections_see_every_step_of_every_sampler():
-    process = DiffusionProcess(Schedule.create("cosine", 1000), IDENTITY, Prediction.EPS).respaced("5")
+    process = process_of(Prediction.EPS, sigma=0.0).respaced("5")
     x = torch.zeros(2, 3)
     for sampler in (dpmpp, ddim, partial(ancestral, noise=lambda: torch.zeros(2, 3))):
         steps, states = [], []

@@ -16,14 +16,14 @@ from data.pixels import to_uint8
 from diffusion.conditioning import Known, descend
 from diffusion.coordinates import image_to_points
 from diffusion.mollifier import Mollifier
-from diffusion.process import Denoised, DiffusionProcess, Prediction
+from diffusion.process import Denoised, Prediction
 from diffusion.samplers import LastEstimate, ancestral, ddim, dpmpp
-from diffusion.schedules import Schedule
 from experiments.generate_samples import folder_name
 from infty_diff.editing import InpaintOptions, inpaint, super_resolve
 from infty_diff.folder import FolderOptions, draw_folder
 from infty_diff.latent_prior import LatentPrior
 from infty_diff.model import InftyDiff, SamplingOptions
+from known_answers import process_of
 from models.factory import build_denoiser, build_encoder, build_latent_model
 from runtime.stored import relocate
 from test_training import image_trainer, latent_trainer
@@ -73,7 +73,7 @@ def test_every_sampler_gives_the_image_that_the_network_knows(tmp_path, size, op
 
 @pytest.mark.parametrize("prediction", Prediction)
 def test_only_a_predicted_image_is_sharp(prediction):
-    process = DiffusionProcess(Schedule.create("cosine", 50), Mollifier(1.0, (9, 14)), prediction)
+    process = process_of(prediction, size=(9, 14), steps=50)
     output, x_t = 2 * torch.randn(2, 2, 3, 9, 14, dtype=torch.float64)
     t = torch.tensor([0, 30])
     denoised = process.denoise(output, x_t, t, clip=True)
@@ -92,7 +92,7 @@ def test_only_a_predicted_image_is_sharp(prediction):
 def test_the_exact_image_in_double_precision(tmp_path, sampler):
     size = (10, 17)
     image = picture(size).double()
-    process = DiffusionProcess(Schedule.create("cosine", 1000), Mollifier(1.0, size), Prediction.X0).respaced("7")
+    process = process_of(Prediction.X0, size=size).respaced("7")
     last, x = LastEstimate(), torch.randn(1, 3, *size, dtype=torch.float64)
     result = sampler(process.denoiser(lambda x_t, time: image, clip=True), x, process, noise=lambda: x, callback=last)
     found = knowing(tmp_path, size).sharpened(result, last.denoised)
