@@ -1,8 +1,8 @@
 """Conditions on generated images: parts that are known (inpainting), frequencies that are known (super-resolution).
 
-Known pixels x̄ are sharp, states are mollified, and T carries pixels across the edge of a hole: next to it T x̄ is not
-known even where x̄ is. So wherever T x̄ is needed here, x̄ is completed inside the hole by an estimate of what is there:
-by the current estimate of the sampler (`Known.guided`), or before there is one by a smooth surface (`fill_hole`).
+Known pixels x̄ are sharp, and states are mollified. T carries pixels across the edge of a hole, so next to it T x̄ is
+not known even where x̄ is. Wherever T x̄ is needed, x̄ is completed inside the hole by an estimate: the sampler's current
+one (`Known.guided`), or a smooth surface before there is one (`fill_hole`).
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Known:
 
             gradient = √ᾱ_t T Tᵗ ∇_{x_t} ‖m ⊙ (μ̃_0(x_t, t) - T x̄)‖².
 
-        The norm is summed over pixels and channels; x̄ is completed inside the hole by the sharp or
-        deblurred estimate, and T x̄ counts as constant. T Tᵗ ∇ is the gradient in the Cameron-Martin space of T ξ:
-        states vary in the range of T, and ∇ has an edge where the mask has one. √ᾱ_t is the weight of Ho et al.; ∇
-        contains 1/√ᾱ_t, 20000 at the first step, which multiplies the errors of a network. Gradients are switched on
-        inside, whatever the caller does.
+        The norm is summed over pixels and channels. T x̄ counts as constant; inside the hole x̄ is the sharp estimate, or
+        the deblurred one. T Tᵗ ∇ is the gradient in the Cameron-Martin space of T ξ, in which states vary: ∇ itself has
+        an edge where the mask has one. The weight √ᾱ_t is that of Ho et al. It cancels the 1/√ᾱ_t in ∇, which is 20000
+        at the first step and multiplies the errors of a network. Gradients are switched on inside, whatever the caller
+        does.
         plain: ∇ alone, as the paper prints it; a network then takes a very small λ.
         """
 
@@ -111,9 +111,9 @@ def descend(scale: float) -> Correction:
 def follow(states: Sequence[torch.Tensor], weights: torch.Tensor) -> Correction:
     """The correction that holds the known part to its own path, x ← x + w ⊙ (x_known - x), after Lugmayr et al. 2022.
 
-    They draw x_known from q(x_{t-1} | x̄) anew at each step; the states that DDIM inversion went through are consistent
-    with each other, and the path back along them ends at x̄ again.
-    states: by level, T x̄ as the first, and at index t the state at step t.
+    They draw x_known from q(x_{t-1} | x̄) anew at each step. Here it is the state that DDIM inversion went through:
+    these states are consistent with each other, and the path back along them ends at x̄.
+    states: by step, with T x̄ at index 0 and the state at step t at index t.
     weights: w, broadcast over (B, C, H, W), from `Known.soft_mask`.
     """
     return lambda x, step, denoised: x + weights.to(x) * (states[max(step - 1, 0)] - x)
@@ -132,8 +132,8 @@ def check_mask(mask: torch.Tensor, size: Size) -> None:
 def fill_hole(image: Image, mask: torch.Tensor) -> Image:
     """Continue the known pixels (B, C, H, W) smoothly into the hole, without reading what is there.
 
-    Each pixel takes the Gaussian mean of the known pixels, T(m x̄) / T m, with a T of 1, 2, 4, … pixels, the first by
-    which enough of them reach it. mask: bool (H, W), true where known.
+    Each pixel takes the Gaussian mean of the known pixels, T(m x̄) / T m. Of the T of 1, 2, 4, … pixels it is the first
+    whose reach covers enough of them. mask: bool (H, W), true where known.
     """
     size = size_of(image)
     check_mask(mask, size)

@@ -102,14 +102,14 @@ def gather_points(x: torch.Tensor, points: Points) -> torch.Tensor:
     return features.gather(1, points.index.unsqueeze(2).expand(-1, -1, features.shape[2]))
 
 
-def scatter_points(values: torch.Tensor, points: Points, fill: float = 0.0) -> torch.Tensor:
-    """Write features (B, M, C) into an image (B, C, H, W) that holds `fill` wherever there is no point."""
+def scatter_points(values: torch.Tensor, points: Points) -> torch.Tensor:
+    """Write features (B, M, C) into an image (B, C, H, W) that is zero wherever there is no point."""
     if values.shape[1] != points.count:
         raise ValueError(f"values hold {values.shape[1]} points; accepted: {points.count}, those of `points`")
     if points.index is None:
         return points_to_image(values, points.size)
     batch, _, channels = values.shape
-    image = values.new_full((batch, points.size[0] * points.size[1], channels), fill)
+    image = values.new_zeros(batch, points.size[0] * points.size[1], channels)
     image = image.scatter(1, points.index.unsqueeze(2).expand(-1, -1, channels), values)
     return points_to_image(image, points.size)
 
