@@ -1,12 +1,14 @@
 """The model's API and the sample folder: seeds, sizes, batching, inversion, resumption, manifests."""
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from absl import flags
 from PIL import Image
 from torch import nn
 
@@ -15,7 +17,6 @@ from configs.schema import ImageConfig
 from data.datasets import open_dataset
 from diffusion.coordinates import Points
 from diffusion.samplers import SAMPLERS, Sampler
-from experiments.support import sampling_flags
 from infty_diff.editing import InpaintOptions, inpaint
 from infty_diff.encodings import load_or_encode
 from infty_diff.folder import FolderOptions, contact_sheet, draw_folder, parse_seeds, parse_size
@@ -27,6 +28,7 @@ from runtime.checkpoint import save_weights
 from runtime.precision import Precision
 
 FAST = SamplingOptions(steps="4")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def build(root, changes=None) -> InftyDiff:
@@ -66,16 +68,23 @@ def test_a_new_sampler_needs_one_entry(model, monkeypatch):
         return denoised.smooth
 
     monkeypatch.setitem(SAMPLERS, "jump", Sampler(jump, steps="ddim50", spacing="ddim"))
-    values = flags.FlagValues()
-    sampling_flags.define_flags(values)
-    values(["command", "--sampler=jump", "--sampling_steps=4"])
-    options = sampling_flags.sampling_options(values)
+    options = SamplingOptions("4", "jump")
     assert (options.steps, SamplingOptions(sampler="jump").steps) == ("ddim4", "ddim50")
     assert not options.draws_noise
     found = model.sample([5], (13, 29), options, latent_steps="4", deblur=False)
     process, latents = model.process.respaced("ddim4"), model.prior.sample([5], "4")
     denoise = model.denoiser_at(latents, (13, 29), process)
     assert torch.equal(found, denoise(model.initial_noise([5], (13, 29)), torch.tensor([3])).smooth)
+
+    script = """
+import runpy, sys
+from diffusion.samplers import SAMPLERS
+SAMPLERS["jump"] = SAMPLERS["ddim"]
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+    command = [sys.executable, "-c", script, "experiments/generate_samples.py", "--sampler=heun"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and "ddim|ddpm|dpmpp|jump" in done.stderr
 
 
 def test_stochastic_ddim_draws_new_noise_each_step(model):
