@@ -10,32 +10,28 @@ from diffusion.schedules import Schedule
 from diffusion.timestep_sampling import TIMESTEP_SAMPLERS, Gather, TimestepSampler
 
 
-def _variance(learn_sigma: bool, sigma_small: bool) -> Variance:
-    if learn_sigma:
-        return Variance.LEARNED_RANGE
-    return Variance.FIXED_SMALL if sigma_small else Variance.FIXED_LARGE
-
-
 def build_image_process(config: ImageConfig) -> DiffusionProcess:
     """The mollified diffusion of images, at the training resolution."""
     diffusion = config.diffusion
-    return DiffusionProcess(
-        schedule=Schedule.create(diffusion.noise_schedule, diffusion.steps, resolution=max(config.size)),
-        mollifier=Mollifier(diffusion.gaussian_filter_std, config.size, kind=diffusion.mollifier_type),
-        prediction=Prediction(diffusion.model_mean_type),
-        variance=_variance(config.model.learn_sigma, config.model.sigma_small),
-        keep_sharp=diffusion.final_estimate != "filter",
-    )
+    mollifier = Mollifier(diffusion.gaussian_filter_std, config.size, kind=diffusion.mollifier_type)
+    return _build_process(config, mollifier, max(config.size), keep_sharp=diffusion.final_estimate != "filter")
 
 
 def build_latent_process(config: LatentConfig) -> DiffusionProcess:
     """The plain diffusion of latent vectors."""
-    diffusion = config.diffusion
+    return _build_process(config, IDENTITY, None, keep_sharp=False)
+
+
+def _build_process(
+    config: ImageConfig | LatentConfig, mollifier: Mollifier, resolution: float | None, keep_sharp: bool
+) -> DiffusionProcess:
+    fixed = Variance.FIXED_SMALL if config.model.sigma_small else Variance.FIXED_LARGE
     return DiffusionProcess(
-        schedule=Schedule.create(diffusion.noise_schedule, diffusion.steps),
-        mollifier=IDENTITY,
-        prediction=Prediction(diffusion.model_mean_type),
-        variance=_variance(config.model.learn_sigma, config.model.sigma_small),
+        schedule=Schedule.create(config.diffusion.noise_schedule, config.diffusion.steps, resolution),
+        mollifier=mollifier,
+        prediction=Prediction(config.diffusion.model_mean_type),
+        variance=Variance.LEARNED_RANGE if config.model.learn_sigma else fixed,
+        keep_sharp=keep_sharp,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from diffusion.coordinates import Points, Size
 
-Sequence = Callable[[int], torch.Tensor]
+PointSequence = Callable[[int], torch.Tensor]
 _TILE = 8
 
 
@@ -84,7 +84,7 @@ def _first_visits(
 
 
 @lru_cache(maxsize=8)
-def _sequence(points: Sequence, length: int, device: torch.device) -> torch.Tensor:
+def _sequence(points: PointSequence, length: int, device: torch.device) -> torch.Tensor:
     """The first points of a low-discrepancy sequence on a device, copied there once."""
     return points(length).to(device)
 
@@ -110,4 +110,4 @@ def _radical_inverse(length: int, base: int) -> torch.Tensor:
 
 
 # The first points of each low-discrepancy sequence in [0, 1)², float64 (length, 2); None for independent pixels.
-DRAWS: dict[str, Sequence | None] = {"uniform": None, "halton": _halton, "sobol": _sobol}
+DRAWS: dict[str, PointSequence | None] = {"uniform": None, "halton": _halton, "sobol": _sobol}

@@ -1,7 +1,7 @@
 """Gaussian random fields, for which the optimal denoiser is known: every sampler against the exact answer.
 
 Let the cosine coefficients a_k of x_0 be independent with variance c_k. A state has the coefficients y_k = g_k (√ᾱ
-a_k + √(1 - ᾱ) s ξ_k), with g the gain of the mollifier T and s its noise scale on the lattice. Everything is
+a_k + √(1 - ᾱ) s ξ_k), with g the gain of the mollifier T and s its noise scale at the resolution. Everything is
 Gaussian, so the best prediction of the mollified noise is linear,
 
     E[g_k s ξ_k | y_k] = √(1 - ᾱ) s² / (ᾱ c_k + (1 - ᾱ) s²) · y_k,
@@ -27,19 +27,18 @@ from diffusion.process import DiffusionProcess, Prediction, Variance
 from diffusion.samplers import ancestral, ddim, ddim_invert
 from known_answers import TRAIN_SIZE, coefficients, image, process_of, seeded, two_modes
 
-SIZES = [(8, 8), (6, 10), (9, 16), (7, 5)]  # the training lattice; not square; finer; odd and coarser
+SIZES = [(8, 8), (6, 10), (9, 16), (7, 5)]  # the training resolution; not square; finer; odd and coarser
 
 
 def gains(size: tuple[int, int], sigma: float = 1.0) -> np.ndarray:
-    """g of a mollifier of sigma pixels of TRAIN_SIZE; its width in pixels scales with the lattice, so only N
+    """g of a mollifier of sigma pixels of TRAIN_SIZE; its width in pixels scales with the resolution, so only N
     enters."""
     k, l = (np.arange(n) / train for n, train in zip(size, TRAIN_SIZE))  # noqa: E741 (the index of the formula)
     return np.exp(-((sigma * np.pi) ** 2) * (k[:, None] ** 2 + l[None] ** 2) / 2)
 
 
 def spectrum(size: tuple[int, int]) -> np.ndarray:
-    """A falling power law, from 1 down to about 0.01, in units of the lattice's own coefficients (∝ number of
-    pixels)."""
+    """A falling power law, from 1 down to about 0.01, in units of coefficients at this resolution (∝ pixels)."""
     k, l = (np.arange(n) for n in size)  # noqa: E741
     return math.prod(size) / math.prod(TRAIN_SIZE) / (1 + 0.5 * (k[:, None] ** 2 + l[None] ** 2))
 
@@ -246,7 +245,7 @@ def test_wiener_filter_reaches_its_least_error(size):
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 64), (128, 128), (48, 80), (33, 47)])
 def test_mollified_noise_has_one_variance_at_every_resolution(size):
-    """Var Tξ at the point (u, v) is, per axis, (1 + 2 Σ_k g_k² cos²(πku)) / N, whatever the lattice."""
+    """Var Tξ at the point (u, v) is, per axis, (1 + 2 Σ_k g_k² cos²(πku)) / N, whatever the resolution."""
     train = 32
     mollifier = Mollifier(1.0, (train, train))
     k = np.arange(1, 4 * train)

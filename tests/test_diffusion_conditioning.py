@@ -17,7 +17,7 @@ from known_answers import coefficients, process_of, seeded
 
 
 class Field:
-    """A Gaussian random field on a lattice with standard deviation 1/2, its optimal denoiser, draws and a hole."""
+    """A Gaussian random field at one resolution with standard deviation 1/2, its optimal denoiser, draws and a hole."""
 
     def __init__(self, size: tuple[int, int], hole: tuple[slice, slice]):
         self.size, self.mollifier = size, Mollifier(1.0, size)
@@ -172,7 +172,7 @@ def test_fill_from_a_single_pixel(corner):
 
 @pytest.mark.parametrize(("coarse", "fine"), [((8, 8), (16, 16)), ((6, 10), (15, 20)), ((9, 7), (9, 14))])
 def test_bands_of_one_function_join_to_it(coarse, fine):
-    """White noise drawn as one function on two lattices: its shared band is the coarse one, scaled by their pixels."""
+    """White noise drawn as one function at two resolutions: its shared band is the coarse one, scaled by pixels."""
     a, b = function_noise([(s, 0, 0) for s in (0, 1)], 2, fine).split(1)
     joined = coefficients(join_bands(a, b, coarse))
     expected = coefficients(b)

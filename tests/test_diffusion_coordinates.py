@@ -48,7 +48,7 @@ def test_scatter_undoes_gather_and_fills_the_rest(size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_full_lattice(size):
+def test_every_pixel(size):
     x = torch.randn(2, 3, *size)
     full = Points(size)
     listed = Points(size, torch.arange(math.prod(size)).repeat(2, 1))
@@ -59,7 +59,7 @@ def test_full_lattice(size):
     assert torch.equal(torch.stack(full.rows_cols("cpu")), torch.stack(listed.rows_cols())[:, :1])
 
 
-def test_full_lattice_conversions_copy_nothing():
+def test_conversions_of_every_pixel_copy_nothing():
     x = torch.randn(2, 3, 4, 5)
     for layout in (torch.contiguous_format, torch.channels_last):
         laid_out = x.contiguous(memory_format=layout)

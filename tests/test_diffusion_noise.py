@@ -1,4 +1,4 @@
-"""Noise: white on every lattice, one function on all of them."""
+"""Noise: white at every resolution, one function at all of them."""
 
 import time
 
@@ -30,7 +30,7 @@ SIZES = [((32, 32), (64, 64)), ((32, 32), (48, 80)), ((30, 50), (64, 64)), ((64,
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_lattices_share_their_common_coefficients(sizes):
+def test_resolutions_share_their_common_coefficients(sizes):
     (h, w), fine = sizes
     coarse = coefficients(draw(3, 2, (h, w)))
     finer = coefficients(draw(3, 2, fine))

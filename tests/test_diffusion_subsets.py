@@ -32,7 +32,7 @@ def test_points_are_distinct_in_the_order_of_tiles_and_as_many_as_asked(kind, si
 
 
 @pytest.mark.parametrize("kind", DRAWS)
-def test_all_points_are_the_whole_lattice(kind):
+def test_all_points_are_every_pixel(kind):
     assert torch.equal(draw(kind, 2, (6, 7), 42).index, torch.arange(42).repeat(2, 1))
     assert torch.equal(draw(kind, 2, (9, 17), 153).index.sort(dim=1).values, torch.arange(153).repeat(2, 1))
 
