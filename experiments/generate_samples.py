@@ -20,11 +20,12 @@ from configs.schema import ImageConfig, LatentConfig
 from diffusion.process import DiffusionProcess, Prediction
 from experiments.support import sampling_flags
 from infty_diff.folder import FolderOptions, draw_folder, parse_seeds, parse_size
-from infty_diff.model import WEIGHTS, InftyDiff, SamplingOptions
+from infty_diff.model import InftyDiff, SamplingOptions
 from runtime.command import Command, readable_errors
 from runtime.files import file_digest
 from runtime.processes import Processes
 from runtime.run_dir import run_path
+from runtime.stored import WEIGHTS
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("sample_img_size", None, "side, or height x width as in 192x320; default: the training size")

@@ -29,7 +29,7 @@ from diffusion.conditioning import check_mask
 from experiments.support import edit_flags as edit
 from experiments.support.inputs import Inputs, parse_box, parse_step, read_mask
 from experiments.support.sampling_flags import sampling_options
-from infty_diff.editing import InpaintOptions, inpaint
+from infty_diff.editing import InpaintOptions
 from infty_diff.folder import parse_seeds
 from infty_diff.results import digest
 from runtime.command import Command, readable_errors
@@ -73,7 +73,7 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
             for i, wanted in enumerate(missing):
                 if wanted:
                     image, mask = inputs.images[i], masks[i]
-                    filled = inpaint(model, image, mask, wanted, options, lambda *_: bar.update()).cpu().clamp(-1, 1)
+                    filled = model.inpaint(image, mask, wanted, options, lambda *_: bar.update()).cpu().clamp(-1, 1)
                     for seed, picture in zip(wanted, filled):
                         row = {"image": inputs.names[i], "seed": seed, **fidelity(picture, image, mask)}
                         shown = torch.where(mask, image, picture) if FLAGS.paste else picture

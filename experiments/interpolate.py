@@ -26,14 +26,11 @@ from absl import flags
 from PIL import Image
 
 from configs.schema import ImageConfig
-from diffusion.coordinates import Size
-from diffusion.samplers import Callback
 from experiments.support import edit_flags as edit
 from experiments.support.inputs import Inputs
 from experiments.support.sampling_flags import sampling_options
-from infty_diff.editing import lerp, slerp
+from infty_diff.editing import require_no_noise
 from infty_diff.folder import parse_seeds
-from infty_diff.model import InftyDiff, SamplingOptions
 from infty_diff.results import digest
 from runtime.command import Command, readable_errors, stages
 from runtime.files import write_atomic
@@ -57,9 +54,7 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
     latent_run = run_path(latent) if latent else None
     with readable_errors():
         sampling = sampling_options()
-        if sampling.draws_noise:
-            raise ValueError(f"--sampler={sampling.sampler}, --eta={sampling.eta:g}: draws noise at every step, which "
-                             "breaks the way; accepted: ddim or dpmpp, and 0")  # fmt: skip
+        require_no_noise(sampling)
         if (FLAGS.seeds is None) != (latent_run is None):
             raise ValueError("--seeds, --decoder_config: accepted: both, with --config of the sampler, or neither")
         model = edit.open_model(config, sampling, latent)
@@ -76,25 +71,28 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         steps = len(missing) * edit.step_count(model, sampling)
         steps += encoded * (edit.step_count(model, sampling, encoded=True) - edit.step_count(model, sampling))
         with edit.steps_bar(steps, "interpolating") as bar:
-            tick = lambda *_: bar.update()  # noqa: E731
+            weights = torch.linspace(0, 1, FLAGS.steps)[missing].tolist()
+
+            def keep(i: int, image: torch.Tensor) -> None:
+                results.add(pictures[missing[i]], made_from, image.cpu().clamp(-1, 1), {"weight": weights[i]})
+
             if missing:
-                latents, noises = (
-                    sampled_ends(model, size) if inputs is None else encoded_ends(model, inputs, sampling, tick)
+                model.interpolate(
+                    two_seeds() if inputs is None else inputs.images[:2],
+                    weights,
+                    sampling,
+                    size=size,
+                    noise=FLAGS.seed if FLAGS.noise == "random" else "code",
+                    latents=FLAGS.latents,
+                    done=keep,
+                    callback=lambda *_: bar.update(),
                 )
-                weights = torch.linspace(0, 1, FLAGS.steps)
-                way, noise = {"lerp": lerp, "slerp": slerp}[FLAGS.latents](*latents, weights), slerp(*noises, weights)
-            for i in missing:
-                decoded = model.decode(way[i : i + 1], noise[i : i + 1], sampling, callback=tick)
-                results.add(pictures[i], made_from, decoded[0].cpu().clamp(-1, 1), {"weight": float(weights[i])})
         results.show([], pictures)
         results.finish(FLAGS.steps)
         if FLAGS.animation:
             animate(results.folder, pictures)
     print(f"{FLAGS.steps} pictures from {names[0]} to {names[1]}; {len(missing)} made, "
           f"{FLAGS.steps - len(missing)} were there: {results.folder}")  # fmt: skip
-
-
-Ends = tuple[torch.Tensor, torch.Tensor]  # latents (2, D), noises (2, C, H, W)
 
 
 def two_seeds() -> list[int]:
@@ -110,21 +108,6 @@ def two_images(inputs: Inputs) -> Inputs:
     if len(inputs.images) < 2:
         raise ValueError(f"--input={FLAGS.input}, --num_images={FLAGS.num_images}: one image; accepted: two")
     return inputs
-
-
-def sampled_ends(model: InftyDiff, size: Size) -> Ends:
-    """The two samples of --seeds."""
-    seeds = two_seeds()
-    return model.prior.sample(seeds), model.initial_noise(seeds, size)
-
-
-def encoded_ends(model: InftyDiff, inputs: Inputs, sampling: SamplingOptions, callback: Callback) -> Ends:
-    """The first two images."""
-    images = inputs.images[:2]
-    latents = model.encode(images)
-    if FLAGS.noise == "code":
-        return latents, model.encode_stochastic(images, latents, sampling.steps, callback=callback)
-    return latents, model.initial_noise([FLAGS.seed] * 2, tuple(images.shape[-2:]))
 
 
 def animate(folder: Path, pictures: list[str]) -> None:

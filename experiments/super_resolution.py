@@ -26,7 +26,7 @@ from diffusion.coordinates import Size
 from experiments.support import edit_flags as edit
 from experiments.support.inputs import parse_step
 from experiments.support.sampling_flags import sampling_options
-from infty_diff.editing import enlarged, super_resolve
+from infty_diff.editing import enlarged
 from infty_diff.folder import parse_size
 from infty_diff.results import digest
 from runtime.command import Command, readable_errors
@@ -61,7 +61,7 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         with edit.steps_bar(steps * len(missing), "super-resolution") as bar:
             for i in missing:
                 image, seeds = inputs.images[i], [FLAGS.seed + i]
-                fine = super_resolve(model, image[None], size, seeds, sampling, start, lambda *_: bar.update())
+                fine = model.super_resolution(image, size, seeds, sampling, start, lambda *_: bar.update())
                 fine = fine.cpu().clamp(-1, 1)
                 row = {"image": inputs.names[i], **edit.similarity(reduced(fine, low), image[None])}
                 results.add(inputs.stem(i), digest(image), fine[0], row)

@@ -9,7 +9,7 @@ __version__ = "0.2.0"
 
 _HOMES = {
     "InftyDiff": "infty_diff.model",
-    "SamplingOptions": "infty_diff.model",
+    "SamplingOptions": "infty_diff.sampling",
     "InpaintOptions": "infty_diff.editing",
     "to_pil": "infty_diff.images",
     "to_uint8": "infty_diff.images",

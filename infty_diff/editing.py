@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
-from diffusion.conditioning import Known, check_mask, descend, fill_hole, follow, join_bands
+from diffusion.conditioning import Known, descend, fill_hole, follow, join_bands
 from diffusion.coordinates import Points, Size
 from diffusion.process import Denoised
 from diffusion.samplers import Callback, Correction
-from infty_diff.model import InftyDiff, SamplingOptions
+from infty_diff.images import Images, OneImage, as_images, as_size
+from infty_diff.sampling import SamplingOptions
+
+if TYPE_CHECKING:
+    from infty_diff.model import InftyDiff
 
 # On Gaussian random fields the least error in the hole is between 0.2 and 0.4 at 25 to 100 steps; steps of 1 oscillate.
 _GUIDANCE = 0.4
@@ -24,7 +29,7 @@ _PLAIN_GUIDANCE = 0.003
 class InpaintOptions:
     """How holes are filled.
 
-    sampling: sampler, steps, Wiener filter.
+    sampling: sampler, steps, Wiener filter; those of the model by default.
     guidance: λ of reconstruction guidance, 0 for none; by default 0.4, or 0.003 with plain_guidance.
     plain_guidance: the gradient as the paper prints it, see `Known.guided`.
     start_step: t_s, a step of the process as trained, at which sampling starts; the last by default.
@@ -33,7 +38,7 @@ class InpaintOptions:
     follow: also hold what is well inside the known part to the states that DDIM inversion went through.
     """
 
-    sampling: SamplingOptions
+    sampling: SamplingOptions | None = None
     guidance: float | None = None
     plain_guidance: bool = False
     start_step: int | None = None
@@ -44,34 +49,36 @@ class InpaintOptions:
         if self.guidance is None:
             object.__setattr__(self, "guidance", _PLAIN_GUIDANCE if self.plain_guidance else _GUIDANCE)
         if not 0 <= self.guidance < 1:
-            raise ValueError(f"--guidance={self.guidance}: accepted: 0 for none, to below 1")
+            raise ValueError(f"guidance is {self.guidance}; accepted: 0 for none, to below 1")
 
 
 @torch.no_grad()
 def inpaint(
     model: InftyDiff,
-    image: torch.Tensor,
+    image: OneImage,
     mask: torch.Tensor,
-    seeds: Sequence[int],
-    options: InpaintOptions,
+    seeds: Sequence[int] = (0,),
+    options: InpaintOptions | None = None,
     callback: Callback | None = None,
 ) -> torch.Tensor:
     """Fill a hole, once per seed (section 5.3 of the paper).
 
     Args:
-        image: (C, H, W) in [−1, 1].
+        image: one image, see `infty_diff.images.as_images`; what it has where pixels are unknown is not looked at,
+            unless options.see_hole.
         mask: bool (H, W), true where pixels are known.
         seeds: one per result.
-        options: see there.
+        options: see there; InpaintOptions() by default.
         callback: called as callback(i, t, x, denoised) after each step, of DDIM inversion and then of sampling.
     Returns:
-        (N, C, H, W): whole images; the known pixels are close to those given, not equal.
+        (N, C, H, W), not clamped: whole images; the known pixels are close to those given, not equal.
     Raises:
         ValueError: when the mask has another size than the image, or no or every pixel is known.
     """
-    size, sampling = tuple(image.shape[-2:]), options.sampling
-    check_mask(mask, size)
-    image, mask = image[None].to(model.device), mask.to(model.device)
+    options = options or InpaintOptions()
+    sampling, mask = options.sampling or model.sampling, torch.as_tensor(mask, device=model.device)
+    image = as_images(image, model.channels, model.device, mask)
+    size = tuple(image.shape[-2:])
     seen = image if options.see_hole else fill_hole(image, mask)
     points = Points(size) if options.see_hole else Points(size, mask.flatten().nonzero().T.contiguous())
     latents = model.encode(seen, points)
@@ -134,10 +141,10 @@ def _chain(corrections: Sequence[Correction]) -> Correction:
 @torch.no_grad()
 def super_resolve(
     model: InftyDiff,
-    images: torch.Tensor,
-    size: Size,
-    seeds: Sequence[int],
-    sampling: SamplingOptions,
+    images: Images,
+    size: int | Size,
+    seeds: Sequence[int] | None = None,
+    options: SamplingOptions | None = None,
     encoding_step: int | None = None,
     callback: Callback | None = None,
 ) -> torch.Tensor:
@@ -148,21 +155,22 @@ def super_resolve(
     enlarged image to. The finer ones are fresh noise: inverted, they would only return the smooth enlarged image.
 
     Args:
-        images: (B, C, h, w) in [−1, 1].
-        size: (H, W), at least (h, w).
-        seeds: one per image.
-        sampling: sampler, steps, Wiener filter.
+        images: B images of size (h, w), see `infty_diff.images.as_images`.
+        size: (H, W), at least (h, w), or the side of a square.
+        seeds: one per image; 0 to B - 1 by default.
+        options: sampler, steps, Wiener filter; `model.sampling` by default.
         encoding_step: step of the process as trained at which sampling starts, or None for noise.
         callback: called as callback(i, t, x, denoised) after each step, of DDIM inversion, if any, and of sampling.
     Returns:
-        (B, C, H, W), about [−1, 1].
+        (B, C, H, W), not clamped.
     Raises:
         ValueError: when `size` is smaller than the images.
     """
+    images, size = as_images(images, model.channels, model.device), as_size(size)
+    seeds, sampling = range(len(images)) if seeds is None else seeds, options or model.sampling
     band = tuple(images.shape[-2:])
     if size[0] < band[0] or size[1] < band[1]:
         raise ValueError(f"size is {size}; accepted: at least that of the images, {band}")
-    images = images.to(model.device)
     latents, state, start = model.encode(images), model.initial_noise(seeds, size), None
     if encoding_step is not None:
         schedule = model.process.respaced(sampling.steps).schedule
@@ -174,6 +182,72 @@ def super_resolve(
         state = join_bands(code, fresh, band)
     step_noise = model.step_noise(seeds, size)
     return model.decode(latents, state, sampling, step_noise=step_noise, start=start, callback=callback)
+
+
+@torch.no_grad()
+def interpolate(
+    model: InftyDiff,
+    ends: Images | Sequence[int],
+    weights: int | Sequence[float] = 9,
+    options: SamplingOptions | None = None,
+    *,
+    size: int | Size | None = None,
+    noise: str | int = "code",
+    latents: str = "lerp",
+    done: Callable[[int, torch.Tensor], None] | None = None,
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    """Blend one image into another, or one sample into another.
+
+    Latents are joined by a line and noises by a great circle, which keeps their variance.
+
+    Args:
+        ends: two images, see `infty_diff.images.as_images`, or the seeds of two samples.
+        weights: of the second end, in [0, 1], a picture each; or how many evenly spaced ones, both ends included.
+        options: with a sampler that draws no noise at its steps; `model.sampling` by default.
+        size: (H, W) of samples, or the side of a square; by default the training size. Images have their own.
+        noise: of images, "code" for the noises that DDIM inversion finds for them, so that the ends are the images
+            themselves; or a seed, whose noise is then that of the whole way.
+        latents: "lerp", or "slerp" for a great circle.
+        done: called as done(i, image) with each picture when it is there.
+        callback: called as callback(i, t, x, denoised) after each step, of DDIM inversion, if any, and of sampling.
+    Returns:
+        (N, C, H, W), not clamped.
+    Raises:
+        ValueError: when the sampler draws noise, there are not two ends, or samples are asked of a model without prior.
+    """
+    sampling = options or model.sampling
+    require_no_noise(sampling)
+    if latents not in _WAYS:
+        raise ValueError(f"latents is {latents!r}; accepted: {', '.join(_WAYS)}")
+    if len(ends) != 2:
+        raise ValueError(f"ends are {len(ends)}; accepted: two images, or two seeds")
+    if all(isinstance(end, int) for end in ends):
+        places = model.draw_latents(ends)
+        noises = model.initial_noise(ends, model.config.size if size is None else size)
+    else:
+        images = as_images(ends, model.channels, model.device)
+        places = model.encode(images)
+        if noise == "code":
+            noises = model.encode_stochastic(images, places, sampling.steps, callback=callback)
+        else:
+            noises = model.initial_noise([noise] * 2, tuple(images.shape[-2:]))
+    parts = torch.linspace(0, 1, weights) if isinstance(weights, int) else torch.tensor(weights)
+    pictures = []
+    for i, (place, start) in enumerate(zip(_WAYS[latents](*places, parts), slerp(*noises, parts))):
+        pictures.append(model.decode(place[None], start[None], sampling, callback=callback)[0])
+        if done is not None:
+            done(i, pictures[-1])
+    return torch.stack(pictures)
+
+
+def require_no_noise(sampling: SamplingOptions) -> None:
+    """Raise ValueError for a sampler that draws noise at its steps, with which a way has jumps."""
+    if sampling.draws_noise:
+        raise ValueError(
+            f"sampler is {sampling.sampler!r}, eta {sampling.eta:g}, which draws noise at every step and breaks the "
+            "way; accepted: ddim or dpmpp, and 0"
+        )
 
 
 def enlarged(images: torch.Tensor, size: Size) -> torch.Tensor:
@@ -199,3 +273,6 @@ def slerp(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> torch.Tens
     weights = weights.to(angle).reshape(-1, *(1,) * a.ndim)
     parts = torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b
     return (parts / torch.sin(angle)).to(a.dtype)
+
+
+_WAYS = {"lerp": lerp, "slerp": slerp}

@@ -16,12 +16,12 @@ from data.base import ImageDataset
 from data.datasets import open_dataset
 from data.latents import LatentSet
 from data.loader import sequential
-from data.pixels import to_float
 from diffusion.transfer import to_device
-from infty_diff.model import WEIGHTS, InftyDiff
+from infty_diff.model import InftyDiff
 from runtime.checkpoint import load_weights, save_weights
 from runtime.files import file_digest
 from runtime.processes import ALONE, Processes
+from runtime.stored import WEIGHTS
 
 log = logging.getLogger(__name__)
 _BATCH = 32
@@ -79,7 +79,7 @@ def _encode(
     name = "encoding mirrored images" if flip else "encoding images"
     parts = []
     for images in tqdm(batches, name, last - first, disable=None if processes.is_first else True):
-        parts.append(model.encode_distribution(to_float(to_device(images, model.device))))
+        parts.append(model.encode_distribution(to_device(images, model.device)))
     # Read at the end: a GPU would wait for the next batch while the host waits for this one.
     parts = [(mu.cpu(), None if logvar is None else logvar.cpu()) for mu, logvar in parts]
     mu, logvar = zip(*itertools.chain.from_iterable(processes.gather(parts)))

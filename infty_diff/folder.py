@@ -20,14 +20,15 @@ from data.pixels import to_float, to_uint8
 from diffusion.coordinates import Size
 from diffusion.process import DiffusionProcess
 from diffusion.samplers import LastEstimate
-from infty_diff.model import InftyDiff, SamplingOptions
+from infty_diff.images import to_pil
+from infty_diff.model import InftyDiff
+from infty_diff.sampling import SamplingOptions
 from runtime.files import plain, write_atomic, write_json
 from runtime.processes import ALONE, Processes
 from runtime.run_dir import save_grid
 
 _SHEET_IMAGES = 64  # images on the contact sheet
 _SHEET_SIDE = 2048  # its largest width in pixels, about
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,9 @@ def check_steps(process: DiffusionProcess, steps: str, flag: str) -> None:
 
 
 def _draw_batch(model: InftyDiff, out_dir: Path, seeds: list[int], options: FolderOptions) -> None:
-    last, steps = LastEstimate(), options.latent_steps
-    mollified = model.sample(seeds, options.size, options.sampling, latent_steps=steps, deblur=False, callback=last)
+    last = LastEstimate()
+    together = {"latent_steps": options.latent_steps, "batch_size": len(seeds), "progress": False}
+    mollified = model.sample(seeds, options.size, options.sampling, deblur=False, callback=last, **together)
     images = to_uint8(model.sharpened(mollified, last.denoised, options.sampling.inv_snr)).cpu()
     for seed, raw, image in zip(seeds, mollified.cpu(), images):
         if options.save_raw:
@@ -126,8 +128,7 @@ def _save_npy(path: Path, raw: torch.Tensor) -> None:
 
 def save_png(path: Path, image: torch.Tensor, texts: Mapping[str, str] | None = None) -> None:
     """Write uint8 (C, H, W) as PNG, atomically, with texts in its header by their keywords."""
-    pixels = image.permute(1, 2, 0).squeeze(2) if image.shape[0] == 1 else image.permute(1, 2, 0)
-    picture = Image.fromarray(pixels.contiguous().numpy(), _MODES[image.shape[0]])
+    [picture] = to_pil(image)
     info = PngInfo()
     for keyword, text in (texts or {}).items():
         info.add_text(keyword, text)

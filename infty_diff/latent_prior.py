@@ -34,6 +34,12 @@ class LatentPrior:
         self.device = next(model.parameters()).device
         self.mean, self.std = mean.to(self.device), std.to(self.device)
 
+    def to(self, device: torch.device) -> LatentPrior:
+        """Move network and statistics, and return the prior."""
+        self.model.to(device)
+        self.device, self.mean, self.std = device, self.mean.to(device), self.std.to(device)
+        return self
+
     @property
     def dim(self) -> int:
         """Size D of a latent."""

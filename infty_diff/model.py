@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import nn
+from tqdm import tqdm
 
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.coordinates import Points, Size, gather_points, image_to_points, points_to_image, validate_points
@@ -17,57 +20,32 @@ from diffusion.process import Denoised, Denoiser, DiffusionProcess
 from diffusion.random import Purpose, key
 from diffusion.samplers import SAMPLERS, Callback, Correction, LastEstimate, ddim_invert
 from infty_diff.cast_weights import cast_weights
+from infty_diff.editing import inpaint, interpolate, super_resolve
+from infty_diff.images import Images, as_images, as_size
 from infty_diff.latent_prior import LatentPrior
+from infty_diff.sampling import SamplingOptions
+from infty_diff.shipped import IMAGE, LATENT, load_stage, resolve, save_stages
 from models.factory import build_denoiser, build_encoder, for_evaluation
 from models.sparse_encoder import SparseEncoder
 from models.sparse_unet import SparseUNet
-from runtime.checkpoint import load_weights
 from runtime.precision import Precision, pick_device
-from runtime.stored import WEIGHTS, config_from
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How images are drawn from noise.
-
-    steps: step subset, "100", "ddim50", "10,15,20" or "logsnr20"; by default, and where it is a mere number, as the
-    sampler wants it. sampler: a name in `diffusion.samplers.SAMPLERS`. eta: noise of DDIM, in [0, 1].
-    inv_snr: inverse signal-to-noise ratio of the Wiener filter that undoes the mollifier, where the network does not
-    predict the image itself. clip: keep estimates of the clean image in [−1, 1]; without it DDIM inverts
-    `encode_stochastic` exactly in the limit of many steps.
-    """
-
-    steps: str | None = None
-    sampler: str = "ddim"
-    eta: float = 0.0
-    inv_snr: float = 0.05
-    clip: bool = True
-
-    def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler is {self.sampler!r}; accepted: {', '.join(SAMPLERS)}")
-        sampler = SAMPLERS[self.sampler]
-        sampler.with_eta(self.eta)
-        if self.inv_snr <= 0:
-            raise ValueError(f"inv_snr is {self.inv_snr}; accepted: a number > 0")
-        object.__setattr__(self, "steps", sampler.step_spec(self.steps))
-
-    @property
-    def draws_noise(self) -> bool:
-        """Whether steps draw noise, so that images depend on more than latent and first state."""
-        return SAMPLERS[self.sampler].draws_noise(self.eta)
 
 
 class InftyDiff:
     """Encoder, denoiser, latent prior and diffusion process of one trained model.
 
-    Images are (B, C, H, W) in [−1, 1] at any (H, W); latents are (B, D). Nothing here computes gradients.
+    Given images are whatever `infty_diff.images.as_images` takes, at any (H, W): floats in [−1, 1], uint8, PIL.
+    Returned images are float32 (B, C, H, W) on the model's device, not clamped: the filter that undoes the
+    mollifier overshoots [−1, 1] at edges. `infty_diff.to_pil` and `to_uint8` clamp. Latents are (B, D). Gradients are
+    computed by `encode` alone, and there where images require them.
 
     Args:
         config: configuration of stage one.
         encoder, denoiser: its networks, on the device to run on; put into evaluation mode.
         prior: the latent model of stage two; needed by `sample` alone.
         precision: autocast type; full precision by default.
+        sampling: what methods take where they are given no options.
+        trained: steps of training by stage, "image" and "latent", as far as known.
     """
 
     def __init__(
@@ -77,35 +55,37 @@ class InftyDiff:
         denoiser: SparseUNet,
         prior: LatentPrior | None = None,
         precision: Precision | None = None,
+        sampling: SamplingOptions | None = None,
+        trained: Mapping[str, int] | None = None,
     ) -> None:
-        self.config, self.prior = config, prior
+        self.config, self.prior, self.trained = config, prior, dict(trained or {})
         self.encoder, self.denoiser = encoder.eval(), denoiser.eval()
         self.process = build_image_process(config)
-        self.device = next(denoiser.parameters()).device
-        self.precision = precision or Precision(self.device, None)
+        self.precision, self._autocast = precision or Precision(self.device, None), precision is not None
+        self.sampling = sampling or SamplingOptions()
 
     @classmethod
     def from_runs(
         cls,
         image_run: str | Path,
         latent_run: str | Path | None = None,
-        device: str = "auto",
+        device: str | int | torch.device = "auto",
         given: ImageConfig | None = None,
         latent_given: LatentConfig | None = None,
     ) -> InftyDiff:
-        """Load the averaged weights of a stage-one run, and of a stage-two run if samples are wanted.
+        """Load averaged weights: of a stage-one run, and of a stage-two run if samples are wanted.
 
         Args:
-            image_run, latent_run: folders of the runs.
-            device: "auto", "cpu" or "cuda".
+            image_run, latent_run: a run's folder, a file of weights, a folder that `save` wrote, or the name of a model
+                in weights/ (`infty_diff.shipped.resolve`). The last two hold both stages: they need no `latent_run`.
+            device: "auto", or what `torch.device` takes, of a CPU or a CUDA device.
             given, latent_given: in place of the stored configurations, the same but for what does not shape what was
                 trained (`runtime.stored.relocate`), as a `Command` hands them on: the back end, where data are.
         Raises:
-            ValueError: when a folder holds no weights, or the latents of the two runs differ in size.
+            ValueError: when there are no weights, or the latents of the two runs differ in size.
         """
-        where = pick_device(device)
-        tensors, header = load_weights(Path(image_run) / WEIGHTS)
-        config = given or config_from(header["config"], ImageConfig, str(image_run))
+        where, files = pick_device(device), resolve(image_run)
+        config, tensors, header = load_stage(files.image, ImageConfig, given)
         networks = {
             "encoder": build_encoder(config.model, config.data.channels, config.size),
             "denoiser": build_denoiser(config.model, config.data.channels, config.size),
@@ -114,51 +94,107 @@ class InftyDiff:
             prefix = f"{name}."
             network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
             for_evaluation(network).to(where)
-        prior = None
+        prior, headers = None, {"image": header}
         if latent_run is not None:
-            latent_tensors, latent_header = load_weights(Path(latent_run) / WEIGHTS)
-            latent_config = latent_given or config_from(latent_header["config"], LatentConfig, str(latent_run))
-            prior = LatentPrior.from_tensors(latent_config, latent_tensors, where)
+            files = resolve(latent_run)
+        latent_file = files.latent or (None if latent_run is None else files.image)
+        if latent_file is not None:
+            latent_config, tensors, headers["latent"] = load_stage(latent_file, LatentConfig, latent_given)
+            prior = LatentPrior.from_tensors(latent_config, tensors, where)
             if prior.dim != config.model.z_dim:
                 raise ValueError(
-                    f"{latent_run} draws latents of size {prior.dim}; {image_run} decodes "
+                    f"{latent_file} draws latents of size {prior.dim}; {image_run} decodes "
                     f"model.z_dim={config.model.z_dim}"
                 )
         precision = Precision.create(where, config.train.amp, config.train.amp_dtype)
-        return cls(config, networks["encoder"], networks["denoiser"], prior, precision)
+        sampling = SamplingOptions(**header.get("sampling", {}))
+        trained = {stage: known["step"] for stage, known in headers.items() if "step" in known}
+        return cls(config, networks["encoder"], networks["denoiser"], prior, precision, sampling, trained)
+
+    def save(self, folder: str | Path, *, half: bool = False) -> Path:
+        """Write a folder that `from_runs` loads: weights, configurations and `sampling`.
+
+        Args:
+            folder: a new or an empty one; it appears whole or not at all.
+            half: round weights to float16, for half the size. Without it they load back bit for bit.
+        Raises:
+            ValueError: when the folder holds something.
+        """
+        modules = {"encoder": self.encoder, "denoiser": self.denoiser}
+        tensors = {f"{name}.{key}": v for name, module in modules.items() for key, v in module.state_dict().items()}
+        steps = {stage: {"step": step} for stage, step in self.trained.items()}
+        stages = {IMAGE: (self.config, tensors, {"sampling": asdict(self.sampling), **steps.get("image", {})})}
+        if self.prior is not None:
+            stages[LATENT] = (self.prior.config, self.prior.to_tensors(), steps.get("latent", {}))
+        return save_stages(folder, stages, half)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def channels(self) -> int:
+        """Channels C of an image."""
+        return self.config.data.channels
+
+    def to(self, device: str | int | torch.device) -> InftyDiff:
+        """Move the networks, as `torch.nn.Module.to` does, and return the model; `device` as in `from_runs`."""
+        where, train = pick_device(device), self.config.train
+        for part in (self.encoder, self.denoiser, *([] if self.prior is None else [self.prior])):
+            part.to(where)
+        self.precision = Precision.create(where, train.amp and self._autocast, train.amp_dtype)
+        return self
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of encoder, denoiser and prior."""
+        networks = [self.encoder, self.denoiser, *([] if self.prior is None else [self.prior.model])]
+        return itertools.chain.from_iterable(network.parameters() for network in networks)
+
+    def __repr__(self) -> str:
+        count = sum(parameter.numel() for parameter in self.parameters())
+        precision = str(self.precision.dtype or torch.float32).removeprefix("torch.")
+        steps = ", ".join(f"{stage} {step}" for stage, step in self.trained.items()) or "unknown"
+        return (
+            f"InftyDiff({self.config.run.experiment}: trained at {self.config.size[0]}x{self.config.size[1]} with "
+            f"{self.channels} channels; {'with' if self.prior else 'no'} prior; {count / 1e6:.2f} M parameters; "
+            f"steps of training: {steps}; {self.device}, {precision})"
+        )
 
     def in_full_precision(self) -> InftyDiff:
         """The same networks without autocast."""
-        return InftyDiff(self.config, self.encoder, self.denoiser, self.prior)
+        return InftyDiff(
+            self.config, self.encoder, self.denoiser, self.prior, sampling=self.sampling, trained=self.trained
+        )
 
-    @torch.no_grad()
     def encode_distribution(
-        self, images: torch.Tensor, points: Points | None = None
+        self, images: Images, points: Points | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Latents (B, D) of images (B, C, H, W), and their log-variance for a stochastic encoder, else None.
+        """Latents (B, D) of images, and their log-variance for a stochastic encoder, else None.
 
         points: the pixels to look at, every one by default.
         """
-        images = images.to(self.device)
+        images = as_images(images, self.channels, self.device)
         if points is None:
             points = Points(tuple(images.shape[-2:]))
         validate_points(points)
-        with self.precision.autocast():
+        wanted = torch.is_grad_enabled() and images.requires_grad
+        with torch.set_grad_enabled(wanted), self.precision.autocast():
             encoding = self.encoder(gather_points(images, points), points)
         if self.config.model.stochastic_encoding:
             return encoding.mu.float(), encoding.logvar.float()
         return encoding.float(), None
 
-    def encode(self, images: torch.Tensor, points: Points | None = None) -> torch.Tensor:
-        """Latents (B, D) of images (B, C, H, W), by default of every pixel; of a stochastic encoder the mean."""
+    def encode(self, images: Images, points: Points | None = None) -> torch.Tensor:
+        """Latents (B, D) of images, by default of every pixel; of a stochastic encoder the mean."""
         return self.encode_distribution(images, points)[0]
 
     @torch.no_grad()
     def encode_stochastic(
         self,
-        images: torch.Tensor,
+        images: Images,
         latents: torch.Tensor | None = None,
-        steps: str = "100",
+        steps: str | int = "100",
         *,
         stop: int | None = None,
         callback: Callback | None = None,
@@ -166,14 +202,14 @@ class InftyDiff:
         """The noise (B, C, H, W), mollified, from which DDIM with the same `steps` returns the images.
 
         Args:
-            images: (B, C, H, W).
+            images: B of them.
             latents: (B, D); those of the images by default.
             steps: step subset of the inversion.
             stop: the step of the subset whose state is returned, by default the last.
             callback: called as callback(i, t, x, denoised) after each step.
         """
-        images = images.to(self.device)
-        latents = self.encode(images) if latents is None else latents
+        images, steps = as_images(images, self.channels, self.device), str(steps)
+        latents = self.encode(images) if latents is None else self._latents(latents)
         process = self.process.respaced(steps)
         denoise = self.denoiser_at(latents, tuple(images.shape[-2:]), process, clip=False)
         return ddim_invert(denoise, process.mollifier(images), process, stop=stop, callback=callback)
@@ -197,16 +233,24 @@ class InftyDiff:
         Args:
             latents: (B, D).
             noise: (B, C, H, W), mollified: from `initial_noise` or `encode_stochastic`; its size is the images' size.
-            options: sampler and steps.
+            options: sampler and steps; `sampling` by default.
             step_noise: returns mollified noise for the steps of a stochastic sampler.
             start: the step of the subset at which `noise` is the state, by default the last.
             guide, correct: wrap the denoiser, and correct each state (see `diffusion.conditioning`).
             deblur: undo the mollifier, see `sharpened`; else the mollified images are returned.
             callback: called as callback(i, t, x, denoised) after each step.
         Returns:
-            (B, C, H, W), float32, about [−1, 1].
+            (B, C, H, W), float32, not clamped.
+        Raises:
+            ValueError: when latents or noise have another shape.
         """
-        options = options or SamplingOptions()
+        options, latents = options or self.sampling, self._latents(latents)
+        noise = torch.as_tensor(noise, dtype=torch.float32, device=self.device)
+        if noise.ndim != 4 or noise.shape[:2] != (len(latents), self.channels):
+            raise ValueError(
+                f"noise has shape {tuple(noise.shape)}; accepted: ({len(latents)}, {self.channels}, H, W), one for "
+                "each latent"
+            )
         process = self.process.respaced(options.steps)
         denoise = self.denoiser_at(latents, tuple(noise.shape[-2:]), process, options.clip)
         denoise = denoise if guide is None else guide(denoise)
@@ -219,46 +263,77 @@ class InftyDiff:
     def sample(
         self,
         seeds: Sequence[int],
-        size: Size | None = None,
+        size: int | Size | None = None,
         options: SamplingOptions | None = None,
         *,
-        latent_steps: str | None = None,
+        latent_steps: str | int | None = None,
+        batch_size: int = 16,
         deblur: bool = True,
+        progress: bool | None = None,
         callback: Callback | None = None,
     ) -> torch.Tensor:
         """Images (B, C, H, W) drawn from the prior, each a function of its own seed alone.
 
         Args:
             seeds: one per image.
-            size: (H, W); the training lattice by default.
-            options: sampler and steps.
+            size: (H, W), or the side of a square; the training size by default.
+            options: sampler and steps; `sampling` by default.
             latent_steps: step subset of the latent model; all steps by default.
+            batch_size: images drawn together.
+            deblur: undo the mollifier; else the mollified images are returned, for `deblur` with any inv_snr.
+            progress: show a bar; by default on a terminal, for more than one batch.
+            callback: as in `decode`; called in each batch.
+        Raises:
+            ValueError: when the model was loaded without a latent run, or seeds are not whole numbers from 0.
+        """
+        size = as_size(self.config.size if size is None else size)
+        seeds = _checked_seeds(seeds)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; accepted: a whole number above 0")
+        images, hidden = [], None if len(seeds) > batch_size else True
+        with tqdm(total=len(seeds), unit="image", disable=hidden if progress is None else not progress) as bar:
+            for start in range(0, len(seeds), batch_size):
+                batch = seeds[start : start + batch_size]
+                latents, noise = self.draw_latents(batch, latent_steps), self.initial_noise(batch, size)
+                hooks = {"step_noise": self.step_noise(batch, size), "deblur": deblur, "callback": callback}
+                images.append(self.decode(latents, noise, options, **hooks))
+                bar.update(len(batch))
+        return torch.cat(images)
+
+    def draw_latents(self, seeds: Sequence[int], steps: str | int | None = None) -> torch.Tensor:
+        """Latents (B, D) from the prior, each a function of its own seed alone; steps: of the latent model, or all.
+
         Raises:
             ValueError: when the model was loaded without a latent run.
         """
         if self.prior is None:
             raise ValueError("sampling needs the latent model of stage two: load the model with its latent run")
-        size = size or self.config.size
-        latents = self.prior.sample(seeds, latent_steps)
-        noise = self.initial_noise(seeds, size)
-        return self.decode(
-            latents, noise, options, step_noise=self.step_noise(seeds, size), deblur=deblur, callback=callback
-        )
+        return self.prior.sample(seeds, None if steps is None else str(steps))
 
-    def initial_noise(self, seeds: Sequence[int], size: Size) -> torch.Tensor:
+    super_resolution = super_resolve
+    inpaint = inpaint
+    interpolate = interpolate
+
+    def _latents(self, latents: torch.Tensor) -> torch.Tensor:
+        latents = torch.as_tensor(latents, dtype=torch.float32, device=self.device)
+        if latents.ndim != 2 or latents.shape[1] != self.config.model.z_dim:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}; accepted: (B, {self.config.model.z_dim})")
+        return latents
+
+    def initial_noise(self, seeds: Sequence[int], size: int | Size) -> torch.Tensor:
         """Mollified noise T ξ (B, C, H, W): for one seed the same function at every size."""
         return self._noise(seeds, size, Purpose.IMAGE)
 
-    def step_noise(self, seeds: Sequence[int], size: Size) -> Callable[[], torch.Tensor]:
+    def step_noise(self, seeds: Sequence[int], size: int | Size) -> Callable[[], torch.Tensor]:
         """The source of mollified noise for stochastic samplers: a new draw per call, a function of the seeds."""
         calls = itertools.count()
         return lambda: self._noise(seeds, size, Purpose.IMAGE_STEP, next(calls))
 
-    def _noise(self, seeds: Sequence[int], size: Size, purpose: Purpose, *indices: int) -> torch.Tensor:
+    def _noise(self, seeds: Sequence[int], size: int | Size, purpose: Purpose, *indices: int) -> torch.Tensor:
         keys = [key(seed, purpose, *indices) for seed in seeds]
-        return self.process.mollifier.noise(function_noise(keys, self.config.data.channels, size, self.device))
+        return self.process.mollifier.noise(function_noise(keys, self.channels, as_size(size), self.device))
 
-    def sharpened(self, x: torch.Tensor, last: Denoised, inv_snr: float = 0.05) -> torch.Tensor:
+    def sharpened(self, x: torch.Tensor, last: Denoised, inv_snr: float | None = None) -> torch.Tensor:
         """The images (B, C, H, W) that a sampler's result x stands for.
 
         Where the network predicts x_0, they are its last x̂_0, to which no filter W is applied:
@@ -273,12 +348,13 @@ class InftyDiff:
             return self.deblur(x, inv_snr)
         return last.sharp + self.deblur(x - last.smooth, inv_snr)
 
-    def deblur(self, x: torch.Tensor, inv_snr: float = 0.05) -> torch.Tensor:
-        """Undo the mollifier by the Wiener filter.
+    def deblur(self, x: torch.Tensor, inv_snr: float | None = None) -> torch.Tensor:
+        """Undo the mollifier by the Wiener filter; inv_snr: that of `sampling` by default.
 
         White-noise diffusion has nothing to undo; the truncated convolution has no inverse, so its images stay as
         they are.
         """
+        inv_snr = self.sampling.inv_snr if inv_snr is None else inv_snr
         return self.process.mollifier.inverse(x, inv_snr) if self.process.mollifier.kind == "dct" else x
 
     def denoiser_at(self, latents: torch.Tensor, size: Size, process: DiffusionProcess, clip: bool = True) -> Denoiser:
@@ -295,3 +371,15 @@ class InftyDiff:
                 return points_to_image(denoiser(image_to_points(x_t), points, time, latents).float(), size)
 
         return process.denoiser(network, clip)
+
+
+def _checked_seeds(seeds: Sequence[int]) -> list[int]:
+    try:
+        numbers = [operator.index(seed) for seed in seeds]
+    except TypeError:
+        numbers = []
+    if not numbers or min(numbers) < 0:
+        raise ValueError(
+            f"seeds are {seeds!r}; accepted: whole numbers from 0, one per image, such as range(8) or [3, 7]"
+        )
+    return numbers

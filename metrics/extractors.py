@@ -16,10 +16,11 @@ from torch import nn
 from torch.nn import functional
 
 from diffusion.random import Purpose, stream
-from infty_diff.model import WEIGHTS, InftyDiff
+from infty_diff.model import InftyDiff
 from metrics.resize import Size, clean_resize, clip_resize
 from metrics.weights import cached_or_downloaded, hub_folder, load_script, read_state_dict
 from runtime.files import file_digest
+from runtime.stored import WEIGHTS
 
 CLIP_SIDE, INCEPTION_SIDE, EFFICIENTNET_SIDE, RANDOM_SIDE, PIXELS_SIDE = 224, 299, 224, 64, 16
 _CLIP_NAME = "ViT-B-32-quickgelu"  # OpenAI trained with the fast approximation of GELU

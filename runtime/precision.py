@@ -8,32 +8,45 @@ import torch
 from runtime.allocator import keep_freed_memory
 from runtime.processes import Processes
 
+_DEVICES = "accepted: auto, cpu, cuda, or cuda:N"
 
-def pick_device(name: str) -> torch.device:
-    """Return the device for `run.device` = "auto" | "cpu" | "cuda"; under torchrun each process has a GPU of its own.
+
+def pick_device(given: str | int | torch.device) -> torch.device:
+    """Return the device for "auto", or for what `torch.device` takes: "cpu", "cuda", "cuda:1", 1.
+
+    Under torchrun each process has a GPU of its own, unless a number says which.
 
     From here on float32 means float32: no product of this process is rounded to TF32, which keeps three digits.
     PyTorch's default is to do so in convolutions on a GPU. What may be coarser is said by autocast, see `Precision`.
 
     Raises:
-        ValueError: when CUDA is asked for and not available, or has fewer devices than torchrun started processes.
+        ValueError: for another kind of device; when CUDA is asked for and not available, or has fewer devices than
+            the number says, or than torchrun started processes.
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device='cuda': no CUDA device is visible to PyTorch; accepted: auto, cpu")
+    available = torch.cuda.is_available()
+    try:
+        device = torch.device(("cuda" if available else "cpu") if given == "auto" else given)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device={given!r}: no device of PyTorch; {_DEVICES}") from None
+    if device.type not in ("cpu", "cuda"):
+        reason = "has no float64, in which noise schedules are kept" if device.type == "mps" else "is not supported"
+        raise ValueError(f"device={given!r}: {device.type} {reason}; {_DEVICES}")
+    if device.type == "cuda" and (device.index or 0) >= (torch.cuda.device_count() if available else 0):
+        raise ValueError(f"device={given!r}: not among the CUDA devices visible to PyTorch; {_DEVICES}")
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
-    if name == "cpu" or not torch.cuda.is_available():
+    if device.type == "cpu":
         keep_freed_memory()
-        return torch.device("cpu")
+        return device
     processes, count = Processes.from_environment(), torch.cuda.device_count()
-    if processes.world_size == 1:
-        return torch.device("cuda")
-    if processes.local_rank >= count:
+    if device.index is None and processes.world_size == 1:
+        return device
+    if device.index is None and processes.local_rank >= count:
         raise ValueError(
             f"LOCAL_RANK: beyond the {count} CUDA devices visible to PyTorch; accepted: torchrun "
             f"--nproc_per_node={count} or less, or run.device=cpu"
         )
-    device = torch.device("cuda", processes.local_rank)
+    device = device if device.index is not None else torch.device("cuda", processes.local_rank)
     torch.cuda.set_device(device)  # for kernels and streams that go to the current device
     return device
 

@@ -14,11 +14,13 @@ from diffusion.factory import build_image_process
 from experiments.support import sampling_flags
 from experiments.support.inputs import Inputs, open_inputs
 from infty_diff.folder import check_steps, final_estimate, parse_size
-from infty_diff.model import WEIGHTS, InftyDiff, SamplingOptions
+from infty_diff.model import InftyDiff
 from infty_diff.results import Results, digest
+from infty_diff.sampling import SamplingOptions
 from metrics.similarity import SSIM_WINDOW, PairDistance, psnr, ssim
 from runtime.files import file_digest
 from runtime.run_dir import run_path
+from runtime.stored import WEIGHTS
 
 FLAGS = flags.FLAGS
 

@@ -1,0 +1,118 @@
+"""Where the weights of a model are: a run, a file, or the name of a model in the folder weights/ of this project."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.schema import ImageConfig, LatentConfig
+from infty_diff import __version__
+from runtime.checkpoint import load_weights, save_weights
+from runtime.files import plain
+from runtime.stored import WEIGHTS, Config, config_from, stage_of
+
+IMAGE, LATENT = "image.safetensors", "latent.safetensors"  # of a saved model; its sampling options are in the first
+FOLDER = Path(__file__).resolve().parents[1] / "weights"
+_LOCAL = {"run": ("root_dir", "wandb_dir"), "data": ("root_dir",), "train": ("init_from",)}  # paths of one machine
+
+
+@dataclass(frozen=True)
+class Files:
+    """The weights of a model: of stage one, and where they are kept together also of stage two."""
+
+    image: Path
+    latent: Path | None = None
+
+
+def shipped_names() -> list[str]:
+    """The names of the models in weights/."""
+    return sorted(path.parent.name for path in FOLDER.glob(f"*/{IMAGE}"))
+
+
+def resolve(given: str | Path) -> Files:
+    """The files that a user means. What is there as a path is taken as one, before it is looked up as a name.
+
+    Args:
+        given: the folder of a run, a folder that `InftyDiff.save` wrote, a file of weights, or the name of a model in
+            weights/.
+    Raises:
+        ValueError: for a name that is none of these; says which there are.
+    """
+    path = Path(given).expanduser()
+    if path.is_file():
+        return Files(path)
+    if not path.exists() and len(path.parts) == 1:
+        path = FOLDER / path
+        if not path.is_dir():
+            there = ", ".join(shipped_names()) or "none is there"
+            raise ValueError(
+                f"{given}: no such run or model; accepted: the folder of a run, a file of weights, or the name of a "
+                f"model in weights/ ({there})"
+            )
+    if (path / IMAGE).exists():
+        return Files(path / IMAGE, path / LATENT if (path / LATENT).exists() else None)
+    return Files(path / WEIGHTS)
+
+
+def load_stage(
+    file: Path, stage: type[Config], given: Config | None = None
+) -> tuple[Config, dict[str, torch.Tensor], dict[str, Any]]:
+    """The configuration of a file of weights, its tensors and its header; `given` counts in place of the first.
+
+    Raises:
+        ValueError: when the file is missing or damaged, or belongs to the other stage.
+    """
+    tensors, header = load_weights(file)
+    stored = header.get("config", {})
+    if stage_of(stored) not in (stage, None):
+        raise ValueError(f"{file}: weights of {stage_of(stored).__name__}; accepted: weights of {stage.__name__}")
+    return given or config_from(stored, stage, str(file)), tensors, header
+
+
+def save_stages(
+    folder: str | Path,
+    stages: Mapping[str, tuple[ImageConfig | LatentConfig, Mapping[str, torch.Tensor], dict[str, Any]]],
+    half: bool,
+) -> Path:
+    """Write a folder of weights, whole or not at all. Paths of this machine are left out of the configurations.
+
+    Args:
+        folder: a new or an empty one.
+        stages: name of the file -> configuration, tensors, and what else its header says.
+        half: round float32 tensors to float16.
+    Raises:
+        ValueError: when the folder holds something.
+        FloatingPointError: when a tensor is not finite, or too large for half precision.
+    """
+    folder = Path(folder).expanduser().absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: holds something already; accepted: a new or an empty folder")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        for name, (config, tensors, facts) in stages.items():
+            header = {**facts, "config": _portable(config), "version": __version__}
+            save_weights(temporary / name, {k: _rounded(v) if half else v for k, v in tensors.items()}, header)
+        os.replace(temporary, folder)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(temporary)
+    return folder
+
+
+def _portable(config: ImageConfig | LatentConfig) -> dict[str, Any]:
+    sections = plain(asdict(config))
+    for section, names in _LOCAL.items():
+        for name in names:
+            sections[section].pop(name, None)
+    return sections
+
+
+def _rounded(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.half() if tensor.dtype is torch.float32 else tensor
