@@ -6,8 +6,7 @@ Index 0 is the least noisy step. alpha_bar_t is the product of 1 - beta up to an
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -201,7 +200,15 @@ class Schedule:
     @classmethod
     def create(cls, name: str, steps: int, resolution: float | None = None) -> Schedule:
         """The schedule called `name` with `steps` steps; the arguments are those of `make_betas`."""
-        return cls(make_betas(name, steps, resolution), torch.arange(steps), steps)
+        return cls.from_betas(make_betas(name, steps, resolution))
+
+    @classmethod
+    def from_betas(cls, betas: Sequence[float] | torch.Tensor) -> Schedule:
+        """The schedule whose step t adds noise of variance betas[t], each in (0, 1), else ValueError."""
+        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
+        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
+            raise ValueError(f"betas are {betas.tolist()}; accepted: one number in (0, 1) for each step")
+        return cls(betas, torch.arange(len(betas)), len(betas))
 
     @property
     def num_steps(self) -> int:

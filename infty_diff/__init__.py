@@ -13,7 +13,7 @@ _HOMES = {
     "InpaintOptions": "infty_diff.editing",
     "to_pil": "infty_diff.images",
     "to_uint8": "infty_diff.images",
-    "wrap_dataset": "data.wrapped",
+    "WrappedImages": "data.wrapped",
 }
 __all__ = ["__version__", *_HOMES]
 
