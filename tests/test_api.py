@@ -327,7 +327,7 @@ def test_interpolation_begins_and_ends_at_its_ends(model):
     for ends, options, said in (
         ([1, 2, 3], {}, "ends: 3 of them"),
         ([1, 2], {"latents": "cubic"}, "latents=cubic; accepted: lerp, slerp"),
-        ([1, 2], {"sampling": SamplingOptions(4, eta=0.5)}, "eta=0.5: draws noise at every step"),
+        ([1, 2], {"options": SamplingOptions(4, eta=0.5)}, "eta=0.5: draws noise at every step"),
         ([PIXELS[0], PIXELS[1, :, :5]], {}, "one size for all"),
     ):
         with pytest.raises(ValueError, match=said):
