@@ -1,8 +1,9 @@
-"""The one place where stored 8-bit pixels become the floats in [-1, 1] of the model, and back."""
+"""The one place where stored 8-bit pixels become the floats in [-1, 1] of the model, and back, and then pictures."""
 
 from __future__ import annotations
 
 import torch
+from PIL import Image
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -37,3 +38,13 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     if not images.is_floating_point():
         raise ValueError(f"images: dtype {images.dtype}, accepted are floating point values in [-1, 1]")
     return images.to(torch.float32).add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_pictures(images: torch.Tensor) -> list[Image.Image]:
+    """Images as Pillow has them: greyscale, RGB or RGBA.
+
+    Args:
+        images: (N, C, H, W) with 1, 3 or 4 channels, uint8 or floating point as :func:`to_uint8` takes it.
+    """
+    pixels = (images if images.dtype == torch.uint8 else to_uint8(images)).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(image[..., 0] if image.shape[2] == 1 else image) for image in pixels]

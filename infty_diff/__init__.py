@@ -12,7 +12,7 @@ _HOMES = {
     "SamplingOptions": "infty_diff.sampling",
     "InpaintOptions": "infty_diff.editing",
     "to_pil": "infty_diff.images",
-    "to_uint8": "infty_diff.images",
+    "to_uint8": "data.pixels",
     "WrappedImages": "data.wrapped",
 }
 __all__ = ["__version__", *_HOMES]

@@ -16,11 +16,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from data.pixels import to_float, to_uint8
+from data.pixels import to_float, to_pictures, to_uint8
 from diffusion.coordinates import Size
 from diffusion.process import DiffusionProcess
 from diffusion.samplers import LastEstimate
-from infty_diff.images import to_pil
 from infty_diff.model import InftyDiff
 from infty_diff.sampling import SamplingOptions
 from runtime.files import plain, write_atomic, write_json
@@ -128,7 +127,7 @@ def _save_npy(path: Path, raw: torch.Tensor) -> None:
 
 def save_png(path: Path, image: torch.Tensor, texts: Mapping[str, str] | None = None) -> None:
     """Write uint8 (C, H, W) as PNG, atomically, with texts in its header by their keywords."""
-    [picture] = to_pil(image)
+    (picture,) = to_pictures(image[None])
     info = PngInfo()
     for keyword, text in (texts or {}).items():
         info.add_text(keyword, text)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 from data.images import with_channels
-from data.pixels import to_float, to_uint8
+from data.pixels import to_float, to_pictures
 from diffusion.conditioning import check_mask
 from diffusion.coordinates import Size
 
@@ -19,7 +19,6 @@ Images: TypeAlias = OneImage | Sequence[OneImage]
 
 _ACCEPTED = "accepted: floats in [−1, 1], uint8 from 0 to 255, or PIL images"
 _LARGEST = 8.0  # of a float; filters overshoot [−1, 1] and results reach 4, but values up to 255 are a mistake
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def as_images(images: Images, channels: int, device: torch.device, where: torch.Tensor | None = None) -> torch.Tensor:
@@ -83,7 +82,4 @@ def as_size(size: int | Sequence[int]) -> Size:
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """Pictures of results: floats (B, C, H, W) or (C, H, W), clamped to [−1, 1], or uint8."""
-    pixels = images if images.dtype == torch.uint8 else to_uint8(images.detach())
-    pixels = (pixels[None] if pixels.ndim == 3 else pixels).cpu().permute(0, 2, 3, 1).contiguous()
-    return [Image.fromarray(image.squeeze(2).numpy() if image.shape[2] == 1 else image.numpy(), _MODES[image.shape[2]])
-            for image in pixels]  # fmt: skip
+    return to_pictures((images[None] if images.ndim == 3 else images).detach())

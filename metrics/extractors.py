@@ -17,10 +17,10 @@ from torch.nn import functional
 
 from diffusion.random import Purpose, stream
 from infty_diff.model import InftyDiff
+from infty_diff.shipped import resolve
 from metrics.resize import Size, clean_resize, clip_resize
 from metrics.weights import cached_or_downloaded, hub_folder, load_script, read_state_dict
 from runtime.files import file_digest
-from runtime.stored import WEIGHTS
 
 CLIP_SIDE, INCEPTION_SIDE, EFFICIENTNET_SIDE, RANDOM_SIDE, PIXELS_SIDE = 224, 299, 224, 64, 16
 _CLIP_NAME = "ViT-B-32-quickgelu"  # OpenAI trained with the fast approximation of GELU
@@ -245,12 +245,12 @@ def _random_features(device: torch.device) -> Extractor:
 
 def _encoder(run: str, device: torch.device) -> Extractor:
     """Latents of a trained run's own encoder."""
-    model = InftyDiff.from_runs(run, device=device.type).in_full_precision()
+    model = InftyDiff.from_runs(run, device=device).in_full_precision()
     size = model.config.size
     return Extractor(
         name="encoder", metric="Fréchet distance of the run's own encoder (not FID_CLIP)",
         resize=_clean_words(size), input_size=size, channels=model.config.data.channels,
-        weights=file_digest(Path(run) / WEIGHTS), prepare=partial(clean_resize, size=size),
+        weights=file_digest(resolve(run).image), prepare=partial(clean_resize, size=size),
         network=lambda x: model.encode(x / 127.5 - 1),
     )  # fmt: skip
 

@@ -188,6 +188,14 @@ def test_the_model_says_what_it_is(model, tmp_path):
     assert "no prior" in repr(InftyDiff(model.config, model.encoder, model.denoiser))
 
 
+def test_everything_moves(runs, monkeypatch):
+    moved = InftyDiff.from_runs(runs / "micro", runs / "micro_sampler", "cpu")
+    monkeypatch.setattr("infty_diff.model.pick_device", torch.device)
+    assert moved.to("meta") is moved and moved.device == moved.prior.device == moved.precision.device
+    tensors = [*states(moved).values(), *moved.parameters()]
+    assert {tensor.device.type for tensor in tensors} == {moved.device.type} == {"meta"}
+
+
 PIXELS = torch.randint(0, 256, (2, 3, 9, 14), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 FLOATS = (PIXELS.float() / 127.5 - 1).double()
 
