@@ -40,7 +40,7 @@ class WrappedImages:
 
     def __init__(self, items: MapStyle, size: tuple[int, int] | None = None, channels: int = 3) -> None:
         if len(items) == 0:
-            raise ValueError("items: an empty data set; accepted: one image or more")
+            raise ValueError("items are none; accepted: one image or more")
         self._items, self.channels = items, channels
         check_lattice(size or (1, 1), channels)
         self.size = tuple(size or self._picture(0).size[::-1])
@@ -54,7 +54,7 @@ class WrappedImages:
         try:
             pixels = torch.from_numpy(np.array(fitted(self._picture(i), self.size)))
         except ValueError as error:
-            raise ValueError(f"item {i}: {error}") from None
+            raise ValueError(f"item {i} {error}") from None
         return pixels[None] if self.channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
     def _picture(self, i: int) -> Image.Image:
@@ -65,13 +65,13 @@ class WrappedImages:
         values = image.numpy() if isinstance(image, torch.Tensor) else image
         if not isinstance(values, np.ndarray) or values.dtype != np.uint8:
             kind = getattr(values, "dtype", type(values).__name__)
-            raise ValueError(f"item {i}: {kind}; {_ACCEPTED}")
+            raise ValueError(f"item {i} is {kind}; {_ACCEPTED}")
         if values.ndim == 3 and values.shape[0] in (3, 4):
             values = np.ascontiguousarray(values.transpose(1, 2, 0))
         elif values.ndim == 3 and values.shape[0] == 1:
             values = values[0]
         if values.ndim != 2 and values.shape[-1] not in (3, 4):
-            raise ValueError(f"item {i}: shape {values.shape}; {_ACCEPTED}")
+            raise ValueError(f"item {i} has shape {values.shape}; {_ACCEPTED}")
         return with_channels(Image.fromarray(values), self.channels)
 
     def item_name(self, i: int) -> str:

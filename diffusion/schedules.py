@@ -6,6 +6,7 @@ Index 0 is the least noisy step. alpha_bar_t is the product of 1 - beta up to an
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 

@@ -36,24 +36,24 @@ def as_images(images: Images, channels: int, device: torch.device, where: torch.
         parts = [as_images(image, channels, device, where) for image in images]
         sizes = {tuple(part.shape[-2:]) for part in parts}
         if len(sizes) != 1:
-            raise ValueError(f"images: sizes {sorted(sizes)}; accepted: one size for all, and at least one image")
+            raise ValueError(f"images have sizes {sorted(sizes)}; accepted: one size for all, and at least one image")
         return torch.cat(parts)
     x = _tensor(images, channels)
     x = x[None] if x.ndim == 3 else x
     if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
-        raise ValueError(f"images: shape {tuple(x.shape)}; accepted: (B, {channels}, H, W) or ({channels}, H, W)")
+        raise ValueError(f"images have shape {tuple(x.shape)}; accepted: (B, {channels}, H, W) or ({channels}, H, W)")
     x = x.to(device)
     if x.dtype == torch.uint8:
         x = to_float(x)
     if not x.is_floating_point():
-        raise ValueError(f"images: dtype {x.dtype}; {_ACCEPTED}")
+        raise ValueError(f"images are {x.dtype}; {_ACCEPTED}")
     checked = x.detach()
     if where is not None:
         check_mask(where, tuple(x.shape[-2:]))
         checked = torch.where(where.to(device), checked, 0)
     largest = float(checked.abs().amax())
     if not largest <= _LARGEST:
-        raise ValueError(f"images: values reach {largest:g}; {_ACCEPTED}")
+        raise ValueError(f"images reach {largest:g}; {_ACCEPTED}")
     return x.float()
 
 
@@ -65,7 +65,7 @@ def _tensor(image: OneImage, channels: int) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(image))
     if isinstance(image, torch.Tensor):
         return image
-    raise ValueError(f"images: {type(image).__name__}; {_ACCEPTED}")
+    raise ValueError(f"images are {type(image).__name__}; {_ACCEPTED}")
 
 
 def as_size(size: int | Sequence[int]) -> Size:
@@ -76,7 +76,7 @@ def as_size(size: int | Sequence[int]) -> Size:
     """
     sides = [size, size] if isinstance(size, int) else list(size) if isinstance(size, Sequence) else []
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
-        raise ValueError(f"size={size!r}; accepted: a side in pixels, 64, or (height, width)")
+        raise ValueError(f"size is {size!r}; accepted: a side in pixels, 64, or (height, width)")
     return sides[0], sides[1]
 
 

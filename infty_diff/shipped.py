@@ -53,7 +53,7 @@ def resolve(given: str | Path) -> Files:
         if not path.is_dir():
             there = ", ".join(shipped_names()) or "none is there"
             raise ValueError(
-                f"{given}: no such run or model; accepted: the folder of a run, a file of weights, or the name of a "
+                f"{given} is no run and no model; accepted: the folder of a run, a file of weights, or the name of a "
                 f"model in weights/ ({there})"
             )
     if (path / IMAGE).exists():
@@ -72,7 +72,7 @@ def load_stage(
     tensors, header = load_weights(file)
     stored = header.get("config", {})
     if stage_of(stored) not in (stage, None):
-        raise ValueError(f"{file}: weights of {stage_of(stored).__name__}; accepted: weights of {stage.__name__}")
+        raise ValueError(f"{file} has weights of {stage_of(stored).__name__}; accepted: weights of {stage.__name__}")
     return given or config_from(stored, stage, str(file)), tensors, header
 
 
@@ -93,7 +93,7 @@ def save_stages(
     """
     folder = Path(folder).expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: holds something already; accepted: a new or an empty folder")
+        raise ValueError(f"{folder} holds something already; accepted: a new or an empty folder")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         for name, (config, tensors, facts) in stages.items():

@@ -27,12 +27,12 @@ def pick_device(given: str | int | torch.device) -> torch.device:
     try:
         device = torch.device(("cuda" if available else "cpu") if given == "auto" else given)
     except (RuntimeError, TypeError):
-        raise ValueError(f"device={given!r}: no device of PyTorch; {_DEVICES}") from None
+        raise ValueError(f"device is {given!r}, which PyTorch does not know; {_DEVICES}") from None
     if device.type not in ("cpu", "cuda"):
         reason = "has no float64, in which noise schedules are kept" if device.type == "mps" else "is not supported"
-        raise ValueError(f"device={given!r}: {device.type} {reason}; {_DEVICES}")
+        raise ValueError(f"device is {given!r}, which {reason}; {_DEVICES}")
     if device.type == "cuda" and (device.index or 0) >= (torch.cuda.device_count() if available else 0):
-        raise ValueError(f"device={given!r}: not among the CUDA devices visible to PyTorch; {_DEVICES}")
+        raise ValueError(f"device is {given!r}, not among the CUDA devices visible to PyTorch; {_DEVICES}")
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     if device.type == "cpu":

@@ -161,7 +161,7 @@ def test_other_devices_are_refused(runs, model, device):
     for use in (lambda: InftyDiff.from_runs(runs / "micro", device=device), lambda: model.to(device)):
         with pytest.raises(ValueError) as error:
             use()
-        assert one_line(error).startswith(f"device={device!r}")
+        assert one_line(error).startswith(f"device is {device!r}")
     assert model.device == torch.device("cpu")
 
 
@@ -173,7 +173,7 @@ def test_devices_by_number(monkeypatch):
     for given in ("cuda:1", torch.device("cuda", 1)):
         assert precision.pick_device(given) == torch.device("cuda", 1) == current.pop()
     assert precision.pick_device("auto") == torch.device("cuda") and not current
-    with pytest.raises(ValueError, match=r"device='cuda:2': not among the CUDA devices"):
+    with pytest.raises(ValueError, match=r"device is 'cuda:2', not among the CUDA devices"):
         precision.pick_device("cuda:2")
 
 
@@ -235,18 +235,18 @@ def test_one_image_is_a_batch_and_pil_images_take_the_channels():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (PIXELS.float(), "values reach 255"),
-        (PIXELS.double().numpy(), "values reach 255"),
-        (torch.full((1, 3, 4, 4), torch.nan), "values reach nan"),
-        (PIXELS.long(), "dtype torch.int64"),
-        (PIXELS[:, :1], r"shape \(2, 1, 9, 14\); accepted: \(B, 3, H, W\)"),
+        (PIXELS.float(), "images reach 255"),
+        (PIXELS.double().numpy(), "images reach 255"),
+        (torch.full((1, 3, 4, 4), torch.nan), "images reach nan"),
+        (PIXELS.long(), "images are torch.int64"),
+        (PIXELS[:, :1], r"images have shape \(2, 1, 9, 14\); accepted: \(B, 3, H, W\)"),
         (PIXELS.permute(0, 2, 3, 1), "shape"),
         (PIXELS[0, 0], "shape"),
         (PIXELS[:0], "shape"),
         ([], "at least one image"),
         ([PIXELS[0], PIXELS[1, :, :5]], "one size for all"),
-        ("photo.png", "images: str"),
-        (None, "images: NoneType"),
+        ("photo.png", "images are str"),
+        (None, "images are NoneType"),
     ],
 )
 def test_everything_else_is_refused_in_one_line(model, given, said):
@@ -277,9 +277,9 @@ def test_methods_take_them_all(model):
 def test_shapes_of_latents_and_noise_are_checked(model):
     noise = model.initial_noise([0, 1], (16, 12))
     for latents, states, said in (
-        (torch.zeros(2, 5), noise, r"latents: shape \(2, 5\); accepted: \(B, 6\)"),
-        (torch.zeros(1, 6), noise, r"noise: shape \(2, 3, 16, 12\); accepted: \(1, 3, H, W\)"),
-        (torch.zeros(2, 6), noise[:, 0], "noise: shape"),
+        (torch.zeros(2, 5), noise, r"latents have shape \(2, 5\); accepted: \(B, 6\)"),
+        (torch.zeros(1, 6), noise, r"noise has shape \(2, 3, 16, 12\); accepted: \(1, 3, H, W\)"),
+        (torch.zeros(2, 6), noise[:, 0], "noise has shape"),
     ):
         with pytest.raises(ValueError, match=said):
             model.decode(latents, states, FAST)
@@ -309,7 +309,7 @@ def test_many_samples_come_in_batches_with_a_bar(model, capsys):
     for seeds in (4, [], [-1], [0.5], "01", None):
         with pytest.raises(ValueError, match="accepted: whole numbers from 0"):
             model.sample(seeds)
-    with pytest.raises(ValueError, match="batch_size=0"):
+    with pytest.raises(ValueError, match="batch_size is 0"):
         model.sample([0], batch_size=0)
 
 
@@ -333,9 +333,9 @@ def test_interpolation_begins_and_ends_at_its_ends(model):
     expected = model.decode(model.encode(PIXELS), code, FAST)
     torch.testing.assert_close(images, expected, atol=1e-3 * float(expected.abs().max()), rtol=0)
     for ends, options, said in (
-        ([1, 2, 3], {}, "ends: 3 of them"),
-        ([1, 2], {"latents": "cubic"}, "latents=cubic; accepted: lerp, slerp"),
-        ([1, 2], {"options": SamplingOptions(4, eta=0.5)}, "eta=0.5: draws noise at every step"),
+        ([1, 2, 3], {}, "ends are 3"),
+        ([1, 2], {"latents": "cubic"}, "latents is 'cubic'; accepted: lerp, slerp"),
+        ([1, 2], {"options": SamplingOptions(4, eta=0.5)}, "eta 0.5, which draws noise at every step"),
         ([PIXELS[0], PIXELS[1, :, :5]], {}, "one size for all"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -408,15 +408,15 @@ def test_map_style_data_sets_are_wrapped():
 
 def test_what_is_no_image_is_named():
     for items, said in (
-        ([], "empty data set"),
-        (list(FLOATS.float()), "item 0: torch.float32; accepted|item 0: float32; accepted"),
-        ([{"image": 1}], "item 0: dict; accepted"),
-        ([PIXELS], r"item 0: shape \(2, 3, 9, 14\); accepted"),
-        ([torch.zeros(2, 5, 7, dtype=torch.uint8)], "item 0: shape"),
+        ([], "items are none"),
+        (list(FLOATS.float()), "item 0 is float32; accepted"),
+        ([{"image": 1}], "item 0 is dict; accepted"),
+        ([PIXELS], r"item 0 has shape \(2, 3, 9, 14\); accepted"),
+        ([torch.zeros(2, 5, 7, dtype=torch.uint8)], "item 0 has shape"),
     ):
         with pytest.raises(ValueError, match=said):
             WrappedImages(items)
-    with pytest.raises(ValueError, match="item 1: is 9x14"):
+    with pytest.raises(ValueError, match="item 1 is 9x14"):
         WrappedImages(pictures(), (12, 12))[1]
     with pytest.raises(IndexError):
         WrappedImages(pictures())[2]

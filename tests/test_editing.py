@@ -226,7 +226,7 @@ def test_faults_of_masks_boxes_and_steps_are_one_line(model, tmp_path):
         with pytest.raises(ValueError, match=f"--start_step={text}: accepted: 0 to 999"):
             parse_step(text, 1000)
     for guidance in (-0.1, 1.0):
-        with pytest.raises(ValueError, match="guidance="):
+        with pytest.raises(ValueError, match="guidance is"):
             InpaintOptions(FAST, guidance)
 
 
