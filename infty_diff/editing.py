@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -222,7 +223,7 @@ def interpolate(
         raise ValueError(f"latents is {latents!r}; accepted: {', '.join(_WAYS)}")
     if len(ends) != 2:
         raise ValueError(f"ends are {len(ends)}; accepted: two images, or two seeds")
-    if all(isinstance(end, int) for end in ends):
+    if all(isinstance(end, Integral) for end in ends):
         places = model.draw_latents(ends)
         noises = model.initial_noise(ends, model.config.size if size is None else size)
     else:

@@ -326,7 +326,7 @@ def test_interpolation_begins_and_ends_at_its_ends(model):
     samples = model.sample([3, 8], (20, 14), FAST)
     torch.testing.assert_close(way[[0, 2]], samples, atol=1e-3 * float(samples.abs().max()), rtol=0)
     assert way.shape == (3, 3, 20, 14) and torch.equal(torch.stack(done), way)
-    between = model.interpolate([3, 8], [0.5], FAST, size=(20, 14))
+    between = model.interpolate(np.array([3, 8]), [0.5], FAST, size=(20, 14))
     torch.testing.assert_close(between, way[1:2])
     images = model.interpolate(pictures(), [0.0, 1.0], FAST)
     code = model.encode_stochastic(PIXELS, steps=FAST.steps)
