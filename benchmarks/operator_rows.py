@@ -14,8 +14,8 @@ from diffusion.coordinates import CONVENTIONS, Points, scatter_points
 from diffusion.mollifier import Mollifier
 from diffusion.random import Purpose, stream
 from diffusion.subsets import draw_points
+from models.operators.dispatch import get_backend
 from models.operators.knn.search import nearest_points
-from models.operators.sparse_conv import get_backend
 from models.sparse_block import SparseBlock
 
 K, NEIGHBOURS, CONDITION = 7, 3, 256

@@ -24,6 +24,7 @@ from models.point_conv import Stencil, stencil_between
 from models.windows import Window
 
 SUBSETS = ("random", "equidistant")
+NODES = ("grid", *SUBSETS)  # what model.downsampling may be
 _LAST = torch.iinfo(torch.int64).max
 
 

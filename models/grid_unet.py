@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.coarse_nodes import SUBSETS, Pyramid
+from models.coarse_nodes import NODES, Pyramid
 from models.layers import Attention, Modulation
 from models.operators.pointwise.norm_mlp import norm_modulate
 from models.point_conv import PointConv, Stencil
 from models.spectral import SpectralConv
 
 CONV_TYPES = ("conv", "spectral")
-NODES = ("grid", *SUBSETS)
 _HEAD_WIDTH = 128  # hidden channels of the U-Net's output layers
 
 

@@ -18,7 +18,7 @@ from models import tiled
 from models.coarse_nodes import GridNodes, PointNodes
 from models.grid_unet import GridSpec, GridUNet
 from models.layers import sinusoidal_features
-from models.operators.sparse_conv import get_backend
+from models.operators.dispatch import get_backend
 from models.operators.sparse_conv.backend import Plan, kernel_window
 from models.sparse_block import SparseBlock
 

@@ -20,7 +20,7 @@ from models.grid_unet import GridBlock
 from models.interpolation import grid_to_points, points_to_grid
 from models.latent_mlp import MLPSkipNet
 from models.layers import Attention, latent_sinusoidal_features, sinusoidal_features
-from models.operators.sparse_conv import get_backend
+from models.operators.dispatch import get_backend
 from models.operators.sparse_conv.backend import kernel_extent
 from models.reference_weights import (
     LAYOUTS,

@@ -15,8 +15,8 @@ from diffusion.coordinates import Points
 from fake_gpu import autocast, can_pretend, moved
 from models.grid_unet import GridEncoder, GridSpec, GridUNet
 from models.latent_mlp import MLPSkipNet
+from models.operators.dispatch import get_backend
 from models.operators.pointwise.norm_mlp import norm_modulate
-from models.operators.sparse_conv import get_backend
 from models.sparse_block import SparseBlock
 
 BF16 = torch.bfloat16

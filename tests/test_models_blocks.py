@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusion.coordinates import Points
 from models.grid_unet import GridBlock, GridSpec
 from models.layers import Attention, Modulation, latent_sinusoidal_features, modulate, sinusoidal_features
-from models.operators.sparse_conv import get_backend
+from models.operators.dispatch import get_backend
 from models.operators.sparse_conv.backend import lattice_extent
 from models.sparse_block import SparseBlock
 

@@ -8,7 +8,7 @@ from diffusion.coordinates import CONVENTIONS, Points
 from diffusion.subsets import draw_points
 from models.coarse_nodes import PointNodes, _farthest_first, _levels, _random_order
 from models.grid_unet import GridSpec
-from models.operators.sparse_conv import get_backend
+from models.operators.dispatch import get_backend
 from models.operators.sparse_conv.backend import coverage, kernel_window, resample_kernel
 from models.point_conv import PointConv, stencil_between
 from models.sparse_unet import SparseSpec

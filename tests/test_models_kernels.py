@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from diffusion.coordinates import Points
 from models.continuous_kernel import ContinuousKernel
-from models.operators.sparse_conv import get_backend
+from models.operators.dispatch import get_backend
 from models.operators.sparse_conv.backend import lattice_extent, resample_kernel
 from models.sparse_block import SparseBlock
 from test_models_networks import random_points, randomised

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.operators.sparse_conv import get_backend
+from models.operators.dispatch import get_backend
 from models.reference_weights import gradients_to_reference, network_from_reference, state_from_reference
 from models.sparse_block import SparseBlock
 

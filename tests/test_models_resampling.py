@@ -7,7 +7,7 @@ import torch
 
 from diffusion.coordinates import CONVENTIONS, Points, points_to_image
 from models.continuous_kernel import ContinuousKernel
-from models.operators.sparse_conv import AUTOMATIC, get_backend
+from models.operators.dispatch import AUTOMATIC, get_backend
 from models.operators.sparse_conv.backend import (
     cell_overlaps,
     coverage,

@@ -9,7 +9,8 @@ import torch
 
 from diffusion.coordinates import Points
 from models.operators import compiled
-from models.operators.sparse_conv import cpu, get_backend, pairs
+from models.operators.dispatch import get_backend
+from models.operators.sparse_conv import cpu, pairs
 from models.operators.sparse_conv.backend import lattice_extent
 from models.operators.sparse_conv.native import NativeBackend
 from models.operators.sparse_conv.torch_dense import TorchDenseBackend

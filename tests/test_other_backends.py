@@ -8,22 +8,21 @@ import torch
 
 import sparse_libraries as stand_ins
 from diffusion.coordinates import Points
-from models.operators.sparse_conv import get_backend
+from models.operators.dispatch import get_backend
 from models.operators.sparse_conv.backend import lattice_extent
 from models.operators.sparse_conv.library import LibraryBackend, check_conventions
 from models.sparse_block import SparseBlock
 from test_models_operators import one_rounding
 
 CPU = torch.device("cpu")
-LIBRARIES = ("torchsparse", "spconv", "warpconvnet")
+LIBRARIES = ("torchsparse", "spconv")
 STAND_INS = {
     "torchsparse 2.0": ("torchsparse", lambda: stand_ins.torchsparse_2_0(fork=False)),
     "torchsparse 2.0, fork": ("torchsparse", lambda: stand_ins.torchsparse_2_0(fork=True)),
     "torchsparse 2.1": ("torchsparse", stand_ins.torchsparse_2_1),
     "spconv": ("spconv", lambda: stand_ins.spconv_2_3(cpu_only=False)),
-    "warpconvnet": ("warpconvnet", stand_ins.warpconvnet_1_8),
 }
-DEPTHWISE = {"torchsparse 2.0, fork", "warpconvnet"}
+DEPTHWISE = {"torchsparse 2.0, fork"}
 CASES = [
     ((6, 5), (6, 5), 3, 12),
     ((6, 5), (6, 5), 7, None),

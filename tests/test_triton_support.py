@@ -45,7 +45,7 @@ def test_taken_on_a_gpu(asked_anew, tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     monkeypatch.setenv("CC", "cc")
     for (operation, device), module in dispatch._KERNELS.items():
-        assert device != "cuda" or kernels(operation, "cuda").__name__ == module
+        assert device != "cuda" or kernels(operation, "cuda").__name__ == f"models.operators.{module}"
 
 
 @pytest.mark.parametrize("lacking", ["package", "compiler", "headers"])

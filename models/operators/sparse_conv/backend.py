@@ -25,7 +25,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -228,11 +228,19 @@ def normalised(sums: torch.Tensor, plan: Plan, residual: torch.Tensor | None) ->
     return out.add_(residual) if residual.dtype == out.dtype else residual + out
 
 
-class Backend(Protocol):
+P = TypeVar("P", bound=Plan)
+
+
+class Backend(Protocol[P]):
     """A way to compute the convolution above; all back ends give the same numbers up to rounding."""
 
-    name: str
-    plain: bool  # whether everything else of a network is to be computed in plain PyTorch too
+    @property
+    def name(self) -> str:
+        """What `model.backend` calls it."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether everything else of a network is to be computed in plain PyTorch too."""
 
     def plan(
         self,
@@ -242,15 +250,14 @@ class Backend(Protocol):
         kernel_size: int,
         device: torch.device,
         span: Span | None = None,
-    ) -> Plan:
+    ) -> P:
         """Prepare one forward pass. `kernel_size` is k, `extent` and `span` are those of `kernel_window`."""
-        ...
 
     def conv(
         self,
         x: torch.Tensor,
         weight: torch.Tensor,
-        plan: Plan,
+        plan: P,
         groups: int,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -259,4 +266,3 @@ class Backend(Protocol):
         `weight` (C_out, C/groups, k, k) is the kernel of the training lattice; the back end resamples it as
         `resample_kernel` does for `plan.extent` and `plan.span`.
         """
-        ...
