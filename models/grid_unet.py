@@ -15,6 +15,7 @@ from torch import nn
 
 from models.coarse_nodes import NODES, Pyramid
 from models.layers import Attention, Modulation
+from models.operators.dispatch import get_backend
 from models.operators.pointwise.norm_mlp import norm_modulate
 from models.point_conv import PointConv, Stencil
 from models.spectral import SpectralConv
@@ -30,9 +31,8 @@ class GridSpec:
     resolution: side of the grid. base_channels: channels of the finest level, `mults` times it after each level.
     blocks_per_level: residual blocks of each level. attention_resolutions: sides at which a level attends.
     dropout: rate, active where the side is at most `dropout_resolution`. conv_type: "conv" or "spectral".
-    attention: "sdpa" or "flash_attn". plain: compute in plain PyTorch wherever it is. nodes: "grid", or how subsets of
-    the points are drawn in its place, level by level; features are then (B, N, 1, C), and the networks take the
-    `Pyramid` of the subsets.
+    attention: "sdpa" or "flash_attn". nodes: "grid", or how subsets of the points are drawn in its place, level by
+    level; features are then (B, N, 1, C), and the networks take the `Pyramid` of the subsets.
     """
 
     resolution: int
@@ -45,7 +45,6 @@ class GridSpec:
     conv_type: str = "conv"
     attention: str = "sdpa"
     nodes: str = "grid"
-    plain: bool = False
 
     def __post_init__(self):
         levels = len(self.mults)
@@ -136,10 +135,9 @@ class GridBlock(nn.Module):
         z_dim: int | None,
         dropout: float,
         conv_type: str = "conv",
-        plain: bool = False,
     ):
         super().__init__()
-        self.plain = plain
+        self.backend = get_backend("auto")
         self.norm_in = nn.LayerNorm(c_in)
         self.conv_in = _conv(conv_type, c_in, c_out)
         self.norm_out = nn.LayerNorm(c_out)
@@ -152,8 +150,9 @@ class GridBlock(nn.Module):
         self, x: torch.Tensor, e: torch.Tensor | None, z: torch.Tensor | None, *stencil: Stencil
     ) -> torch.Tensor:
         """x: (B, H, W, c_in); e: (B, time_dim); z: (B, z_dim). Returns (B, H, W, c_out)."""
-        h = self.conv_in(F.gelu(norm_modulate(x, self.norm_in, plain=self.plain)), *stencil)
-        h = norm_modulate(h, self.norm_out, *self.modulation.vectors(e, z), self.plain)
+        plain = self.backend.plain
+        h = self.conv_in(F.gelu(norm_modulate(x, self.norm_in, plain=plain)), *stencil)
+        h = norm_modulate(h, self.norm_out, *self.modulation.vectors(e, z), plain)
         return self.shortcut(x) + self.conv_out(self.dropout(F.gelu(h)), *stencil)
 
 
@@ -178,7 +177,7 @@ class GridLevel(nn.Module):
         super().__init__()
         side, count = spec.side(level), spec.blocks_per_level[level]
         self.blocks = nn.ModuleList(
-            GridBlock(*channels, time_dim, z_dim, _dropout(spec, level), spec.layer, spec.plain) for _ in range(count)
+            GridBlock(*channels, time_dim, z_dim, _dropout(spec, level), spec.layer) for _ in range(count)
         )
         attends = side in spec.attention_resolutions
         self.attentions = nn.ModuleList(
@@ -205,7 +204,7 @@ class GridTrunk(nn.Module):
             )
             for level, width in enumerate(widths[:-1])
         )
-        middle = (widths[-1], widths[-1], time_dim, z_dim, _dropout(spec, last), spec.layer, spec.plain)
+        middle = (widths[-1], widths[-1], time_dim, z_dim, _dropout(spec, last), spec.layer)
         self.mid_block1 = GridBlock(*middle)
         self.mid_attention = Attention(widths[-1], spec.attention)
         self.mid_block2 = GridBlock(*middle)

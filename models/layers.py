@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.operators.pointwise.norm_mlp import modulate, product_type
+
 _LOG_PERIOD = math.log(10000.0)
 
 
@@ -58,12 +60,6 @@ def _angles(t: torch.Tensor, log_frequencies: torch.Tensor) -> torch.Tensor:
     return t.float()[:, None] * log_frequencies.double().exp().float()
 
 
-def product_type(x: torch.Tensor) -> torch.dtype:
-    """The type in which x enters matrix products: that of autocast where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 class LayerNorm(nn.LayerNorm):
     """`nn.LayerNorm` with its result in the type of products: autocast on a GPU leaves it, and GELU next, float32."""
 
@@ -99,16 +95,6 @@ class Modulation(nn.Module):
             scale = factor if scale is None else scale * factor
             shift = None if shift is None else shift * factor
         return scale, shift
-
-
-def modulate(h: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
-    """h·scale + shift for h (B, …, C) and vectors of `Modulation`, in the type of h, to which they are not rounded."""
-    if scale is None:
-        return h
-    inner = (1,) * (h.ndim - 2)
-    scale = scale.unflatten(1, (*inner, -1))  # (B, 1…, C)
-    out = h * scale if shift is None else torch.addcmul(shift.unflatten(1, (*inner, -1)), h, scale)
-    return out.to(h.dtype)
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:

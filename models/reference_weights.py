@@ -216,7 +216,6 @@ def network_from_reference(config: Mapping[str, Any], kind: str, convention: str
         depthwise=config["depthwise_sparse"],
         neighbours=config["knn_neighbours"],
         convention=convention,
-        backend="auto",
     )
     grid = GridSpec(
         resolution=config["uno_res"],

@@ -15,8 +15,9 @@ from torch import nn
 from diffusion.coordinates import Size
 from models.continuous_kernel import ContinuousKernel
 from models.layers import Modulation
+from models.operators.dispatch import get_backend
 from models.operators.pointwise.norm_mlp import join, norm_modulate, norm_modulate_mlp
-from models.operators.sparse_conv.backend import Backend, Plan
+from models.operators.sparse_conv.backend import Plan
 
 KERNELS = ("linear", "nonlinear", "continuous")
 
@@ -34,14 +35,13 @@ class SparseBlock(nn.Module):
     channels: C. kernel_size: k, odd. depthwise: one kernel per channel, else full. takes_skip: whether `forward` gets
     a skip. kernel: "linear", k × k weights; "nonlinear", conv, GELU, conv in place of conv (Table 2); "continuous", a
     network of the offset in place of weights, which needs train_size, the lattice that k refers to.
-    time_dim, z_dim: widths of the conditioning, None for none. backend: what computes the convolution.
+    time_dim, z_dim: widths of the conditioning, None for none.
     """
 
     def __init__(
         self,
         channels: int,
         kernel_size: int,
-        backend: Backend,
         *,
         depthwise: bool = True,
         takes_skip: bool = False,
@@ -60,7 +60,7 @@ class SparseBlock(nn.Module):
             raise ValueError("model.kernel is 'continuous'; the block then needs its train_size")
         if not norm and (time_dim or z_dim):
             raise ValueError("a sparse block without norms cannot be conditioned on time or latent")
-        self.backend = backend
+        self.backend = get_backend("auto")
         self.groups = channels if depthwise else 1
         self.skip = nn.Linear(2 * channels, channels) if takes_skip else None
         self.norm1 = nn.LayerNorm(channels) if norm else None

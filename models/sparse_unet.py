@@ -6,7 +6,7 @@ latent.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class SparseSpec:
     lattice, odd.
     depthwise: one kernel per channel, else full. neighbours: points averaged into a grid node. kernel: what the
     kernel is, in `models.sparse_block.KERNELS`.
-    convention: name in `diffusion.coordinates.CONVENTIONS`. backend: name in `models.operators.BACKENDS`, or "auto".
+    convention: name in `diffusion.coordinates.CONVENTIONS`.
     tile_points: most points of a full lattice whose features are held at once where no gradient is wanted and the nodes
     are a grid, 0 for all.
     """
@@ -42,7 +42,6 @@ class SparseSpec:
     depthwise: bool = True
     neighbours: int = 3
     convention: str = "cell_centred"
-    backend: str = "auto"
     kernel: str = "linear"
     tile_points: int = 0
 
@@ -69,8 +68,7 @@ class SparseDescent(nn.Module):
     ):
         super().__init__()
         self.in_channels, self.train_size = in_channels, tuple(train_size)
-        self.backend = get_backend(sparse.backend)
-        self.sparse_spec, self.grid_spec = sparse, replace(grid, plain=self.backend.plain)
+        self.sparse_spec, self.grid_spec, self.backend = sparse, grid, get_backend("auto")
         self.linear_in = nn.Linear(in_channels, sparse.channels)
         self.down_blocks = nn.ModuleList(
             self._block(time_dim=time_dim, z_dim=z_dim, norm=block_norm) for _ in range(sparse.num_blocks)
@@ -82,7 +80,6 @@ class SparseDescent(nn.Module):
         return SparseBlock(
             spec.channels,
             spec.kernel_size,
-            self.backend,
             depthwise=spec.depthwise,
             kernel=spec.kernel,
             train_size=self.train_size,

@@ -226,7 +226,6 @@ def _check_block(vectors: Vectors, tag: str, config: dict) -> None:
     block = SparseBlock(
         channels,
         kernel_size,
-        backend,
         depthwise=convolution == "dw",
         takes_skip="skip" in inputs,
         time_dim=inputs["t"].shape[1] if conditioned else None,

@@ -7,7 +7,7 @@ import torch
 
 from diffusion.coordinates import Points
 from fake_gpu import can_pretend
-from models.operators import compiled
+from models.operators import compiled, dispatch
 from models.operators.sparse_conv import backend as base
 from models.operators.sparse_conv import cpu, enlarged, native, pairs
 from models.operators.sparse_conv.backend import lattice_extent
@@ -33,7 +33,7 @@ def chosen(ratio, size=SIZE, train_size=SIZE, k=7, device="cpu", wants=(True, Tr
 @can_pretend
 def test_engines_on_a_gpu(fake_gpu, monkeypatch):
     triton_conv = pytest.importorskip("models.operators.sparse_conv.triton_conv")
-    monkeypatch.setattr(native, "kernels", lambda operation, kind: triton_conv if kind == "cuda" else None)
+    monkeypatch.setattr(dispatch, "kernels", lambda operation, kind: triton_conv if kind == "cuda" else None)
     with fake_gpu():
         for size in (SIZE, (256, 256)):
             both = {"size": size, "train_size": size, "device": "cuda:0", "dtype": torch.bfloat16}
@@ -57,7 +57,7 @@ def test_engines_on_a_gpu(fake_gpu, monkeypatch):
 @can_pretend
 def test_the_lattice_kernel_is_called_without_a_list(fake_gpu, monkeypatch):
     triton_conv = pytest.importorskip("models.operators.sparse_conv.triton_conv")
-    monkeypatch.setattr(native, "kernels", lambda operation, kind: triton_conv if kind == "cuda" else None)
+    monkeypatch.setattr(dispatch, "kernels", lambda operation, kind: triton_conv if kind == "cuda" else None)
     calls, depthwise = [], triton_conv.depthwise
     monkeypatch.setattr(triton_conv, "depthwise", lambda *given: calls.append(given[3]) or depthwise(*given))
     with fake_gpu():

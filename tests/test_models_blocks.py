@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from diffusion.coordinates import Points
 from models.grid_unet import GridBlock, GridSpec
-from models.layers import Attention, Modulation, latent_sinusoidal_features, modulate, sinusoidal_features
-from models.operators.dispatch import get_backend
+from models.layers import Attention, Modulation, latent_sinusoidal_features, sinusoidal_features
+from models.operators.pointwise.norm_mlp import modulate
 from models.operators.sparse_conv.backend import lattice_extent
 from models.sparse_block import SparseBlock
 
@@ -90,13 +90,12 @@ def randomised(module: torch.nn.Module, scale: float = 0.3) -> torch.nn.Module:
 
 def block_and_inputs(**options):
     torch.manual_seed(0)
-    backend = get_backend("auto")
-    block = randomised(SparseBlock(6, 3, backend, **options)).double()
+    block = randomised(SparseBlock(6, 3, **options)).double()
     size, train_size = (5, 7), (5, 6)
     index = torch.stack([torch.randperm(35)[:14] for _ in range(2)])
     x = torch.randn(2, 14, 6, dtype=torch.float64, requires_grad=True)
     points = Points(size, index)
-    return block, x, backend.plan(points, 2, lattice_extent(3, size, train_size), 3, CPU)
+    return block, x, block.backend.plan(points, 2, lattice_extent(3, size, train_size), 3, CPU)
 
 
 def test_sparse_block_by_its_equations():
@@ -118,7 +117,7 @@ def test_sparse_block_without_norms():
     torch.testing.assert_close(block(x, plan), x + c + block.mlp(c))
     assert not any("norm" in name for name, _ in block.named_parameters())
     with pytest.raises(ValueError, match="without norms"):
-        SparseBlock(4, 3, block.backend, norm=False, time_dim=4)
+        SparseBlock(4, 3, norm=False, time_dim=4)
 
 
 @pytest.mark.parametrize("options", [{}, {"depthwise": False}, {"norm": False}])
@@ -129,7 +128,7 @@ def test_gradients_of_the_sparse_block(options):
 
 def test_kernel_sizes_must_be_odd():
     with pytest.raises(ValueError, match=r"model\.kernel_size is 4"):
-        SparseBlock(4, 4, get_backend("auto"))
+        SparseBlock(4, 4)
 
 
 @pytest.mark.parametrize("conv_type", ["conv", "spectral"])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from diffusion.coordinates import Points
 from models.continuous_kernel import ContinuousKernel
-from models.operators.dispatch import get_backend
+from models.operators.dispatch import get_backend, use_backend
 from models.operators.sparse_conv.backend import lattice_extent, resample_kernel
 from models.sparse_block import SparseBlock
 from test_models_networks import random_points, randomised
@@ -19,7 +19,7 @@ BACKEND = get_backend("torch_dense")
 
 def block_and_inputs(size, train_size=(5, 6), **options):
     torch.manual_seed(0)
-    block = randomised(SparseBlock(4, 3, BACKEND, train_size=train_size, **options)).double()
+    block = randomised(use_backend(SparseBlock(4, 3, train_size=train_size, **options), BACKEND)).double()
     points = random_points(2, size, 14)
     x = torch.randn(2, 14, 4, dtype=torch.float64, requires_grad=True)
     return block, x, BACKEND.plan(points, 2, lattice_extent(3, size, train_size), 3, CPU)
@@ -105,18 +105,18 @@ def test_gradients(kernel, depthwise):
 
 
 def test_parameters_of_the_kernels():
-    plain = sum(p.numel() for p in SparseBlock(64, 7, BACKEND).parameters())
-    nonlinear = sum(p.numel() for p in SparseBlock(64, 7, BACKEND, kernel="nonlinear").parameters())
+    plain = sum(p.numel() for p in SparseBlock(64, 7).parameters())
+    nonlinear = sum(p.numel() for p in SparseBlock(64, 7, kernel="nonlinear").parameters())
     assert nonlinear - plain == 64 * 49
-    continuous = SparseBlock(64, 7, BACKEND, kernel="continuous", train_size=(8, 8))
+    continuous = SparseBlock(64, 7, kernel="continuous", train_size=(8, 8))
     assert sum(p.numel() for p in continuous.kernel.parameters()) == 3 * 32 + 33 * 32 + 33 * 64
 
 
 def test_options_that_do_not_fit():
     with pytest.raises(ValueError, match=r"model\.kernel is 'square'; it must be one of linear, nonlinear, continuous"):
-        SparseBlock(4, 3, BACKEND, kernel="square")
+        SparseBlock(4, 3, kernel="square")
     with pytest.raises(ValueError, match="train_size"):
-        SparseBlock(4, 3, BACKEND, kernel="continuous")
+        SparseBlock(4, 3, kernel="continuous")
 
 
 def test_full_lattice_and_all_points_agree():

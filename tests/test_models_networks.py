@@ -10,6 +10,7 @@ from diffusion.coordinates import Points, gather_points, image_to_points, points
 from models.grid_unet import GridEncoder, GridSpec, GridUNet
 from models.latent_mlp import MLPSkipNet
 from models.layers import latent_sinusoidal_features
+from models.operators.dispatch import use_backend
 from models.sparse_encoder import Encoding, SparseEncoder
 from models.sparse_unet import SparseSpec, SparseUNet
 
@@ -73,7 +74,7 @@ def test_all_points_in_any_order_are_the_full_lattice(sparse, size):
 @pytest.mark.parametrize(("size", "count"), [((8, 8), None), ((7, 11), 30), ((24, 40), None)])
 def test_evaluating_without_gradients_changes_no_number(backend, size, count):
     """Without gradients some results are written in place: twice the same, and x untouched."""
-    network = denoiser(sparse=SparseSpec(channels=16, num_blocks=3, kernel_size=5, backend=backend))
+    network = use_backend(denoiser(sparse=SparseSpec(channels=16, num_blocks=3, kernel_size=5)), backend)
     points = Points(size) if count is None else random_points(2, size, count)
     x, t, z = inputs(2, points)
     kept, expected = x.clone(), network(x, points, t, z)

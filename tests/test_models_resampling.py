@@ -196,7 +196,7 @@ def test_numbers_at_the_training_size_are_those_of_whole_counts():
 @pytest.mark.parametrize(("size", "train_size", "k"), CASES)
 def test_a_continuous_kernel_fits_its_density(size, train_size, k):
     """A constant kernel gives a constant its k²-fold everywhere: at borders, and where points are thinned out."""
-    block = SparseBlock(4, k, get_backend("auto"), kernel="continuous", train_size=train_size)
+    block = SparseBlock(4, k, kernel="continuous", train_size=train_size)
     with torch.no_grad():
         block.kernel.layers[2].weight.zero_()
         block.kernel.layers[2].bias.fill_(0.03)

@@ -8,6 +8,7 @@ import torch
 
 from diffusion.coordinates import Points
 from models.grid_unet import GridSpec
+from models.operators.dispatch import use_backend
 from models.sparse_encoder import SparseEncoder
 from models.sparse_unet import SparseSpec, SparseUNet
 from models.windows import Window, tiling
@@ -15,7 +16,7 @@ from models.windows import Window, tiling
 GRID = GridSpec(resolution=4, base_channels=6, mults=(1, 2), blocks_per_level=(1, 1))
 TRAIN = (32, 32)
 SPARSE = SparseSpec(channels=16, num_blocks=2, kernel_size=3)
-CASES = [  # changes of the specification, lattice, most points
+CASES = [  # the back end and other changes, lattice, most points
     ({}, (40, 56), 700),
     ({}, (81, 63), 1700),
     ({"backend": "torch_dense"}, (32, 32), 200),
@@ -27,22 +28,23 @@ CASES = [  # changes of the specification, lattice, most points
 ]
 
 
-def networks(spec):
+def networks(spec, backend="auto"):
     """The denoiser and the encoder of a specification, with parameters that leave no norm an identity."""
     torch.manual_seed(0)
     made = [SparseUNet(3, 3, TRAIN, spec, GRID, time_dim=8, z_dim=5), SparseEncoder(3, 5, TRAIN, spec, GRID)]
     with torch.no_grad():
         for parameter in itertools.chain(*(network.parameters() for network in made)):
             parameter.add_(0.2 * torch.randn(parameter.shape))
-    return [network.eval() for network in made]
+    return [use_backend(network.eval(), backend) for network in made]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("changes", "size", "most"), CASES, ids=str)
 def test_tiles_give_what_the_whole_gives(changes, size, most, monkeypatch):
-    spec = dataclasses.replace(SPARSE, **changes)
-    whole, whole_encoder = networks(spec)
-    tiled, tiled_encoder = networks(dataclasses.replace(spec, tile_points=most))
+    backend = changes.get("backend", "auto")
+    spec = dataclasses.replace(SPARSE, **{name: value for name, value in changes.items() if name != "backend"})
+    whole, whole_encoder = networks(spec, backend)
+    tiled, tiled_encoder = networks(dataclasses.replace(spec, tile_points=most), backend)
     x, t, z = torch.randn(2, size[0] * size[1], 3), torch.tensor([10.0, 800.0]), torch.randn(2, 5)
     expected, latents = whole(x, Points(size), t, z), whole_encoder(x, Points(size))
     planned, plan = [], type(tiled.backend).plan

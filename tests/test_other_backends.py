@@ -8,7 +8,7 @@ import torch
 
 import sparse_libraries as stand_ins
 from diffusion.coordinates import Points
-from models.operators.dispatch import get_backend
+from models.operators.dispatch import get_backend, use_backend
 from models.operators.sparse_conv.backend import lattice_extent
 from models.operators.sparse_conv.library import LibraryBackend, check_conventions
 from models.sparse_block import SparseBlock
@@ -147,7 +147,7 @@ def test_neighbours_found_without_gradients_serve_with_them(stand_in):
 
 def test_a_block_trains_and_is_copied_with_its_back_end(stand_in):
     which, backend = stand_in
-    block = SparseBlock(4, 3, backend, depthwise=which in DEPTHWISE)
+    block = use_backend(SparseBlock(4, 3, depthwise=which in DEPTHWISE), backend)
     twin = copy.deepcopy(block)
     plan = backend.plan(Points((4, 5)), 2, (3, 3), 3, CPU)
     x = torch.randn(2, 20, 4)

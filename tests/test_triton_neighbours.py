@@ -6,6 +6,7 @@ from torch._subclasses import FakeTensorMode
 
 from diffusion.coordinates import CONVENTIONS, Points
 from models import interpolation
+from models.operators import dispatch
 from models.operators.knn import search as neighbours
 from models.operators.knn.pixel_order import geometry_of
 from test_models_neighbours import random_index
@@ -14,6 +15,11 @@ triton_neighbours = pytest.importorskip("models.operators.knn.triton_search")
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def take(monkeypatch, module):
+    """Have nearest points looked up by this module, or by PyTorch, on any device."""
+    monkeypatch.setattr(dispatch, "kernels", lambda operation, *_: module if operation == "nearest points" else None)
 
 
 def look_up(index, size, grid, k, length, convention):
@@ -74,7 +80,7 @@ def test_takes_the_place_of_the_other_look_up(name, count, monkeypatch):
     x = torch.randn(2, count, 6, device=DEVICE, requires_grad=True)
     results = []
     for kernels in (None, triton_neighbours):
-        monkeypatch.setattr(neighbours, "_kernels", lambda *_, kernels=kernels: kernels)
+        take(monkeypatch, kernels)
         grid = interpolation.interpolate_to_grid(x, *arguments[:-1])
         dx = torch.autograd.grad(grid.square().sum(), x)[0]
         found = [neighbours.nearest_points(*arguments), neighbours.nearest_rows(*arguments)]
@@ -92,7 +98,7 @@ def test_is_opaque_to_the_compiler():
 
 def test_nothing_is_read_back(monkeypatch):
     """Tensors without values refuse to be read."""
-    monkeypatch.setattr(neighbours, "_kernels", lambda *_: triton_neighbours)
+    take(monkeypatch, triton_neighbours)
     size, grid, convention = (16, 10), (5, 4), CONVENTIONS["cell_centred"]
     arguments = (2, grid, 3, convention, CPU)
     geometry_of(size, grid, convention, CPU)

@@ -1,7 +1,8 @@
 """What computes an operation: the one place that decides, by `model.backend` and by device.
 
 `model.backend` names what computes the sparse convolution (`get_backend`). It is the one switch: with "torch_dense",
-whose back end is `plain`, PyTorch computes every other operation too (`kernels`).
+whose back end is `plain`, PyTorch computes every other operation too (`kernels`). It is no part of an architecture, but
+set on a network that is built (`use_backend`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import logging
 from functools import lru_cache
 from operator import attrgetter
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import nn
 
 from models.operators import compiled, triton_support
 from models.operators.sparse_conv.backend import Backend
@@ -57,6 +60,18 @@ def get_backend(name: str) -> Backend[Any]:
             _announce(candidate)
         return backend
     raise ValueError(f"model.backend is {name!r}, which is not installed: {missing}") from missing
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def use_backend(network: Network, backend: str | Backend[Any]) -> Network:
+    """The network itself, its operations computed by a back end, given by name or itself; raises as `get_backend`."""
+    backend = get_backend(backend) if isinstance(backend, str) else backend
+    for module in network.modules():
+        if hasattr(module, "backend"):
+            module.backend = backend
+    return network
 
 
 def kernels(operation: str, device_type: str, plain: bool = False) -> ModuleType | None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -119,7 +118,8 @@ def _nearest(
     length = min(1 << math.ceil(math.log2(wanted)), pixels)  # powers of two: few tables serve all densities
     most = _most_tied(points.size, grid, length, convention)
     width = min(neighbours - 1 + most, points.count)
-    kernels = _kernels(device.type, plain)
+    # Triton on a GPU, where PyTorch has to ask the device which nodes to search for; C on a CPU.
+    kernels = dispatch.kernels("nearest points", device.type, plain)
     in_c = kernels is cpu_neighbours
     if kernels is not None and not in_c and geometry.fits_int64 and pixels < 2**31:
         # Twice as long: the kernel reads no further than it must, and is slow where it has to search.
@@ -138,11 +138,6 @@ def _nearest(
     if in_c and (parts := kernels.first_present(points.index, points.size, table, neighbours, width)) is not None:
         return Nearest(*parts[:4]), parts[4]
     return _first_present(points.index, table, neighbours, width, pixels, geometry), None
-
-
-def _kernels(device_type: str, plain: bool) -> ModuleType | None:
-    """The look-up in Triton on a GPU, where PyTorch has to ask the device which nodes to search for; in C on a CPU."""
-    return dispatch.kernels("nearest points", device_type, plain)
 
 
 @lru_cache(maxsize=64)

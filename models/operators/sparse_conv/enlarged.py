@@ -21,8 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusion.coordinates import Size
-from models.operators import compiled
-from models.operators.dispatch import kernels
+from models.operators import compiled, dispatch
 from models.operators.sparse_conv.backend import Span, cell_overlaps, resample_kernel
 
 _BAND = 256  # rows on a CPU: those above and below, which a band computes again, are then few
@@ -97,7 +96,7 @@ def _enlarged(
     kernel_size = weight.shape[-1]
     lattice = (scale, residual, first_row, rows)
     low_rank = _is_product(kernel_size, span) and x.dtype != torch.float64
-    triton_enlarged = kernels("enlarged convolution", x.device.type)
+    triton_enlarged = dispatch.kernels("enlarged convolution", x.device.type)
     if low_rank and triton_enlarged is not None:
         axes = [axis(kernel_size, *lengths, x.device) for lengths in zip(extent, span or (None, None))]
         return triton_enlarged.enlarged(x, weight, *axes, *lattice, band)

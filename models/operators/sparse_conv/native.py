@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from diffusion.coordinates import Points, Size, gather_points, scatter_points
-from models.operators.dispatch import kernels
+from models.operators import dispatch
 from models.operators.sparse_conv import enlarged, pairs
 from models.operators.sparse_conv.backend import (
     Span,
@@ -135,7 +135,7 @@ def engines(x: torch.Tensor, weight: torch.Tensor, plan: NativePlan, groups: int
     if not kernel_gradient and enlarged.pays(weight.shape[-1], plan.extent, plan.span):
         found["enlarged"] = enlarged
     if x.dtype != torch.float64:
-        engine = kernels("convolution", x.device.type)
+        engine = dispatch.kernels("convolution", x.device.type)
         if engine is not None:
             found["kernels"] = engine
     return found
