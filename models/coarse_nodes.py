@@ -38,17 +38,17 @@ class GridNodes:
         points: Points,
         batch: int,
         side: int,
-        neighbours: int,
+        k: int,
         convention: CoordinateConvention,
         device: torch.device,
         plain: bool = False,
     ) -> None:
         self._geometry = (points, batch, (side, side))
-        self._neighbours, self._convention, self._device, self._plain = neighbours, convention, device, plain
+        self._k, self._convention, self._device, self._plain = k, convention, device, plain
 
     def enter(self, h: torch.Tensor) -> torch.Tensor:
         """Features at the points (B, M, C) to nodes (B, U, U, C)."""
-        options = (self._neighbours, self._convention, self._device, self._plain)
+        options = (self._k, self._convention, self._device, self._plain)
         gather = points_to_grid(*self._geometry, *options)
         return gather(h).unflatten(1, self._geometry[2])
 
@@ -60,7 +60,7 @@ class GridNodes:
     def enter_pieces(self, pieces: Iterable[tuple[Window, torch.Tensor]]) -> torch.Tensor:
         """`enter` for a full lattice in pieces: windows that cover it, and features (B, points, C) in each."""
         points, batch, grid = self._geometry
-        geometry = (points, 1, grid, self._neighbours, self._convention, self._device)
+        geometry = (points, 1, grid, self._k, self._convention, self._device)
         gather, read = points_to_grid(*geometry, self._plain), None
         ids = gather.rows  # (E,)
         rows, cols = ids.div(points.size[1], rounding_mode="floor"), ids.remainder(points.size[1])
@@ -111,7 +111,7 @@ class PointNodes:
         batch: int,
         kind: str,
         sides: Sequence[int],
-        neighbours: int,
+        k: int,
         convention: CoordinateConvention,
         device: torch.device,
         plain: bool = False,
@@ -123,7 +123,7 @@ class PointNodes:
             chosen, pyramid = _levels(points, kind, sides, counts, convention, device)
         self.pyramid = pyramid.expand(batch)
         self._chosen = chosen.expand(batch, -1)
-        self._points, self._neighbours, self._convention, self._plain = points, neighbours, convention, plain
+        self._points, self._k, self._convention, self._plain = points, k, convention, plain
         self._nodes = Points(points.size, points.ids(device).gather(1, chosen))
 
     def enter(self, h: torch.Tensor) -> torch.Tensor:
@@ -136,7 +136,7 @@ class PointNodes:
         if self._nodes.count == self._points.count:
             return torch.empty_like(nodes).scatter(1, self._chosen.unsqueeze(2).expand_as(nodes), nodes)
         batch, size = len(nodes), self._points.size
-        geometry = (self._nodes, batch, size, self._neighbours, self._convention, nodes.device)
+        geometry = (self._nodes, batch, size, self._k, self._convention, nodes.device)
         gather = points_to_grid(*geometry, self._plain)
         return (gather if self._points.index is None else gather.some(self._points.index))(nodes)
 

@@ -19,7 +19,7 @@ def _sparse_spec(config: ModelConfig) -> SparseSpec:
         num_blocks=config.num_conv_blocks,
         kernel_size=config.kernel_size,
         depthwise=config.depthwise_sparse,
-        neighbours=config.knn_neighbours,
+        nearest=config.knn_neighbours,
         convention=config.coordinate_convention,
         kernel=config.kernel,
         tile_points=config.tile_points,

@@ -112,7 +112,7 @@ class SparseBlock(nn.Module):
         """Eq. (20), or with a nonlinear kernel a case of eq. (18), at the points."""
         kernel = self.kernel
         if isinstance(kernel, ContinuousKernel):
-            kernel = kernel(plan.lattice or plan.points.size, plan.extent, plan.span)
+            kernel = kernel(plan.lattice or plan.points.size, plan.kernel_shape, plan.span)
             if plan.span is not None:  # it is made for this lattice, not resampled; the density stays
                 plan = replace(plan, span=None, density=plan.inverse_density)
         elif self.second_kernel is not None:

@@ -29,7 +29,7 @@ class SparseSpec:
 
     channels: F. num_blocks: sparse blocks on the way in, and on the way out. kernel_size: side at the training
     lattice, odd.
-    depthwise: one kernel per channel, else full. neighbours: points averaged into a grid node. kernel: what the
+    depthwise: one kernel per channel, else full. nearest: points averaged into a grid node. kernel: what the
     kernel is, in `models.sparse_block.KERNELS`.
     convention: name in `diffusion.coordinates.CONVENTIONS`.
     tile_points: most points of a full lattice whose features are held at once where no gradient is wanted and the nodes
@@ -40,7 +40,7 @@ class SparseSpec:
     num_blocks: int
     kernel_size: int
     depthwise: bool = True
-    neighbours: int = 3
+    nearest: int = 3
     convention: str = "cell_centred"
     kernel: str = "linear"
     tile_points: int = 0
@@ -100,8 +100,8 @@ class SparseDescent(nn.Module):
     def plan(self, x: torch.Tensor, points: Points) -> Plan:
         """What all sparse blocks share in a forward pass."""
         kernel_size = self.sparse_spec.kernel_size
-        extent, span = kernel_window(kernel_size, points.size, self.train_size, self.convention)
-        return self.backend.plan(points, x.shape[0], extent, kernel_size, x.device, span)
+        kernel_shape, span = kernel_window(kernel_size, points.size, self.train_size, self.convention)
+        return self.backend.plan(points, x.shape[0], kernel_shape, kernel_size, x.device, span)
 
     def in_tiles(self, points: Points) -> bool:
         """Whether functions known at these points are too large to be held at once."""
@@ -112,7 +112,7 @@ class SparseDescent(nn.Module):
     def nodes(self, x: torch.Tensor, points: Points) -> GridNodes | PointNodes:
         """The nodes of the inner network for points with features x (B, M, C)."""
         grid, batch = self.grid_spec, x.shape[0]
-        geometry = (self.sparse_spec.neighbours, self.convention, x.device, self.backend.plain)
+        geometry = (self.sparse_spec.nearest, self.convention, x.device, self.backend.plain)
         if grid.nodes == "grid":
             return GridNodes(points, batch, grid.resolution, *geometry)
         return PointNodes(points, batch, grid.nodes, grid.sides, *geometry)
@@ -167,7 +167,7 @@ class SparseUNet(SparseDescent):
         """Prediction (B, M, C_out) at the points.
 
         x: (B, M, C), the noisy function at the points. t: (B,), in thousandths of the process, float. z: (B, D).
-        Raises ValueError when shapes do not fit, when z is missing or not wanted, or with fewer points than neighbours.
+        Raises ValueError when shapes do not fit, z is missing or not wanted, or a node averages more points than there are.
         """
         if (z is None) != (self.z_dim is None) or (z is not None and tuple(z.shape) != (x.shape[0], self.z_dim)):
             given = None if z is None else tuple(z.shape)

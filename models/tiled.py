@@ -96,8 +96,8 @@ def _step(
     network: SparseDescent, block: SparseBlock, h: torch.Tensor, at: Window, lattice: Size, **others: Any
 ) -> tuple[torch.Tensor, Window]:
     spec = network.sparse_spec
-    extent, span = kernel_window(spec.kernel_size, lattice, network.train_size, network.convention)
-    plan = network.backend.plan(Points(at.size), h.shape[0], extent, spec.kernel_size, h.device, span)
+    kernel_shape, span = kernel_window(spec.kernel_size, lattice, network.train_size, network.convention)
+    plan = network.backend.plan(Points(at.size), h.shape[0], kernel_shape, spec.kernel_size, h.device, span)
     known = at.shrunk(_reach(network, lattice), lattice)
     return known.cut(block(h, replace(plan, lattice=lattice), **others), at), known
 
@@ -105,8 +105,8 @@ def _step(
 def _reach(network: SparseDescent, lattice: Size) -> Size:
     """How far a block sees, along each axis."""
     kernel_size = network.sparse_spec.kernel_size
-    extent, _ = kernel_window(kernel_size, lattice, network.train_size, network.convention)
-    return _times(network.down_blocks[0].convolutions, (extent[0] // 2, extent[1] // 2))
+    kernel_shape, _ = kernel_window(kernel_size, lattice, network.train_size, network.convention)
+    return _times(network.down_blocks[0].convolutions, (kernel_shape[0] // 2, kernel_shape[1] // 2))
 
 
 def _times(factor: int, margin: Size) -> Size:

@@ -10,7 +10,7 @@ from diffusion.coordinates import Points
 from models.grid_unet import GridBlock, GridSpec
 from models.layers import Attention, Modulation, latent_sinusoidal_features, sinusoidal_features
 from models.operators.pointwise.norm_mlp import modulate
-from models.operators.sparse_conv.backend import lattice_extent
+from models.operators.sparse_conv.backend import resampled_shape
 from models.sparse_block import SparseBlock
 
 CPU = torch.device("cpu")
@@ -95,7 +95,7 @@ def block_and_inputs(**options):
     index = torch.stack([torch.randperm(35)[:14] for _ in range(2)])
     x = torch.randn(2, 14, 6, dtype=torch.float64, requires_grad=True)
     points = Points(size, index)
-    return block, x, block.backend.plan(points, 2, lattice_extent(3, size, train_size), 3, CPU)
+    return block, x, block.backend.plan(points, 2, resampled_shape(3, size, train_size), 3, CPU)
 
 
 def test_sparse_block_by_its_equations():

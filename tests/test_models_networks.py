@@ -54,7 +54,7 @@ def inputs(batch, points, channels=3, z_dim=5):
     return torch.randn(batch, points.count, channels), torch.linspace(0, 999, batch), z
 
 
-FULL_KERNELS = SparseSpec(6, 1, 5, depthwise=False, neighbours=5)
+FULL_KERNELS = SparseSpec(6, 1, 5, depthwise=False, nearest=5)
 REFERENCE = SparseSpec(6, 1, 3, convention="reference")
 
 

@@ -35,7 +35,7 @@ def points(size: tuple[int, int], subset: bool) -> Points:
 
 
 def networks(conv_type: str, convention: str, depthwise: bool) -> tuple[SparseUNet, SparseEncoder]:
-    sparse = SparseSpec(6, 2, 5, depthwise, neighbours=3, convention=convention)
+    sparse = SparseSpec(6, 2, 5, depthwise, nearest=3, convention=convention)
     grid = GridSpec(8, 6, (1, 2), (1, 2), attention_resolutions=(4,), conv_type=conv_type)
     network = SparseUNet(3, 3, (16, 16), sparse, grid, time_dim=8, z_dim=5)
     encoder = SparseEncoder(3, 5, (16, 16), sparse, grid, stochastic=True)

@@ -24,7 +24,7 @@ CASES = [  # the back end and other changes, lattice, most points
     ({"convention": "reference"}, (37, 60), 900),
     ({"kernel": "nonlinear", "num_blocks": 1}, (33, 48), 640),
     ({"kernel": "continuous"}, (64, 40), 1000),
-    ({"depthwise": False, "neighbours": 5}, (50, 32), 640),
+    ({"depthwise": False, "nearest": 5}, (50, 32), 640),
 ]
 
 

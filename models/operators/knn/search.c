@@ -16,17 +16,17 @@
 /* before, counts: (batch * nodes), the present pixels nearer than the K-th (K >= 1), and these with all that share with
    it, `width` at most. counts[n] is 0 where the row of the table does not tell. */
 void infty_nearest_count(const int32_t *map, const int64_t *ids, const int64_t *begins, const int64_t *ends,
-                         int64_t batch, int64_t pixels, int64_t nodes, int64_t length, int64_t neighbours,
+                         int64_t batch, int64_t pixels, int64_t nodes, int64_t length, int64_t k,
                          int64_t width, int64_t *before, int64_t *counts) {
 #pragma omp parallel for
     for (int64_t n = 0; n < batch * nodes; n++) {
         NODE(n)
         int64_t seen = 0, column = 0;
-        while (column < length && seen < neighbours) seen += PRESENT(column++);
+        while (column < length && seen < k) seen += PRESENT(column++);
         const int64_t kth = row + column - 1, end = ends[kth];
         before[n] = seen;
         counts[n] = 0;
-        if (seen < neighbours || end > length) continue;
+        if (seen < k || end > length) continue;
         for (int64_t c = begins[kth]; c < column; c++) before[n] -= PRESENT(c);
         for (; column < end; column++) seen += PRESENT(column);
         counts[n] = seen < width ? seen : width;
@@ -36,12 +36,12 @@ void infty_nearest_count(const int32_t *map, const int64_t *ids, const int64_t *
 /* Entries first[n] .. first[n + 1], nearest first: pixel ids, their rows, squared distances and shares. */
 void infty_nearest_fill(const int32_t *map, const int64_t *ids, const float *distances, const int64_t *before,
                         const int64_t *first, int64_t batch, int64_t pixels, int64_t nodes, int64_t length,
-                        int64_t neighbours, int64_t *found, int64_t *rows, float *squared, float *shares) {
+                        int64_t k, int64_t *found, int64_t *rows, float *squared, float *shares) {
 #pragma omp parallel for
     for (int64_t n = 0; n < batch * nodes; n++) {
         NODE(n)
         const int64_t tied = first[n] + before[n], last = first[n + 1];
-        const float share = (float)(neighbours - before[n]) / (float)(last - tied);
+        const float share = (float)(k - before[n]) / (float)(last - tied);
         int64_t entry = first[n];
         for (int64_t c = 0; entry < last; c++) { /* written first, counted if present: no branch */
             found[entry] = ids[row + c];

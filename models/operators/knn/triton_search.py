@@ -1,9 +1,9 @@
-"""Exact nearest present pixels of every grid node on a GPU, in Triton: the look-up of `neighbours` without the host.
+"""Exact nearest present pixels of every grid node on a GPU, in Triton: the look-up of `search` without the host.
 
 A program walks the tables of a block of nodes of one image until each has K present pixels and those tied with the
 last. A node whose table runs out is searched for among all points of its image by the same program, by the same order:
 (distance, pixel id) in exact integers. So nothing is read back from the device. Letters: B batch, M points, Q nodes,
-K neighbours, W width of the gather, L length of the table.
+K nearest points, W width of the gather, L length of the table.
 """
 
 from __future__ import annotations
@@ -144,12 +144,12 @@ def nearest_present(
     ends: torch.Tensor,
     axes: Sequence[torch.Tensor],
     denominator: int,
-    neighbours: int,
+    k: int,
     width: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """What every node takes of the pixels `index` (B, M), at most W of them, for K ≤ W ≤ M and H·W < 2³¹.
 
-    table, ends: int32 (L, Q), the table of `neighbours` transposed; L may be 0. axes: int64 positions of pixel rows
+    table, ends: int32 (L, Q), `pixel_order.PixelTable` transposed; L may be 0. axes: int64 positions of pixel rows
     (H,), pixel columns (W,), node rows and node columns over the common `denominator`.
     Returns pixel ids and places in the list of points, int64 (B, Q, W), and squared distances and shares, float32
     (B, Q, W).
@@ -160,18 +160,18 @@ def nearest_present(
     order = torch.arange(points, dtype=torch.int32, device=index.device).expand(batch, -1)
     present = torch.full((batch, height * columns), -1, dtype=torch.int32, device=index.device)
     present.scatter_(1, index, order)
-    found = _outputs(index, table, ends, axes, denominator, neighbours, width)
+    found = _outputs(index, table, ends, axes, denominator, k, width)
     with torch.cuda.device_of(index):
         nearest_kernel[(batch * triton.cdiv(nodes, _NODES),)](
             *found, index, present, table, ends, *axes,
             points, nodes, length, height * columns, columns, grid_width, float(denominator),
-            K=neighbours, WIDTH=width, NODES=_NODES, STEPS=_STEPS, POINTS=_POINTS, num_warps=1,
+            K=k, WIDTH=width, NODES=_NODES, STEPS=_STEPS, POINTS=_POINTS, num_warps=1,
         )  # fmt: skip
     return found
 
 
 @nearest_present.register_fake
-def _outputs(index, table, ends, axes, denominator, neighbours, width):
+def _outputs(index, table, ends, axes, denominator, k, width):
     shape = (index.shape[0], table.shape[1], width)
     numbers = (torch.int64, torch.int64, torch.float32, torch.float32)
     return tuple(index.new_empty(shape, dtype=dtype) for dtype in numbers)

@@ -8,7 +8,7 @@ done along each axis, K' = Uᵀ K V with U (k, k'_h) and V (k, k'_w), so that
 is k short filters along rows, k² multiplications and k short filters along columns: 2 k'_h + k² + 2 k'_w multiply-adds,
 as U and V have two nonzeros per column, in rows next to each other, instead of k'_h·k'_w. The gradient of x is the same
 with K turned by 180°, as U and V are symmetric. The lattice is worked off in bands of rows, which bounds what is held
-besides x and out. Letters: B batch, C channels, H × W lattice, k kernel side, k' extent.
+besides x and out. Letters: B batch, C channels, H × W lattice, k kernel size, k'_h × k'_w shape of the enlarged kernel.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ _TASKS = 4  # of each thread, at least, so that none waits long for the last
 _COLUMNS, _BLOCK, _LANES = 16, 8, 16  # of enlarged.c
 
 
-def pays(kernel_size: int, extent: Size, span: Span | None = None) -> bool:
+def pays(kernel_size: int, kernel_shape: Size, span: Span | None = None) -> bool:
     """Whether the product takes fewer multiply-adds than the direct convolution; CPUs then take no longer for it."""
-    return _is_product(kernel_size, span) and 2 * (extent[0] + extent[1]) + kernel_size**2 < extent[0] * extent[1]
+    return (
+        _is_product(kernel_size, span)
+        and 2 * (kernel_shape[0] + kernel_shape[1]) + kernel_size**2 < kernel_shape[0] * kernel_shape[1]
+    )
 
 
 def _is_product(kernel_size: int, span: Span | None) -> bool:
@@ -42,7 +45,7 @@ def _is_product(kernel_size: int, span: Span | None) -> bool:
 def enlarged(
     x: torch.Tensor,
     weight: torch.Tensor,
-    extent: Size,
+    kernel_shape: Size,
     scale: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     *,
@@ -53,8 +56,8 @@ def enlarged(
 ) -> torch.Tensor:
     """out of the module's equation, with zeros outside the lattice: (B, rows, W, C) in the dtype of x.
 
-    x: (B, H, W, C). weight: (C, k, k), of the training lattice. extent: (k'_h, k'_w), odd, of any size; span: as for
-    `resample_kernel`. scale: float32 (H, W) or (H·W,); residual: like x; None for neither. first_row, rows: the rows of
+    x: (B, H, W, C). weight: (C, k, k), of the training lattice. kernel_shape: (k'_h, k'_w), odd, of any size. span: as
+    for `resample_kernel`. scale: float32 (H, W) or (H·W,); residual: like x; None for neither. first_row, rows: the rows of
     out to compute, by default all. band: how many at a time, by default what the device does well. Sums are taken in
     float32, for float64 in float64. Differentiable in x and residual where all rows are computed.
     Raises ValueError for other shapes, and where any other gradient is required.
@@ -63,8 +66,8 @@ def enlarged(
     kernel_size = weight.shape[-1]
     if tuple(weight.shape) != (channels, kernel_size, kernel_size) or kernel_size % 2 == 0:
         raise ValueError(f"weight is of shape {tuple(weight.shape)}; it must be ({channels}, k, k) with k odd")
-    if any(side < 1 or side % 2 == 0 for side in extent):
-        raise ValueError(f"extent is {tuple(extent)}; both sides must be odd and positive")
+    if any(side < 1 or side % 2 == 0 for side in kernel_shape):
+        raise ValueError(f"kernel_shape is {tuple(kernel_shape)}; both sides must be odd and positive")
     if scale is not None and scale.numel() != height * width:
         raise ValueError(f"scale is of shape {tuple(scale.shape)}; it must be ({height}, {width})")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
@@ -78,14 +81,14 @@ def enlarged(
     if torch.is_grad_enabled() and (weight.requires_grad or (wanted and rows < height)):
         raise ValueError("the enlarged convolution has no gradient of its kernel or of some rows; convolve directly")
     scale = None if scale is None else scale.view(height, width)
-    return _enlarged(x, weight, extent, scale, residual, first_row, rows, band, span)
+    return _enlarged(x, weight, kernel_shape, scale, residual, first_row, rows, band, span)
 
 
 @torch.library.custom_op("infty_diff::enlarged", mutates_args=())
 def _enlarged(
     x: torch.Tensor,
     weight: torch.Tensor,
-    extent: Sequence[int],
+    kernel_shape: Sequence[int],
     scale: torch.Tensor | None,
     residual: torch.Tensor | None,
     first_row: int,
@@ -98,22 +101,22 @@ def _enlarged(
     low_rank = _is_product(kernel_size, span) and x.dtype != torch.float64
     triton_enlarged = dispatch.kernels("enlarged convolution", x.device.type)
     if low_rank and triton_enlarged is not None:
-        axes = [axis(kernel_size, *lengths, x.device) for lengths in zip(extent, span or (None, None))]
+        axes = [axis(kernel_size, *lengths, x.device) for lengths in zip(kernel_shape, span or (None, None))]
         return triton_enlarged.enlarged(x, weight, *axes, *lattice, band)
     low_rank = low_rank and x.device.type == "cpu" and compiled.library() is not None
     if low_rank and x.dtype == torch.float32:
-        return _compiled(x, first_row, rows, weight, extent, scale, residual, band, span=span)
-    convolve = partial(_compiled if low_rank else _direct, weight=weight, extent=extent, span=span)
-    return _in_bands(convolve, extent[0] // 2, x, *lattice, band or _BAND)
+        return _compiled(x, first_row, rows, weight, kernel_shape, scale, residual, band, span=span)
+    convolve = partial(_compiled if low_rank else _direct, weight=weight, kernel_shape=kernel_shape, span=span)
+    return _in_bands(convolve, kernel_shape[0] // 2, x, *lattice, band or _BAND)
 
 
 @_enlarged.register_fake
-def _(x, weight, extent, scale, residual, first_row, rows, band, span=None):
+def _(x, weight, kernel_shape, scale, residual, first_row, rows, band, span=None):
     return x.new_empty(x.shape[0], rows, *x.shape[2:])
 
 
 def _save(ctx, inputs, output):
-    _, weight, ctx.extent, scale, residual, _, _, ctx.band, ctx.span = inputs
+    _, weight, ctx.kernel_shape, scale, residual, _, _, ctx.band, ctx.span = inputs
     ctx.save_for_backward(weight, scale)
     ctx.has_residual = residual is not None
 
@@ -121,7 +124,7 @@ def _save(ctx, inputs, output):
 def _gradients(ctx, gradient):
     weight, scale = ctx.saved_tensors
     scaled = gradient if scale is None else gradient * scale.unsqueeze(2).to(gradient.dtype)
-    dx = _enlarged(scaled, weight.flip(1, 2), ctx.extent, None, None, 0, gradient.shape[1], ctx.band, ctx.span)
+    dx = _enlarged(scaled, weight.flip(1, 2), ctx.kernel_shape, None, None, 0, gradient.shape[1], ctx.band, ctx.span)
     return dx, None, None, None, gradient if ctx.has_residual else None, None, None, None, None
 
 
@@ -129,21 +132,21 @@ _enlarged.register_autograd(_gradients, setup_context=_save)
 
 
 @lru_cache(maxsize=64)
-def axis(kernel_size: int, extent: int, span: float | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def axis(kernel_size: int, taps: int, span: float | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """U of the module, what `resample_kernel` does along one axis, float32 (k, k'), and its segments, int64 (k,).
 
     Columns first[i] to first[i + 1] of U are zero but in the rows i and i + 1; the last of `first` is k'.
     """
     if span is None:
         identity = torch.eye(kernel_size, dtype=torch.float64)
-        weights = F.interpolate(identity[None], size=extent, mode="linear", align_corners=False)[0]
+        weights = F.interpolate(identity[None], size=taps, mode="linear", align_corners=False)[0]
         # Column t lies at (t + 1/2)·k/k' − 1/2 between the rows, which is at least i from (k'·(2i + 1) − k) / 2k on.
-        inner = [-((kernel_size - extent * (2 * i + 1)) // (2 * kernel_size)) for i in range(1, kernel_size - 1)]
+        inner = [-((kernel_size - taps * (2 * i + 1)) // (2 * kernel_size)) for i in range(1, kernel_size - 1)]
     else:
-        weights = cell_overlaps(kernel_size, extent, span, device)
+        weights = cell_overlaps(kernel_size, taps, span, device)
         # Cell t begins at t − k'/2, cell i of the kernel at i·s/k − s/2.
-        inner = [math.ceil(i * span / kernel_size + (extent - span) / 2) for i in range(1, kernel_size - 1)]
-    return weights.float().to(device), torch.tensor([0, *inner, extent], device=device)
+        inner = [math.ceil(i * span / kernel_size + (taps - span) / 2) for i in range(1, kernel_size - 1)]
+    return weights.float().to(device), torch.tensor([0, *inner, taps], device=device)
 
 
 def _compiled(
@@ -151,7 +154,7 @@ def _compiled(
     first_row: int,
     rows: int,
     weight: torch.Tensor,
-    extent: Size,
+    kernel_shape: Size,
     scale: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     band: int | None = None,
@@ -162,16 +165,16 @@ def _compiled(
     x, weight = x.contiguous(), weight.float().contiguous()
     scale, residual = (None if tensor is None else tensor.contiguous() for tensor in (scale, residual))
     axes = []
-    for side, covered in zip(extent, span or (None, None)):
+    for side, covered in zip(kernel_shape, span or (None, None)):
         weights, first = axis(kernel_size, side, covered, x.device)
         axes += [side, first, weights]
     threads, columns = torch.get_num_threads(), -(-width // _COLUMNS)
     # Bands compute the rows around them again: no more than the threads need, and each higher than its surroundings.
-    bands = min(-(-_TASKS * threads // (batch * columns)), rows // (2 * extent[0]))
+    bands = min(-(-_TASKS * threads // (batch * columns)), rows // (2 * kernel_shape[0]))
     band = min(band or -(-rows // max(bands, 1)), rows)
     slices = -(-channels // _LANES)
-    held = (extent[0] + _BLOCK - 1) * _COLUMNS + kernel_size**2  # of a slice
-    blocks = (2 * kernel_size + 1) * _COLUMNS + extent[1] - 1 + slices * held
+    held = (kernel_shape[0] + _BLOCK - 1) * _COLUMNS + kernel_size**2  # of a slice
+    blocks = (2 * kernel_size + 1) * _COLUMNS + kernel_shape[1] - 1 + slices * held
     work = torch.empty(threads, blocks * _LANES)
     out = x.new_empty(batch, rows, width, channels)
     sizes = (batch, height, width, channels, kernel_size, first_row, rows, band)
@@ -180,11 +183,11 @@ def _compiled(
 
 
 def _direct(
-    x: torch.Tensor, first_row: int, rows: int, weight: torch.Tensor, extent: Size, span: Sequence[float] | None
+    x: torch.Tensor, first_row: int, rows: int, weight: torch.Tensor, kernel_shape: Size, span: Sequence[float] | None
 ) -> torch.Tensor:
     """`conv2d` with the resampled kernel: in PyTorch the product of low rank is slower, its parts leave the caches."""
-    kernel = resample_kernel(weight.to(x.dtype).unsqueeze(1), extent, span)  # (C, 1, k'_h, k'_w)
-    padding = (extent[0] // 2, extent[1] // 2)
+    kernel = resample_kernel(weight.to(x.dtype).unsqueeze(1), kernel_shape, span)  # (C, 1, k'_h, k'_w)
+    padding = (kernel_shape[0] // 2, kernel_shape[1] // 2)
     out = F.conv2d(x.permute(0, 3, 1, 2), kernel, padding=padding, groups=len(weight))
     return out.permute(0, 2, 3, 1)[:, first_row : first_row + rows]
 

@@ -31,7 +31,7 @@ from models.operators.sparse_conv.torch_dense import TorchDenseBackend
 
 # Part of the largest number; TF32, which libraries use for float32 on GPUs, stays below, a wrong order far above.
 _TOLERANCE = 1e-2
-_SIZE, _EXTENT, _CHANNELS = (6, 7), (3, 5), 8  # of the example
+_SIZE, _KERNEL_SHAPE, _CHANNELS = (6, 7), (3, 5), 8  # of the example
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,7 @@ class LibraryBackend(ABC):
         """Import the library and find out what it can do."""
 
     @abstractmethod
-    def _geometry(self, coordinates: torch.Tensor, batch: int, size: Size, extent: Size) -> Any:
+    def _geometry(self, coordinates: torch.Tensor, batch: int, size: Size, kernel_shape: Size) -> Any:
         """What the library keeps of the points. `coordinates`: int32 (N, 3), (image, row, column), by image."""
 
     @abstractmethod
@@ -95,7 +95,7 @@ class LibraryBackend(ABC):
         self,
         points: Points,
         batch: int,
-        extent: Size,
+        kernel_shape: Size,
         kernel_size: int,
         device: torch.device,
         span: Span | None = None,
@@ -109,9 +109,9 @@ class LibraryBackend(ABC):
         rows, cols = points.rows_cols(device)
         image = torch.arange(batch, device=device)[:, None]
         coordinates = torch.stack(torch.broadcast_tensors(image, rows, cols), dim=2).flatten(0, 1).int()  # (N, 3)
-        geometry = self._geometry(coordinates, batch, points.size, extent)
-        density = inverse_density(points, extent, kernel_size, device, span)
-        return LibraryPlan(points, batch, extent, density, geometry, span=span)
+        geometry = self._geometry(coordinates, batch, points.size, kernel_shape)
+        density = inverse_density(points, kernel_shape, kernel_size, device, span)
+        return LibraryPlan(points, batch, kernel_shape, density, geometry, span=span)
 
     def conv(
         self,
@@ -127,10 +127,10 @@ class LibraryBackend(ABC):
         if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device_type)
         inner = dtype if dtype in self.dtypes else torch.float32
-        kernel = resample_kernel(weight, plan.extent, plan.span).to(inner)
+        kernel = resample_kernel(weight, plan.kernel_shape, plan.span).to(inner)
         with torch.autocast(device_type, enabled=False):  # the libraries' own rules for it differ
             rows = x.flatten(0, 1).to(inner)
-            if plan.extent == (1, 1):  # each library has another layout for this one
+            if plan.kernel_shape == (1, 1):  # each library has another layout for this one
                 taps = kernel.flatten(1)  # (C_out, C/groups)
                 out = rows * taps[:, 0] if depthwise else rows @ taps.t()
             else:
@@ -162,7 +162,7 @@ def check_conventions(backend: LibraryBackend) -> None:
     generator = stream(0, Purpose.SELF_CHECK)
     index = torch.stack([torch.randperm(_SIZE[0] * _SIZE[1], generator=generator)[:15] for _ in range(2)])
     for groups in (1, _CHANNELS) if backend.depthwise else (1,):
-        weight = torch.randn(_CHANNELS, _CHANNELS // groups, *_EXTENT, generator=generator)
+        weight = torch.randn(_CHANNELS, _CHANNELS // groups, *_KERNEL_SHAPE, generator=generator)
         x, dout = (torch.randn(2, index.shape[1], _CHANNELS, generator=generator) for _ in range(2))
         inputs = (index, x, weight, dout, groups)
         expected = _example(TorchDenseBackend(), "cpu", True, *inputs)
@@ -195,7 +195,7 @@ def _example(
     with torch.inference_mode(False), torch.set_grad_enabled(gradients), torch.autocast(device_type, enabled=False):
         index, dout = index.to(device_type), dout.to(device_type)
         x, weight = (tensor.to(device_type, copy=True).requires_grad_(gradients) for tensor in (x, weight))
-        plan = backend.plan(Points(_SIZE, index), len(index), _EXTENT, 3, index.device)
+        plan = backend.plan(Points(_SIZE, index), len(index), _KERNEL_SHAPE, 3, index.device)
         out = backend.conv(x, weight, plan, groups)
         found = (out, *torch.autograd.grad(out, (x, weight), dout)) if gradients else (out,)
     return tuple(tensor.detach().cpu() for tensor in found)

@@ -38,7 +38,7 @@ def _place(rows, length, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=_ROWS)
 def filter_kernel(
     ring, x, kernel, interpolation, segments, first_row, rows, slots, height, length, channels,
-    K: tl.constexpr, EXTENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Σ_j K[i, j] Σ_s V[j, s] x(y, · + s) for the rows y from first_row on: into slot y % slots of (B, slots, k, N)."""
     image, group, lane = _place(rows, length, ROWS, BLOCK)
@@ -51,9 +51,9 @@ def filter_kernel(
         following = (zero,) * ROWS
         if j + 1 < K:
             for s in range(tl.load(segments + j), tl.load(segments + j + 1)):
-                near = tl.load(interpolation + j * EXTENT + s)
-                far = tl.load(interpolation + (j + 1) * EXTENT + s)
-                place = lane + (s - EXTENT // 2) * channels
+                near = tl.load(interpolation + j * TAPS + s)
+                far = tl.load(interpolation + (j + 1) * TAPS + s)
+                place = lane + (s - TAPS // 2) * channels
                 inside = (place >= 0) & (place < length)
                 new_here, new_following = (), ()
                 for r in tl.static_range(ROWS):
@@ -79,7 +79,7 @@ def filter_kernel(
 @triton.jit(do_not_specialize=_ROWS)
 def spread_kernel(
     out, ring, interpolation, segments, scale, residual, first_row, rows, start, end, slots, height, length, channels,
-    K: tl.constexpr, EXTENT: tl.constexpr, SCALED: tl.constexpr, RESIDUAL: tl.constexpr,
+    K: tl.constexpr, TAPS: tl.constexpr, SCALED: tl.constexpr, RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows start to end of out: Σ_i Σ_t U[i, t] · row t − k'_h // 2 below of the i-th in `ring`, scale, residual.
@@ -88,10 +88,10 @@ def spread_kernel(
     """
     image, group, lane = _place(end - start, length, ROWS, BLOCK)
     top = start + group * ROWS
-    above = top - EXTENT // 2
-    last = tl.minimum(end + EXTENT // 2, height)  # rows from here on are outside the lattice, or not in the ring
+    above = top - TAPS // 2
+    last = tl.minimum(end + TAPS // 2, height)  # rows from here on are outside the lattice, or not in the ring
     exists = lane < length
-    stride: tl.constexpr = EXTENT + 2 * (ROWS - 1)
+    stride: tl.constexpr = TAPS + 2 * (ROWS - 1)
     sums = (tl.zeros((BLOCK,), tl.float32),) * ROWS
     for i in tl.static_range(K):
         # Row i of U reaches over two segments; t is the tap that the uppermost row of the program takes.
@@ -134,10 +134,10 @@ def enlarged(
     """
     batch, height, width, channels = x.shape
     (vertical, vertical_first), (horizontal, horizontal_first) = vertical, horizontal
-    (kernel_size, extent_h), extent_w, length = vertical.shape, horizontal.shape[1], width * channels
+    (kernel_size, kernel_h), kernel_w, length = vertical.shape, horizontal.shape[1], width * channels
     vertical_first, horizontal_first = vertical_first.int(), horizontal_first.int()
     x, kernel = x.contiguous(), weight.float().permute(1, 2, 0).contiguous()  # (k, k, C)
-    reach = extent_h // 2
+    reach = kernel_h // 2
     if band is None:
         band = max(_RING // (batch * kernel_size * length * 4), _SPREAD_ROWS, reach)
     band = min(band, rows)
@@ -155,13 +155,13 @@ def enlarged(
             if last > filtered:
                 filter_kernel[_grid(batch, last - filtered, length, _FILTER_ROWS, _FILTER_BLOCK)](
                     ring, x, kernel, horizontal, horizontal_first, filtered, last - filtered, slots, height, length,
-                    channels, K=kernel_size, EXTENT=extent_w, ROWS=_FILTER_ROWS, BLOCK=_FILTER_BLOCK,
+                    channels, K=kernel_size, TAPS=kernel_w, ROWS=_FILTER_ROWS, BLOCK=_FILTER_BLOCK,
                 )  # fmt: skip
                 filtered = last
             spread_kernel[_grid(batch, end - start, length, _SPREAD_ROWS, _SPREAD_BLOCK)](
                 out, ring, padded, vertical_first, scaled, added, first_row, rows, start, end, slots, height, length,
                 channels,
-                K=kernel_size, EXTENT=extent_h, SCALED=scale is not None, RESIDUAL=residual is not None,
+                K=kernel_size, TAPS=kernel_h, SCALED=scale is not None, RESIDUAL=residual is not None,
                 ROWS=_SPREAD_ROWS, BLOCK=_SPREAD_BLOCK,
             )  # fmt: skip
     return out

@@ -9,10 +9,10 @@ import torch
 import sparse_libraries as stand_ins
 from diffusion.coordinates import Points
 from models.operators.dispatch import get_backend, use_backend
-from models.operators.sparse_conv.backend import lattice_extent
+from models.operators.sparse_conv.backend import resampled_shape
 from models.operators.sparse_conv.library import LibraryBackend, check_conventions
 from models.sparse_block import SparseBlock
-from test_models_operators import one_rounding
+from test_sparse_conv import one_rounding
 
 CPU = torch.device("cpu")
 LIBRARIES = ("torchsparse", "spconv")
@@ -65,7 +65,7 @@ def both(backend, device, case, groups, c_out, *, gradients=True, dtype=torch.fl
     index = None
     if count is not None:
         index = torch.stack([torch.randperm(total, generator=generator)[:count] for _ in range(batch)])
-    extent = lattice_extent(kernel_size, size, train_size)
+    kernel_shape = resampled_shape(kernel_size, size, train_size)
     shapes = [
         (batch, count or total, channels),
         (c_out, channels // groups, kernel_size, kernel_size),
@@ -77,7 +77,7 @@ def both(backend, device, case, groups, c_out, *, gradients=True, dtype=torch.fl
     for who, where in ((backend, device), (get_backend("torch_dense"), CPU)):
         inputs = [tensor.to(where, copy=True).requires_grad_(gradients) for tensor in (x, weight, residual)]
         points = Points(size, None if index is None else index.to(where))
-        plan = who.plan(points, batch, extent, kernel_size, where)
+        plan = who.plan(points, batch, kernel_shape, kernel_size, where)
         out = None
         for _ in range(2):  # the second call finds the neighbours where the first left them
             out = who.conv(inputs[0], inputs[1], plan, groups, residual=inputs[2])

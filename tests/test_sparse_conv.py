@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from diffusion.coordinates import Points, gather_points, image_to_points
 from models.operators import dispatch
 from models.operators.dispatch import AUTOMATIC, get_backend
-from models.operators.sparse_conv.backend import kernel_extent, lattice_extent, resample_kernel, window_counts
+from models.operators.sparse_conv.backend import resample_kernel, resampled_shape, resampled_size, window_counts
 
 CPU = torch.device("cpu")
 
 
-def convolve_in_loops(x, weight, points, extent, kernel_size, groups):
+def convolve_in_loops(x, weight, points, kernel_shape, kernel_size, groups):
     """k² / count · Σ over present pixels of the window, point by point."""
     height, width = points.size
-    weight = resample_kernel(weight, extent)
+    weight = resample_kernel(weight, kernel_shape)
     ids = points.ids().expand(x.shape[0], -1).tolist()
     c_out, per_group = weight.shape[0], weight.shape[1]
     out = torch.zeros(x.shape[0], points.count, c_out, dtype=x.dtype)
@@ -25,9 +25,9 @@ def convolve_in_loops(x, weight, points, extent, kernel_size, groups):
         position = {pixel: m for m, pixel in enumerate(item)}
         for m, pixel in enumerate(item):
             count = 0
-            for i in range(extent[0]):
-                for j in range(extent[1]):
-                    row, col = pixel // width + i - extent[0] // 2, pixel % width + j - extent[1] // 2
+            for i in range(kernel_shape[0]):
+                for j in range(kernel_shape[1]):
+                    row, col = pixel // width + i - kernel_shape[0] // 2, pixel % width + j - kernel_shape[1] // 2
                     there = position.get(row * width + col) if 0 <= row < height and 0 <= col < width else None
                     if there is None:
                         continue
@@ -57,12 +57,12 @@ def test_convolution_is_its_definition(name, depthwise, size, train_size, kernel
     groups = channels if depthwise else 1
     total = size[0] * size[1]
     index = None if count is None else torch.stack([torch.randperm(total)[:count] for _ in range(batch)])
-    points, extent = Points(size, index), lattice_extent(kernel_size, size, train_size)
+    points, kernel_shape = Points(size, index), resampled_shape(kernel_size, size, train_size)
     x = torch.randn(batch, points.count, channels, dtype=torch.float64)
     weight = torch.randn(channels, channels // groups, kernel_size, kernel_size, dtype=torch.float64)
     backend = get_backend(name)
-    plan = backend.plan(points, batch, extent, kernel_size, CPU)
-    expected = convolve_in_loops(x, weight, points, extent, kernel_size, groups)
+    plan = backend.plan(points, batch, kernel_shape, kernel_size, CPU)
+    expected = convolve_in_loops(x, weight, points, kernel_shape, kernel_size, groups)
     torch.testing.assert_close(backend.conv(x, weight, plan, groups), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(backend.conv(x, weight, plan, groups, residual=x), x + expected, rtol=1e-5, atol=1e-6)
 
@@ -94,34 +94,34 @@ def test_the_density_is_not_rounded_in_half_precision(name, dtype, autocast):
     one_rounding(get_backend(name), dtype, autocast)
 
 
-@pytest.mark.parametrize(("size", "extent"), [((5, 8), (3, 7)), ((4, 4), (13, 13)), ((1, 6), (3, 5))])
-def test_counts_are_a_convolution_of_ones(size, extent):
+@pytest.mark.parametrize(("size", "kernel_shape"), [((5, 8), (3, 7)), ((4, 4), (13, 13)), ((1, 6), (3, 5))])
+def test_counts_are_a_convolution_of_ones(size, kernel_shape):
     total = size[0] * size[1]
     index = torch.stack([torch.randperm(total)[: max(total // 3, 1)] for _ in range(3)])
-    box, padding = torch.ones(1, 1, *extent), (extent[0] // 2, extent[1] // 2)
+    box, padding = torch.ones(1, 1, *kernel_shape), (kernel_shape[0] // 2, kernel_shape[1] // 2)
     for points in (Points(size), Points(size, index)):
         present = torch.zeros(3, total).scatter(1, points.ids().expand(3, -1), 1.0).view(3, 1, *size)
         counts = gather_points(F.conv2d(present, box, padding=padding), points).squeeze(2)
-        assert torch.equal(window_counts(points, extent, CPU).expand(3, -1).float(), counts)
+        assert torch.equal(window_counts(points, kernel_shape, CPU).expand(3, -1).float(), counts)
 
 
 def test_extents_follow_each_axis():
-    assert [kernel_extent(7, n, 32) for n in (16, 32, 64, 128)] == [3, 7, 13, 29]
-    assert [kernel_extent(3, n, 16) for n in (4, 16, 32, 64)] == [3, 3, 5, 13]
-    assert kernel_extent(1, 32, 32) == 1
-    assert lattice_extent(7, (64, 32), (32, 32)) == (13, 7)
-    assert lattice_extent(7, (32, 96), (32, 64)) == (7, 11)
+    assert [resampled_size(7, n, 32) for n in (16, 32, 64, 128)] == [3, 7, 13, 29]
+    assert [resampled_size(3, n, 16) for n in (4, 16, 32, 64)] == [3, 3, 5, 13]
+    assert resampled_size(1, 32, 32) == 1
+    assert resampled_shape(7, (64, 32), (32, 32)) == (13, 7)
+    assert resampled_shape(7, (32, 96), (32, 64)) == (7, 11)
     for n in range(1, 200):
-        assert kernel_extent(5, n, 40) % 2 == 1
+        assert resampled_size(5, n, 40) % 2 == 1
 
 
 def test_constant_functions_do_not_notice_thinning_or_resolution():
     """The result for a constant depends on the kernel alone, at the border too, whatever the points and the lattice."""
     backend, weight = get_backend("torch_dense"), torch.full((1, 1, 7, 7), 0.02)
     for size in ((16, 16), (32, 16), (24, 40)):
-        extent = lattice_extent(7, size, (16, 16))
+        kernel_shape = resampled_shape(7, size, (16, 16))
         for points in (Points(size), Points(size, torch.randperm(size[0] * size[1])[:60].unsqueeze(0))):
-            plan = backend.plan(points, 1, extent, 7, CPU)
+            plan = backend.plan(points, 1, kernel_shape, 7, CPU)
             out = backend.conv(torch.ones(1, points.count, 1), weight, plan, 1)
             torch.testing.assert_close(out, torch.full_like(out, 49 * 0.02))
 
