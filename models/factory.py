@@ -6,6 +6,7 @@ from torch import nn
 
 from configs.schema import LatentModelConfig, ModelConfig
 from diffusion.coordinates import Size
+from models import tiled
 from models.grid_unet import GridSpec
 from models.latent_mlp import MLPSkipNet
 from models.operators.dispatch import use_backend
@@ -55,6 +56,7 @@ def build_denoiser(config: ModelConfig, channels: int, train_size: Size) -> Spar
         time_dim=config.time_emb_dim,
         z_dim=config.z_dim,
     )
+    tiled.check(network)
     return use_backend(network, config.backend)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from models.coarse_nodes import NODES, Pyramid
 from models.layers import Attention, Modulation
-from models.operators.dispatch import get_backend
+from models.operators.dispatch import BackendModule
 from models.operators.pointwise.norm_mlp import norm_modulate
 from models.point_conv import PointConv, Stencil
 from models.spectral import SpectralConv
@@ -124,7 +124,7 @@ def _conv(conv_type: str, c_in: int, c_out: int, resize: str = "same") -> nn.Mod
     return layer.to(memory_format=torch.channels_last)  # the layout of the features: else every call converts it
 
 
-class GridBlock(nn.Module):
+class GridBlock(BackendModule):
     """shortcut(x) + conv(Dropout(GELU(mod(norm(conv(GELU(norm(x)))))))), conditioned on time and latent."""
 
     def __init__(
@@ -137,7 +137,6 @@ class GridBlock(nn.Module):
         conv_type: str = "conv",
     ):
         super().__init__()
-        self.backend = get_backend("auto")
         self.norm_in = nn.LayerNorm(c_in)
         self.conv_in = _conv(conv_type, c_in, c_out)
         self.norm_out = nn.LayerNorm(c_out)

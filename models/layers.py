@@ -26,10 +26,8 @@ def sinusoidal_features(t: torch.Tensor, dim: int) -> torch.Tensor:
 
     sin(t·f_j), cos(t·f_j) with f_j = 10000^(−j/(h−1)), j < h = dim/2.
 
-    t: (B,), in thousandths of the whole process. dim: even, at least 4, else ValueError. Returns float32 (B, dim).
+    t: (B,), in thousandths of the whole process. dim: even, at least 4. Returns float32 (B, dim).
     """
-    if dim < 4 or dim % 2:
-        raise ValueError(f"the width of the time features is {dim}; it must be even and at least 4")
     half = dim // 2
     angles = _angles(t, _steps(t, half) * -(_LOG_PERIOD / (half - 1)))  # (B, h)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -38,10 +36,8 @@ def sinusoidal_features(t: torch.Tensor, dim: int) -> torch.Tensor:
 def latent_sinusoidal_features(t: torch.Tensor, dim: int) -> torch.Tensor:
     """Features of the diffusion time for the latent network: cosines, then sines, and a zero where `dim` is odd.
 
-    cos(t·f_j), sin(t·f_j) with f_j = 10000^(−j/h), j < h = ⌊dim/2⌋. Returns float32 (B, dim).
+    cos(t·f_j), sin(t·f_j) with f_j = 10000^(−j/h), j < h = ⌊dim/2⌋ ≥ 1. Returns float32 (B, dim).
     """
-    if dim < 2:
-        raise ValueError(f"the width of the latent time features is {dim}; it must be at least 2")
     half = dim // 2
     angles = _angles(t, _steps(t, half) * -_LOG_PERIOD / half)  # (B, h)
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))

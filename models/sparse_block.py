@@ -15,14 +15,14 @@ from torch import nn
 from diffusion.coordinates import Size
 from models.continuous_kernel import ContinuousKernel
 from models.layers import Modulation
-from models.operators.dispatch import get_backend
+from models.operators.dispatch import BackendModule
 from models.operators.pointwise.norm_mlp import join, norm_modulate, norm_modulate_mlp
 from models.operators.sparse_conv.backend import Plan
 
 KERNELS = ("linear", "nonlinear", "continuous")
 
 
-class SparseBlock(nn.Module):
+class SparseBlock(BackendModule):
     """Density-normalised convolution over the present points, then a pointwise MLP, both residual (paper, section 4.1).
 
         x ← Linear([x, skip])                     if the block takes a skip
@@ -60,8 +60,7 @@ class SparseBlock(nn.Module):
             raise ValueError("model.kernel is 'continuous'; the block then needs its train_size")
         if not norm and (time_dim or z_dim):
             raise ValueError("a sparse block without norms cannot be conditioned on time or latent")
-        self.backend = get_backend("auto")
-        self.groups = channels if depthwise else 1
+        self.depthwise, self.groups = depthwise, channels if depthwise else 1
         self.skip = nn.Linear(2 * channels, channels) if takes_skip else None
         self.norm1 = nn.LayerNorm(channels) if norm else None
         self.norm2 = nn.LayerNorm(channels) if norm else None

@@ -57,7 +57,7 @@ class SparseEncoder(SparseDescent):
         """
         self.check(x, points)
         nodes = self.nodes(x, points)
-        if self.in_tiles(points):
+        if self.needs_tiles(points) and not torch.is_grad_enabled():
             grid = tiled.descend(self, x, points.size, nodes)
         else:
             _, grid = self.descend(x, self.plan(x, points), nodes)

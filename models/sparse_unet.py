@@ -18,7 +18,7 @@ from models import tiled
 from models.coarse_nodes import GridNodes, PointNodes
 from models.grid_unet import GridSpec, GridUNet
 from models.layers import sinusoidal_features
-from models.operators.dispatch import get_backend
+from models.operators.dispatch import BackendModule
 from models.operators.sparse_conv.backend import Plan, kernel_window
 from models.sparse_block import SparseBlock
 
@@ -52,7 +52,7 @@ class SparseSpec:
             )
 
 
-class SparseDescent(nn.Module):
+class SparseDescent(BackendModule):
     """What denoiser and encoder share: points in, sparse blocks, and the way to the grid."""
 
     def __init__(
@@ -68,7 +68,7 @@ class SparseDescent(nn.Module):
     ):
         super().__init__()
         self.in_channels, self.train_size = in_channels, tuple(train_size)
-        self.sparse_spec, self.grid_spec, self.backend = sparse, grid, get_backend("auto")
+        self.sparse_spec, self.grid_spec = sparse, grid
         self.linear_in = nn.Linear(in_channels, sparse.channels)
         self.down_blocks = nn.ModuleList(
             self._block(time_dim=time_dim, z_dim=z_dim, norm=block_norm) for _ in range(sparse.num_blocks)
@@ -103,11 +103,10 @@ class SparseDescent(nn.Module):
         kernel_shape, span = kernel_window(kernel_size, points.size, self.train_size, self.convention)
         return self.backend.plan(points, x.shape[0], kernel_shape, kernel_size, x.device, span)
 
-    def in_tiles(self, points: Points) -> bool:
-        """Whether functions known at these points are too large to be held at once."""
+    def needs_tiles(self, points: Points) -> bool:
+        """Whether functions known at these points are too large to be held at once without gradients."""
         limit = self.sparse_spec.tile_points
-        large = points.index is None and 0 < limit < points.count and self.grid_spec.nodes == "grid"
-        return large and not torch.is_grad_enabled()
+        return points.index is None and 0 < limit < points.count and self.grid_spec.nodes == "grid"
 
     def nodes(self, x: torch.Tensor, points: Points) -> GridNodes | PointNodes:
         """The nodes of the inner network for points with features x (B, M, C)."""
@@ -153,6 +152,8 @@ class SparseUNet(SparseDescent):
         time_dim: int,
         z_dim: int | None = None,
     ):
+        if time_dim < 4 or time_dim % 2:
+            raise ValueError(f"model.time_emb_dim is {time_dim}; accepted: even numbers from 4 on")
         super().__init__(in_channels, train_size, sparse, grid, time_dim=time_dim, z_dim=z_dim)
         self.time_dim, self.z_dim = time_dim, z_dim or None
         self.time_mlp = nn.Sequential(nn.Linear(time_dim, time_dim), nn.GELU(), nn.Linear(time_dim, time_dim))
@@ -167,7 +168,7 @@ class SparseUNet(SparseDescent):
         """Prediction (B, M, C_out) at the points.
 
         x: (B, M, C), the noisy function at the points. t: (B,), in thousandths of the process, float. z: (B, D).
-        Raises ValueError when shapes do not fit, z is missing or not wanted, or a node averages more points than there are.
+        Raises ValueError when shapes do not fit, z is missing or not wanted, or there are fewer points than K.
         """
         if (z is None) != (self.z_dim is None) or (z is not None and tuple(z.shape) != (x.shape[0], self.z_dim)):
             given = None if z is None else tuple(z.shape)
@@ -176,7 +177,7 @@ class SparseUNet(SparseDescent):
         self.check(x, points)
         nodes = self.nodes(x, points)
         e = self.time_mlp(sinusoidal_features(t, self.time_dim).to(self.linear_in.weight.dtype))  # (B, time_dim)
-        if self.in_tiles(points):
+        if self.needs_tiles(points) and not torch.is_grad_enabled():
             return tiled.evaluate(self, x, points.size, nodes, e, z)
         plan = self.plan(x, points)
         skips, grid = self.descend(x, plan, nodes, e, z)

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from models.sparse_unet import SparseDescent, SparseUNet
 
 
+def check(network: SparseUNet) -> None:
+    """Raise ValueError where the training lattice needs tiles, and `tile_points` are too few for one."""
+    if network.needs_tiles(Points(network.train_size)):
+        tiling(network.train_size, _margin(network, network.train_size), network.sparse_spec.tile_points)
+
+
 def descend(
     network: SparseDescent,
     x: torch.Tensor,
@@ -61,8 +67,7 @@ def evaluate(
     grid = network.grid(descend(network, x, lattice, nodes, e, z), e, z, None)
     grid = F.linear(grid, network.from_grid.weight)
     image = None
-    blocks = len(network.down_blocks) + len(network.up_blocks)
-    margin = _times(blocks, _reach(network, lattice))
+    margin = _margin(network, lattice)
     for tile in tiling(lattice, margin, network.sparse_spec.tile_points):
         skips = list(_down(network, x, lattice, tile.grown(margin, lattice), e, z))
         at = skips[-1][0]
@@ -100,6 +105,11 @@ def _step(
     plan = network.backend.plan(Points(at.size), h.shape[0], kernel_shape, spec.kernel_size, h.device, span)
     known = at.shrunk(_reach(network, lattice), lattice)
     return known.cut(block(h, replace(plan, lattice=lattice), **others), at), known
+
+
+def _margin(network: SparseUNet, lattice: Size) -> Size:
+    """How far all blocks see together."""
+    return _times(len(network.down_blocks) + len(network.up_blocks), _reach(network, lattice))
 
 
 def _reach(network: SparseDescent, lattice: Size) -> Size:

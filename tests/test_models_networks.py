@@ -270,8 +270,9 @@ def test_latent_network_by_its_equations():
         rough = network(x, t)
     torch.testing.assert_close(rough.float(), network(x, t), rtol=0.1, atol=0.1)
     assert MLPSkipNet(5, 8, 2, 6, out_channels=10)(x, t).shape == (3, 10)
-    with pytest.raises(ValueError, match="num_layers is 1"):
-        MLPSkipNet(5, 8, 1, 6)
+    for options, field in (((8, 1, 6), "num_layers"), ((8, 2, 1), "time_embed_dim")):
+        with pytest.raises(ValueError, match=f"model.{field} is 1; accepted: numbers from 2 on"):
+            MLPSkipNet(5, *options)
 
 
 def test_points_of_an_image():

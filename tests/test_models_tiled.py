@@ -54,14 +54,14 @@ def test_tiles_give_what_the_whole_gives(changes, size, most, monkeypatch):
     assert len(planned) > 4 and max(points.count for points in planned) <= most
 
 
-def test_only_full_lattices_without_gradients_are_cut():
+def test_only_full_lattices_without_gradients_are_cut(monkeypatch):
     network = networks(dataclasses.replace(SPARSE, tile_points=30))[0]
     some = Points((8, 8), torch.arange(40).unsqueeze(0))
-    assert not network.in_tiles(Points((8, 8)))
-    with torch.no_grad():
-        assert network.in_tiles(Points((8, 8)))
-        assert not network.in_tiles(Points((5, 6)))
-        assert not network.in_tiles(some)
+    assert network.needs_tiles(Points((8, 8)))
+    assert not network.needs_tiles(Points((5, 6)))
+    assert not network.needs_tiles(some)
+    monkeypatch.setattr("models.tiled.evaluate", lambda *_: pytest.fail("in tiles"))
+    assert network(torch.randn(1, 64, 3), Points((8, 8)), torch.zeros(1), torch.randn(1, 5)).requires_grad
 
 
 @pytest.mark.parametrize("lattice", [(1, 1), (40, 40), (37, 100), (300, 7)])

@@ -77,7 +77,7 @@ def one_rounding(backend, dtype, autocast=False):
         weight = torch.zeros(channels, 1, kernel_size, kernel_size)
         weight[:, :, kernel_size // 2, kernel_size // 2] = 1
         given = (x.float(), weight) if autocast else (x, weight.to(dtype))
-        if not getattr(backend, "depthwise", True):
+        if not backend.depthwise:
             given = given[0], torch.diag_embed(given[1].squeeze(1).permute(1, 2, 0)).permute(2, 3, 0, 1)
         plan = backend.plan(points, batch, (kernel_size, kernel_size), kernel_size, CPU)
         with torch.autocast("cpu", dtype=dtype, enabled=autocast):

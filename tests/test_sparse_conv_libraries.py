@@ -164,6 +164,12 @@ def test_a_wrong_order_is_found_at_construction(install, order):
         get_backend("torchsparse")
 
 
+def test_conventions_are_checked_where_networks_are_built_without_memory(stand_in):
+    check_conventions.cache_clear()
+    with torch.device("meta"):
+        assert get_backend(stand_in[1].name) == stand_in[1]
+
+
 def test_a_library_that_fails_is_named(install):
     modules = stand_ins.spconv_2_3(cpu_only=False)
     del modules["spconv.pytorch"].ops.get_indice_pairs
@@ -203,7 +209,9 @@ def test_what_a_library_cannot_do_is_refused(install):
     with pytest.raises(ValueError, match=r"run\.device is meta; model\.backend=torchsparse .* cpu only"):
         backend.plan(Points((3, 3)), 1, (3, 3), 3, torch.device("meta"))
     plan, x = backend.plan(Points((3, 3)), 1, (3, 3), 3, CPU), torch.randn(1, 9, 4)
-    with pytest.raises(ValueError, match=r"model\.depthwise_sparse is True; .*samb-t"):
+    with pytest.raises(ValueError, match=r"model\.depthwise_sparse is True; accepted: False .*torchsparse"):
+        use_backend(SparseBlock(4, 3), backend)
+    with pytest.raises(ValueError, match=r"groups is 4; accepted: 1, as model\.backend=torchsparse"):
         backend.conv(x, torch.randn(4, 1, 3, 3), plan, 4)
     with pytest.raises(ValueError, match="groups is 2, of 4 channels"):
         backend.conv(x, torch.randn(4, 2, 3, 3), plan, 2)

@@ -12,12 +12,21 @@ import logging
 from functools import lru_cache
 from operator import attrgetter
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
 from models.operators import compiled, triton_support
 from models.operators.sparse_conv.backend import Backend
+
+if TYPE_CHECKING:  # each is what the protocol asks for
+    from models.operators.sparse_conv import native, spconv, torch_dense, torchsparse
+    from models.operators.sparse_conv.library import LibraryPlan
+
+    _NATIVE: Backend[native.NativePlan] = native.NativeBackend()
+    _TORCH_DENSE: Backend[torch_dense.DensePlan] = torch_dense.TorchDenseBackend()
+    _TORCHSPARSE: Backend[LibraryPlan] = torchsparse.TorchSparseBackend.load()
+    _SPCONV: Backend[LibraryPlan] = spconv.SpconvBackend.load()
 
 # A constructor raises ImportError, saying how to install what it lacks, and ValueError where it cannot compute.
 _BACKENDS = {
@@ -62,14 +71,30 @@ def get_backend(name: str) -> Backend[Any]:
     raise ValueError(f"model.backend is {name!r}, which is not installed: {missing}") from missing
 
 
+class BackendModule(nn.Module):
+    """A module whose operations a back end computes, at first that of "auto". depthwise: whether some are such."""
+
+    backend: Backend[Any]
+    depthwise = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backend = get_backend("auto")
+
+
 Network = TypeVar("Network", bound=nn.Module)
 
 
 def use_backend(network: Network, backend: str | Backend[Any]) -> Network:
-    """The network itself, its operations computed by a back end, given by name or itself; raises as `get_backend`."""
+    """The network itself, its operations computed by a back end, given by name or itself.
+
+    Raises ValueError as `get_backend`, and when the back end lacks the depthwise convolutions of the network.
+    """
     backend = get_backend(backend) if isinstance(backend, str) else backend
     for module in network.modules():
-        if hasattr(module, "backend"):
+        if isinstance(module, BackendModule):
+            if module.depthwise and not backend.depthwise:
+                raise ValueError(f"model.depthwise_sparse is True; accepted: False with model.backend={backend.name}")
             module.backend = backend
     return network
 

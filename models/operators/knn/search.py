@@ -88,6 +88,7 @@ def nearest_rows(
     """`nearest_points` with places in the list of points, through the batch laid end to end, instead of pixel ids."""
     found, rows = _nearest(points, grid, k, convention, device, plain)
     if rows is None:
+        assert points.index is not None  # pixels of a full lattice are in their order
         pixels = points.size[0] * points.size[1]
         first = pixels * torch.arange(points.index.shape[0], device=device)  # of each image
         order = torch.arange(points.index.numel(), device=device)
@@ -124,18 +125,19 @@ def _nearest(
     if kernels is not None and not in_c and geometry.fits_int64 and pixels < 2**31:
         # Twice as long: the kernel reads no further than it must, and is slow where it has to search.
         length = min(2 * length, pixels, _LONGEST_TABLE) if length <= _LONGEST_TABLE else 0
-        table = _columns(points.size, grid, length, convention, device)
+        columns = _columns(points.size, grid, length, convention, device)
         axes, denominator = geometry.axes, geometry.denominator
-        ids, rows, *others = kernels.nearest_present(points.index, *table, axes, denominator, k, width)
+        found = kernels.nearest_present(points.index, *columns, axes, denominator, k, width)
+        ids, rows, squared, shares = found
         rows += (points.count * torch.arange(len(rows), device=device))[:, None, None]
         ends = torch.arange(0, ids.numel() + 1, width, device=device)
-        return Nearest(ids.flatten(), *(part.flatten() for part in others), ends), rows.flatten()
+        return Nearest(ids.flatten(), squared.flatten(), shares.flatten(), ends), rows.flatten()
     if length > _LONGEST_TABLE:
         every = torch.arange(len(points.index) * nodes, device=device)
         before, counts, entries = search(every, points.index, k, width, geometry)
         return _assembled(before, counts, k, entries), None
     table = ordered_pixels(points.size, grid, length, convention, device)
-    if in_c and (parts := kernels.first_present(points.index, points.size, table, k, width)) is not None:
+    if in_c and (parts := cpu_search.first_present(points.index, points.size, table, k, width)) is not None:
         return Nearest(*parts[:4]), parts[4]
     return _first_present(points.index, table, k, width, pixels, geometry), None
 
@@ -160,7 +162,8 @@ def _columns(
         nothing = torch.empty(0, grid[0] * grid[1], dtype=torch.int32, device=device)
         return nothing, nothing
     table = ordered_pixels(size, grid, length, convention, torch.device("cpu"))
-    return tuple(part.t().int().contiguous().to(device) for part in (table.ids, table.ends))
+    ids, ends = (part.t().int().contiguous().to(device) for part in (table.ids, table.ends))
+    return ids, ends
 
 
 @lru_cache(maxsize=16)

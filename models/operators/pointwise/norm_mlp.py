@@ -106,4 +106,5 @@ def _in_parts(
         made = compute(*part)
         out = made.new_empty(x.shape) if out is None else out
         out[:, i * points : (i + 1) * points] = made
+    assert out is not None
     return out

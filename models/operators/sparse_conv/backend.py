@@ -22,7 +22,7 @@ the kernel at the lattice in use, s span.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Protocol, TypeVar
@@ -79,7 +79,9 @@ def coverage(kernel_shape: Size, span: Span, device: torch.device) -> torch.Tens
     return rows[:, None] * cols
 
 
-def resample_kernel(weight: torch.Tensor, kernel_shape: Size, span: Span | None = None) -> torch.Tensor:
+def resample_kernel(
+    weight: torch.Tensor, kernel_shape: Sequence[int], span: Sequence[float] | None = None
+) -> torch.Tensor:
     """Kernels (C_out, C_in/groups, k, k) resampled to (…, k'_h, k'_w): by overlap of cells, without a span bilinearly.
 
     Values are not rescaled: the division by the density, whose k² stays that of the training kernel, makes up for the
@@ -237,6 +239,10 @@ class Backend(Protocol[P]):
     @property
     def name(self) -> str:
         """What `model.backend` calls it."""
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether it computes depthwise convolutions."""
 
     @property
     def plain(self) -> bool:

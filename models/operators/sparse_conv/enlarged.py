@@ -37,7 +37,7 @@ def pays(kernel_size: int, kernel_shape: Size, span: Span | None = None) -> bool
     )
 
 
-def _is_product(kernel_size: int, span: Span | None) -> bool:
+def _is_product(kernel_size: int, span: Sequence[float] | None) -> bool:
     """Whether columns of U and V have two nonzeros: cells of a coarser lattice overlap more than two of the kernel."""
     return kernel_size > 1 and (span is None or min(span) >= kernel_size)
 
@@ -57,9 +57,9 @@ def enlarged(
     """out of the module's equation, with zeros outside the lattice: (B, rows, W, C) in the dtype of x.
 
     x: (B, H, W, C). weight: (C, k, k), of the training lattice. kernel_shape: (k'_h, k'_w), odd, of any size. span: as
-    for `resample_kernel`. scale: float32 (H, W) or (H·W,); residual: like x; None for neither. first_row, rows: the rows of
-    out to compute, by default all. band: how many at a time, by default what the device does well. Sums are taken in
-    float32, for float64 in float64. Differentiable in x and residual where all rows are computed.
+    for `resample_kernel`. scale: float32 (H, W) or (H·W,); residual: like x; None for neither. first_row, rows: the
+    rows of out to compute, by default all. band: how many at a time, by default what the device does well. Sums are
+    taken in float32, for float64 in float64. Differentiable in x and residual where all rows are computed.
     Raises ValueError for other shapes, and where any other gradient is required.
     """
     _, height, width, channels = x.shape
@@ -154,7 +154,7 @@ def _compiled(
     first_row: int,
     rows: int,
     weight: torch.Tensor,
-    kernel_shape: Size,
+    kernel_shape: Sequence[int],
     scale: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     band: int | None = None,
@@ -164,7 +164,7 @@ def _compiled(
     (batch, height, width, channels), kernel_size = x.shape, weight.shape[-1]
     x, weight = x.contiguous(), weight.float().contiguous()
     scale, residual = (None if tensor is None else tensor.contiguous() for tensor in (scale, residual))
-    axes = []
+    axes: list[torch.Tensor | int] = []
     for side, covered in zip(kernel_shape, span or (None, None)):
         weights, first = axis(kernel_size, side, covered, x.device)
         axes += [side, first, weights]
@@ -183,7 +183,12 @@ def _compiled(
 
 
 def _direct(
-    x: torch.Tensor, first_row: int, rows: int, weight: torch.Tensor, kernel_shape: Size, span: Sequence[float] | None
+    x: torch.Tensor,
+    first_row: int,
+    rows: int,
+    weight: torch.Tensor,
+    kernel_shape: Sequence[int],
+    span: Sequence[float] | None,
 ) -> torch.Tensor:
     """`conv2d` with the resampled kernel: in PyTorch the product of low rank is slower, its parts leave the caches."""
     kernel = resample_kernel(weight.to(x.dtype).unsqueeze(1), kernel_shape, span)  # (C, 1, k'_h, k'_w)

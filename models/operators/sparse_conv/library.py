@@ -19,6 +19,7 @@ import torch
 from diffusion.coordinates import Points, Size
 from diffusion.random import Purpose, stream
 from models.operators.sparse_conv.backend import (
+    Backend,
     Plan,
     Span,
     check_features,
@@ -57,7 +58,6 @@ class LibraryBackend(ABC):
     plain: ClassVar[bool] = False
     install: ClassVar[str]
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float16)
-    depthwise_hint: ClassVar[str] = ""
 
     @classmethod
     def load(cls) -> LibraryBackend:
@@ -68,7 +68,8 @@ class LibraryBackend(ABC):
         if importlib.util.find_spec(cls.name) is None:
             raise ImportError(cls.install)
         backend = cls._open()
-        check_conventions(backend)
+        with torch.device("cpu"):  # also where networks are built without memory, on the meta device
+            check_conventions(backend)
         return backend
 
     @classmethod
@@ -146,8 +147,7 @@ class LibraryBackend(ABC):
             )
         if groups != 1 and not self.depthwise:
             raise ValueError(
-                f"model.depthwise_sparse is True; model.backend={self.name} as installed computes regular convolutions "
-                f"only{self.depthwise_hint}"
+                f"groups is {groups}; accepted: 1, as model.backend={self.name} has no depthwise convolutions"
             )
         if not self.gradients and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             raise ValueError(f"model.backend={self.name} as installed computes no gradients on a {self.device_type}")
@@ -182,7 +182,7 @@ def check_conventions(backend: LibraryBackend) -> None:
 
 
 def _example(
-    backend: LibraryBackend | TorchDenseBackend,
+    backend: Backend[Any],
     device_type: str,
     gradients: bool,
     index: torch.Tensor,

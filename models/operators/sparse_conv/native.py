@@ -65,7 +65,7 @@ class NativePlan(DensePlan):
 class NativeBackend:
     """See the module; implements `models.operators.sparse_conv.backend.Backend`."""
 
-    name, plain = "native", False
+    name, depthwise, plain = "native", True, False
 
     def __init__(self) -> None:
         self._dense = TorchDenseBackend()
@@ -80,9 +80,9 @@ class NativeBackend:
         span: Span | None = None,
     ) -> NativePlan:
         check_points(points, batch, device)
-        density = partial(inverse_density, points, kernel_shape, kernel_size, device, span)
+        compute = partial(inverse_density, points, kernel_shape, kernel_size, device, span)
         # Of a full lattice it is arithmetic, and says where the plan is.
-        density = density() if points.is_full else density
+        density = compute() if points.is_full else compute
         return NativePlan(points, batch, kernel_shape, density, span=span, kernel_size=kernel_size)
 
     def conv(

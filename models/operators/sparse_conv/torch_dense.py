@@ -39,7 +39,7 @@ class DensePlan(Plan):
 class TorchDenseBackend:
     """See the module; implements `models.operators.sparse_conv.backend.Backend`."""
 
-    name, plain = "torch_dense", True
+    name, depthwise, plain = "torch_dense", True, True
 
     def plan(
         self,

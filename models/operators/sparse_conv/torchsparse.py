@@ -30,7 +30,6 @@ class TorchSparseBackend(LibraryBackend):
         "build it from https://github.com/mit-han-lab/torchsparse (regular convolutions) or "
         "https://github.com/samb-t/torchsparse (depthwise too)"
     )
-    depthwise_hint = "; the fork https://github.com/samb-t/torchsparse has depthwise ones"
 
     @classmethod
     def _open(cls) -> TorchSparseBackend:

@@ -205,6 +205,7 @@ def _gather(
                 TILE_H=_TILE_H, TILE_W=tile_w, num_warps=warps, **flags,
             )  # fmt: skip
         else:
+            assert entries is not None
             sums, warps = _LIST_BLOCK
             block_p, bits = sums // block_c, _entry_format(points, len(taps))[0]
             gather_kernel[(batch * triton.cdiv(points, block_p), triton.cdiv(channels, block_c))](

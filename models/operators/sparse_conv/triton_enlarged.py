@@ -10,6 +10,9 @@ a row in between, serves them all. Sums are float32 in a fixed order, hence bit-
 C channels, H × W lattice, N = W·C, k kernel side, U (k, k'_h) and V (k, k'_w) the resampling along the axes.
 """
 
+# mypy: disable-error-code="assignment"
+# In the kernels, tuples grow by an element.
+
 from __future__ import annotations
 
 import torch
@@ -133,9 +136,9 @@ def enlarged(
     The ring holds float32: rounding it to shorter types would triple the error of the result.
     """
     batch, height, width, channels = x.shape
-    (vertical, vertical_first), (horizontal, horizontal_first) = vertical, horizontal
-    (kernel_size, kernel_h), kernel_w, length = vertical.shape, horizontal.shape[1], width * channels
-    vertical_first, horizontal_first = vertical_first.int(), horizontal_first.int()
+    (u, u_first), (v, v_first) = vertical, horizontal
+    (kernel_size, kernel_h), kernel_w, length = u.shape, v.shape[1], width * channels
+    u_first, v_first = u_first.int(), v_first.int()
     x, kernel = x.contiguous(), weight.float().permute(1, 2, 0).contiguous()  # (k, k, C)
     reach = kernel_h // 2
     if band is None:
@@ -144,7 +147,7 @@ def enlarged(
     slots = min(band + 2 * reach, height)
     ring = x.new_empty(batch, slots, kernel_size, length, dtype=torch.float32)
     out = x.new_empty(batch, rows, width, channels)
-    padded = F.pad(vertical, (_SPREAD_ROWS - 1, _SPREAD_ROWS - 1))
+    padded = F.pad(u, (_SPREAD_ROWS - 1, _SPREAD_ROWS - 1))
     # A pointer is needed, and not read, in place of a scale or residual that is not given.
     scaled, added = (x if tensor is None else tensor.contiguous() for tensor in (scale, residual))
     filtered = max(first_row - reach, 0)
@@ -154,12 +157,12 @@ def enlarged(
             last = min(end + reach, height)
             if last > filtered:
                 filter_kernel[_grid(batch, last - filtered, length, _FILTER_ROWS, _FILTER_BLOCK)](
-                    ring, x, kernel, horizontal, horizontal_first, filtered, last - filtered, slots, height, length,
+                    ring, x, kernel, v, v_first, filtered, last - filtered, slots, height, length,
                     channels, K=kernel_size, TAPS=kernel_w, ROWS=_FILTER_ROWS, BLOCK=_FILTER_BLOCK,
                 )  # fmt: skip
                 filtered = last
             spread_kernel[_grid(batch, end - start, length, _SPREAD_ROWS, _SPREAD_BLOCK)](
-                out, ring, padded, vertical_first, scaled, added, first_row, rows, start, end, slots, height, length,
+                out, ring, padded, u_first, scaled, added, first_row, rows, start, end, slots, height, length,
                 channels,
                 K=kernel_size, TAPS=kernel_h, SCALED=scale is not None, RESIDUAL=residual is not None,
                 ROWS=_SPREAD_ROWS, BLOCK=_SPREAD_BLOCK,
