@@ -163,7 +163,7 @@ def _levels(
 ) -> tuple[torch.Tensor, Pyramid]:
     """Positions of the nodes in the list of points, (B, N) or (1, N), and the stencils between the levels."""
     if kind not in SUBSETS:
-        raise ValueError(f"the subset of points is {kind!r}; it must be one of {', '.join(SUBSETS)}")
+        raise ValueError(f"model.downsampling is {kind!r}; accepted: {', '.join(SUBSETS)}")
     ids = points.ids(device)
     picks = max((count for count in counts if count < points.count), default=0)  # a level that takes all needs none
     order = _random_order(ids) if kind == "random" else _farthest_first(points, ids, picks)

@@ -49,22 +49,22 @@ class GridSpec:
     def __post_init__(self):
         levels = len(self.mults)
         if levels == 0:
-            raise ValueError("model.uno_mults is empty; it must hold one multiplier per level")
+            raise ValueError("model.uno_mults is empty; accepted: one multiplier per level")
         if len(self.blocks_per_level) != levels:
             raise ValueError(
-                f"model.uno_blocks_per_level has {len(self.blocks_per_level)} entries; model.uno_mults has {levels}"
+                f"model.uno_blocks_per_level is {self.blocks_per_level}; accepted: {levels} entries, one per level"
             )
         if self.resolution < 1 or self.resolution % 2 ** (levels - 1):
             raise ValueError(
-                f"model.uno_res is {self.resolution}; with {levels} levels it must be a multiple of {2 ** (levels - 1)}"
+                f"model.uno_res is {self.resolution}; accepted: a multiple of {2 ** (levels - 1)}, for {levels} levels"
             )
         if self.conv_type not in CONV_TYPES:
-            raise ValueError(f"model.uno_conv_type is {self.conv_type!r}; it must be one of {', '.join(CONV_TYPES)}")
+            raise ValueError(f"model.uno_conv_type is {self.conv_type!r}; accepted: {', '.join(CONV_TYPES)}")
         if self.nodes not in NODES:
-            raise ValueError(f"model.downsampling is {self.nodes!r}; it must be one of {', '.join(NODES)}")
+            raise ValueError(f"model.downsampling is {self.nodes!r}; accepted: {', '.join(NODES)}")
         if self.nodes != "grid" and self.conv_type != "conv":
             raise ValueError(
-                f"model.uno_conv_type is {self.conv_type!r}; with model.downsampling={self.nodes!r} it must be 'conv'"
+                f"model.uno_conv_type is {self.conv_type!r}; accepted: 'conv', with model.downsampling={self.nodes!r}"
             )
 
     @property

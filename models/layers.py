@@ -110,7 +110,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, kernel: str = "sdpa"):
         super().__init__()
         if kernel not in ATTENTION_KERNELS:
-            raise ValueError(f"model.attention is {kernel!r}; it must be one of {', '.join(ATTENTION_KERNELS)}")
+            raise ValueError(f"model.attention is {kernel!r}; accepted: {', '.join(ATTENTION_KERNELS)}")
         self.attend = _flash_attention() if kernel == "flash_attn" else _sdpa
         self.heads = max(channels // HEAD_WIDTH, 4)
         self.norm = LayerNorm(channels)
@@ -137,12 +137,14 @@ def _flash_attention():
         from flash_attn import flash_attn_qkvpacked_func
     except ImportError as error:
         raise ValueError(
-            "model.attention is 'flash_attn', which is not installed: pip install flash-attn, or choose 'sdpa'"
+            "model.attention is 'flash_attn', which is not installed; accepted: 'sdpa', or pip install flash-attn"
         ) from error
 
     def attend(qkv: torch.Tensor) -> torch.Tensor:
         if qkv.dtype not in (torch.float16, torch.bfloat16):
-            raise ValueError(f"model.attention='flash_attn' got {qkv.dtype}; use mixed precision or 'sdpa'")
+            raise ValueError(
+                f"model.attention is 'flash_attn' for {qkv.dtype}; accepted: 'sdpa', or mixed precision on a GPU"
+            )
         return flash_attn_qkvpacked_func(qkv)
 
     return attend

@@ -123,7 +123,7 @@ def _translate(module: nn.Module, name: str, layout: str) -> tuple[str, Callable
 
 def _check_layout(layout: str) -> None:
     if layout not in LAYOUTS.values():
-        raise ValueError(f"layout is {layout!r}; it must be one of {', '.join(LAYOUTS.values())}")
+        raise ValueError(f"layout is {layout!r}; accepted: {', '.join(LAYOUTS.values())}")
 
 
 def layout_of_state(arrays: Mapping[str, torch.Tensor]) -> str:
@@ -198,7 +198,7 @@ def network_from_reference(config: Mapping[str, Any], kind: str, convention: str
     kind: "sparse_unet", "sparse_encoder" or "mlp_skip_net". convention: coordinates, the authors' by default.
     """
     if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+        raise ValueError(f"kind is {kind!r}; accepted: {', '.join(KINDS)}")
     if kind == "mlp_skip_net":
         return MLPSkipNet(
             config["channels"],
@@ -208,7 +208,7 @@ def network_from_reference(config: Mapping[str, Any], kind: str, convention: str
             dropout=config["dropout"],
         )
     if config["conv_type"] != "conv":
-        raise ValueError(f"conv_type is {config['conv_type']!r}; only 'conv' has a counterpart here")
+        raise ValueError(f"conv_type is {config['conv_type']!r}; accepted: 'conv'")
     sparse = SparseSpec(
         channels=config["nf"],
         num_blocks=config["num_conv_blocks"],

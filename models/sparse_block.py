@@ -53,13 +53,13 @@ class SparseBlock(BackendModule):
     ):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"model.kernel_size is {kernel_size}; it must be odd and positive")
+            raise ValueError(f"model.kernel_size is {kernel_size}; accepted: odd numbers from 1 on")
         if kernel not in KERNELS:
-            raise ValueError(f"model.kernel is {kernel!r}; it must be one of {', '.join(KERNELS)}")
+            raise ValueError(f"model.kernel is {kernel!r}; accepted: {', '.join(KERNELS)}")
         if kernel == "continuous" and train_size is None:
-            raise ValueError("model.kernel is 'continuous'; the block then needs its train_size")
+            raise ValueError("train_size is None; accepted: (H, W), with model.kernel='continuous'")
         if not norm and (time_dim or z_dim):
-            raise ValueError("a sparse block without norms cannot be conditioned on time or latent")
+            raise ValueError("norm is False; accepted: True, for a block conditioned on time or latent")
         self.depthwise, self.groups = depthwise, channels if depthwise else 1
         self.skip = nn.Linear(2 * channels, channels) if takes_skip else None
         self.norm1 = nn.LayerNorm(channels) if norm else None

@@ -47,9 +47,7 @@ class SparseSpec:
 
     def __post_init__(self):
         if self.convention not in CONVENTIONS:
-            raise ValueError(
-                f"model.coordinate_convention is {self.convention!r}; it must be one of {', '.join(CONVENTIONS)}"
-            )
+            raise ValueError(f"model.coordinate_convention is {self.convention!r}; accepted: {', '.join(CONVENTIONS)}")
 
 
 class SparseDescent(BackendModule):
@@ -95,7 +93,7 @@ class SparseDescent(BackendModule):
         """Raise ValueError when x and points do not fit."""
         expected = (x.shape[0] if points.index is None else points.index.shape[0], points.count, self.in_channels)
         if tuple(x.shape) != expected:
-            raise ValueError(f"x has shape {tuple(x.shape)}; these points and this network need {expected}")
+            raise ValueError(f"x has shape {tuple(x.shape)}; accepted: {expected}, for these points and this network")
 
     def plan(self, x: torch.Tensor, points: Points) -> Plan:
         """What all sparse blocks share in a forward pass."""
@@ -173,7 +171,7 @@ class SparseUNet(SparseDescent):
         if (z is None) != (self.z_dim is None) or (z is not None and tuple(z.shape) != (x.shape[0], self.z_dim)):
             given = None if z is None else tuple(z.shape)
             wanted = None if self.z_dim is None else (x.shape[0], self.z_dim)
-            raise ValueError(f"z is {given}; this denoiser needs {wanted}")
+            raise ValueError(f"z is {given}; accepted: {wanted}")
         self.check(x, points)
         nodes = self.nodes(x, points)
         e = self.time_mlp(sinusoidal_features(t, self.time_dim).to(self.linear_in.weight.dtype))  # (B, time_dim)

@@ -115,7 +115,7 @@ def test_parameters_of_the_kernels():
 
 
 def test_options_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"model\.kernel is 'square'; it must be one of linear, nonlinear, continuous"):
+    with pytest.raises(ValueError, match=r"model\.kernel is 'square'; accepted: linear, nonlinear, continuous"):
         SparseBlock(4, 3, kernel="square")
     with pytest.raises(ValueError, match="train_size"):
         SparseBlock(4, 3, kernel="continuous")

@@ -237,7 +237,9 @@ def test_mixed_precision_is_close_to_single():
 
 
 def test_settings_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"downsampling is 'strided'; it must be one of grid, random, equidistant"):
+    with pytest.raises(ValueError, match=r"downsampling is 'strided'; accepted: grid, random, equidistant"):
         grid_spec("strided")
-    with pytest.raises(ValueError, match=r"uno_conv_type is 'spectral'; with model\.downsampling='random'"):
+    with pytest.raises(
+        ValueError, match=r"uno_conv_type is 'spectral'; accepted: 'conv', with model\.downsampling='random'"
+    ):
         GridSpec(4, 6, (1, 2), (1, 1), conv_type="spectral", nodes="random")

@@ -230,15 +230,15 @@ def test_networks_copy_and_reload():
 def test_inputs_that_do_not_fit():
     network, points = denoiser(), random_points(2, (8, 8), 30)
     x, t, z = inputs(2, points)
-    with pytest.raises(ValueError, match=r"2 points.*knn_neighbours=3"):
+    with pytest.raises(ValueError, match=r"knn_neighbours is 3; accepted: 1 to 2, the number of points"):
         network(x[:, :2], Points((8, 8), points.index[:, :2]), t, z)
     with pytest.raises(ValueError, match=r"x has shape \(2, 29, 3\).*\(2, 30, 3\)"):
         network(x[:, 1:], points, t, z)
     with pytest.raises(ValueError, match=r"x has shape \(1, 30, 3\)"):
         encoder()(x[:1], points)
-    with pytest.raises(ValueError, match=r"z is None; this denoiser needs \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"z is None; accepted: \(2, 5\)"):
         network(x, points, t)
-    with pytest.raises(ValueError, match=r"z is \(2, 5\); this denoiser needs None"):
+    with pytest.raises(ValueError, match=r"z is \(2, 5\); accepted: None"):
         denoiser(z_dim=None)(x, points, t, z)
     with pytest.raises(ValueError, match="coordinate_convention is 'polar'"):
         SparseSpec(4, 1, 3, convention="polar")

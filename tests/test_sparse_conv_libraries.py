@@ -199,14 +199,14 @@ def test_without_a_gpu_the_line_says_so(name, install, monkeypatch):
     install(next(make for key, make in STAND_INS.values() if key == name)())
     monkeypatch.setattr(LibraryBackend, "require_cuda", known)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=rf"'{name}', which computes on CUDA devices only"):
+    with pytest.raises(ValueError, match=rf"'{name}', which computes on CUDA only"):
         get_backend(name)
 
 
 def test_what_a_library_cannot_do_is_refused(install):
     install(stand_ins.torchsparse_2_1())
     backend = get_backend("torchsparse")
-    with pytest.raises(ValueError, match=r"run\.device is meta; model\.backend=torchsparse .* cpu only"):
+    with pytest.raises(ValueError, match=r"run\.device is meta; accepted: cpu, where model\.backend=torchsparse"):
         backend.plan(Points((3, 3)), 1, (3, 3), 3, torch.device("meta"))
     plan, x = backend.plan(Points((3, 3)), 1, (3, 3), 3, CPU), torch.randn(1, 9, 4)
     with pytest.raises(ValueError, match=r"model\.depthwise_sparse is True; accepted: False .*torchsparse"):
@@ -224,5 +224,5 @@ def test_the_cpu_wheel_of_spconv_has_no_gradients(install):
     weight = torch.randn(4, 4, 3, 3, requires_grad=True)
     with torch.no_grad():
         assert backend.conv(x, weight, plan, 1).shape == (1, 9, 4)
-    with pytest.raises(ValueError, match="computes no gradients on a cpu"):
+    with pytest.raises(ValueError, match="without gradients; accepted: native"):
         backend.conv(x, weight, plan, 1)

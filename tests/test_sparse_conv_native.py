@@ -163,15 +163,15 @@ def test_unusable_input_is_refused(name):
             backend.conv(x, weight, plan, groups, residual)
 
     refused("M > 0", points=index[:, :0], x=torch.zeros(2, 0, 8))
-    refused(r"must be torch.int64", points=index.int())
-    refused(r"must be torch.int64 of shape \(3, M\)", batch=3)
+    refused(r"accepted: torch.int64", points=index.int())
+    refused(r"accepted: torch.int64 of shape \(3, M\)", batch=3)
     refused("on meta", points=index.to("meta"))
     refused("x has shape", x=torch.zeros(2, 4, 8))
     refused("x has shape", x=torch.zeros(2, 3, 8, 1))
     refused("weight has shape", weight=torch.zeros(7, 1, 3, 3))
     refused("residual has shape", residual=torch.zeros(2, 3, 7))
     refused("x is on meta", x=torch.zeros(2, 3, 8, device="meta"))
-    refused("must be floating point", x=torch.zeros(2, 3, 8, dtype=torch.int32))
+    refused("accepted: floating point", x=torch.zeros(2, 3, 8, dtype=torch.int32))
     refused("mixes with no other", x=torch.zeros(2, 3, 8, dtype=torch.float64))
 
 

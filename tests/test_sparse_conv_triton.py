@@ -319,7 +319,7 @@ def test_bad_inputs_are_named(change, message):
 def test_bad_windows_are_named():
     with pytest.raises(ValueError, match=r"kernel_shape is \(4, 3\)"):
         triton_conv.neighbours(Points((2, 3)), 2, (4, 3), DEVICE)
-    with pytest.raises(ValueError, match="the batch is 2"):
+    with pytest.raises(ValueError, match="accepted: 2, those of the batch"):
         triton_conv.neighbours(Points((2, 3), torch.zeros(1, 2, dtype=torch.int64)), 2, (3, 3), DEVICE)
 
 

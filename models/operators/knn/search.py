@@ -109,7 +109,7 @@ def _nearest(
 ) -> tuple[Nearest, torch.Tensor | None]:
     """The nearest by pixel ids, and their places in the list of points where they come at no cost."""
     if points.count < k:
-        raise ValueError(f"there are {points.count} points; model.knn_neighbours={k} needs at least as many")
+        raise ValueError(f"model.knn_neighbours is {k}; accepted: 1 to {points.count}, the number of points")
     if points.index is None:
         found = _nearest_on_full_lattice(points.size, grid, k, convention, device)
         return found, found.pixels

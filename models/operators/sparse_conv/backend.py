@@ -185,10 +185,10 @@ def check_points(points: Points, batch: int, device: torch.device) -> None:
     if index.dtype != torch.int64 or index.ndim != 2 or index.shape[0] != batch or index.shape[1] == 0:
         raise ValueError(
             f"points.index is {index.dtype} of shape {tuple(index.shape)}; "
-            f"it must be torch.int64 of shape ({batch}, M) with M > 0"
+            f"accepted: torch.int64 of shape ({batch}, M) with M > 0"
         )
     if index.device != device:
-        raise ValueError(f"points.index is on {index.device}; the features are on {device}")
+        raise ValueError(f"points.index is on {index.device}; accepted: {device}, where the features are")
 
 
 def check_features(
@@ -197,23 +197,23 @@ def check_features(
     """Raise ValueError unless features, kernel and residual fit the plan and each other."""
     expected = (plan.batch, plan.points.count)
     if x.ndim != 3 or tuple(x.shape[:2]) != expected:
-        raise ValueError(f"x has shape {tuple(x.shape)}; the plan is for ({expected[0]}, {expected[1]}, C)")
+        raise ValueError(f"x has shape {tuple(x.shape)}; accepted: ({expected[0]}, {expected[1]}, C), that of the plan")
     if weight.ndim != 4 or weight.shape[1] * groups != x.shape[2] or weight.shape[0] % groups:
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; with {groups} groups and {x.shape[2]} channels it must be "
+            f"weight has shape {tuple(weight.shape)}; accepted with {groups} groups and {x.shape[2]} channels: "
             f"(C_out, {x.shape[2] // groups}, k, k), C_out a multiple of {groups}"
         )
     if residual is not None and tuple(residual.shape) != (*expected, weight.shape[0]):
-        raise ValueError(f"residual has shape {tuple(residual.shape)}; it must be {(*expected, weight.shape[0])}")
+        raise ValueError(f"residual has shape {tuple(residual.shape)}; accepted: {(*expected, weight.shape[0])}")
     for name, tensor in (("x", x), ("weight", weight), ("residual", residual)):
         if tensor is None:
             continue
         if tensor.device != plan.device:
-            raise ValueError(f"{name} is on {tensor.device}; the plan is on {plan.device}")
+            raise ValueError(f"{name} is on {tensor.device}; accepted: {plan.device}, where the plan is")
         if not tensor.is_floating_point():
-            raise ValueError(f"{name} is {tensor.dtype}; it must be floating point")
+            raise ValueError(f"{name} is {tensor.dtype}; accepted: floating point")
     if (x.dtype == torch.float64) != (weight.dtype == torch.float64):
-        raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; float64 mixes with no other precision")
+        raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; accepted: both float64, or neither")
 
 
 def normalised(sums: torch.Tensor, plan: Plan, residual: torch.Tensor | None) -> torch.Tensor:

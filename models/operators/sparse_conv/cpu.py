@@ -43,7 +43,7 @@ def neighbours(points: Points, batch: int, kernel_shape: Size, device: torch.dev
     if points.index is None:
         return _full_lattice(points.size, kernel_shape)
     if points.index.numel() > _MOST_ROWS:
-        raise ValueError(f"points.index holds {points.index.numel()} ids; the native back end takes {_MOST_ROWS}")
+        raise ValueError(f"points.index holds {points.index.numel()} ids; accepted: at most {_MOST_ROWS} on a CPU")
     return _build(points.index.contiguous(), points.size, kernel_shape)
 
 
@@ -60,7 +60,7 @@ def _build(index: torch.Tensor, size: Size, kernel_shape: Size) -> NeighbourList
     compiled.call("infty_index_map", index, *lattice, rows_of_pixels, faults)
     if bool(faults.any()):
         kind = "repeats a pixel id within one function" if 2 in faults else "holds an id outside the lattice"
-        raise ValueError(f"points.index {kind}; ids of a {size[0]}x{size[1]} lattice are distinct, from 0 on")
+        raise ValueError(f"points.index {kind}; accepted: distinct ids from 0 to {size[0] * size[1] - 1}")
     counts = torch.empty(batch * points, dtype=torch.int32)
     compiled.call("infty_count", index, rows_of_pixels, *lattice, counts)
     ends = counts.cumsum(0)  # int64

@@ -65,21 +65,25 @@ def enlarged(
     _, height, width, channels = x.shape
     kernel_size = weight.shape[-1]
     if tuple(weight.shape) != (channels, kernel_size, kernel_size) or kernel_size % 2 == 0:
-        raise ValueError(f"weight is of shape {tuple(weight.shape)}; it must be ({channels}, k, k) with k odd")
+        raise ValueError(f"weight is of shape {tuple(weight.shape)}; accepted: ({channels}, k, k) with k odd")
     if any(side < 1 or side % 2 == 0 for side in kernel_shape):
-        raise ValueError(f"kernel_shape is {tuple(kernel_shape)}; both sides must be odd and positive")
+        raise ValueError(f"kernel_shape is {tuple(kernel_shape)}; accepted: two odd numbers from 1 on")
     if scale is not None and scale.numel() != height * width:
-        raise ValueError(f"scale is of shape {tuple(scale.shape)}; it must be ({height}, {width})")
+        raise ValueError(f"scale is of shape {tuple(scale.shape)}; accepted: ({height}, {width})")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(f"residual is {residual.dtype} of shape {tuple(residual.shape)}; it must be like x")
+        raise ValueError(
+            f"residual is {residual.dtype} of shape {tuple(residual.shape)}; accepted: the type and shape of x"
+        )
     rows = height - first_row if rows is None else rows
     if first_row < 0 or rows < 1 or first_row + rows > height:
-        raise ValueError(f"rows {first_row} to {first_row + rows} are not those of a lattice of {height}")
+        raise ValueError(f"first_row is {first_row} and rows {rows}; accepted: rows of a lattice of {height}")
     if band is not None and band < 1:
-        raise ValueError(f"band is {band}; it must be at least 1")
+        raise ValueError(f"band is {band}; accepted: 1 or more")
     wanted = any(t is not None and t.requires_grad for t in (x, residual))
     if torch.is_grad_enabled() and (weight.requires_grad or (wanted and rows < height)):
-        raise ValueError("the enlarged convolution has no gradient of its kernel or of some rows; convolve directly")
+        raise ValueError(
+            "weight requires a gradient, or x for some rows alone; accepted: gradients of x and residual for all rows"
+        )
     scale = None if scale is None else scale.view(height, width)
     return _enlarged(x, weight, kernel_shape, scale, residual, first_row, rows, band, span)
 

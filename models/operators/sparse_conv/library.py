@@ -76,7 +76,9 @@ class LibraryBackend(ABC):
     def require_cuda(cls) -> str:
         """The device type "cuda", or ValueError where there is none."""
         if not torch.cuda.is_available():
-            raise ValueError(f"model.backend is {cls.name!r}, which computes on CUDA devices only; there is none here")
+            raise ValueError(
+                f"model.backend is {cls.name!r}, which computes on CUDA only; accepted: native, torch_dense"
+            )
         return "cuda"
 
     @classmethod
@@ -103,8 +105,8 @@ class LibraryBackend(ABC):
     ) -> LibraryPlan:
         if device.type != self.device_type:
             raise ValueError(
-                f"run.device is {device.type}; model.backend={self.name} as installed computes on "
-                f"{self.device_type} only"
+                f"run.device is {device.type}; accepted: {self.device_type}, "
+                f"where model.backend={self.name} as installed computes"
             )
         check_points(points, batch, device)
         rows, cols = points.rows_cols(device)
@@ -143,14 +145,14 @@ class LibraryBackend(ABC):
         if groups != 1 and not groups == x.shape[2] == weight.shape[0]:
             raise ValueError(
                 f"groups is {groups}, of {x.shape[2]} channels to {weight.shape[0]}; "
-                f"model.backend={self.name} computes regular and depthwise convolutions"
+                f"accepted: 1, or one per channel, with model.backend={self.name}"
             )
         if groups != 1 and not self.depthwise:
             raise ValueError(
                 f"groups is {groups}; accepted: 1, as model.backend={self.name} has no depthwise convolutions"
             )
         if not self.gradients and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-            raise ValueError(f"model.backend={self.name} as installed computes no gradients on a {self.device_type}")
+            raise ValueError(f"model.backend is {self.name!r} without gradients; accepted: native, torch_dense")
 
 
 @lru_cache

@@ -67,13 +67,13 @@ def neighbours(points: Points, batch: int, kernel_shape: Size, device: torch.dev
     """
     (height, width), (kernel_h, kernel_w) = points.size, kernel_shape
     if kernel_h % 2 == 0 or kernel_w % 2 == 0:
-        raise ValueError(f"kernel_shape is {tuple(kernel_shape)}; both sides must be odd")
+        raise ValueError(f"kernel_shape is {tuple(kernel_shape)}; accepted: two odd numbers")
     if (height + kernel_h - 1) * (width + kernel_w - 1) >= 2**31:
-        raise ValueError(f"points.size is {tuple(points.size)}; with margins it must have fewer than 2^31 pixels")
+        raise ValueError(f"points.size is {tuple(points.size)}; accepted: fewer than 2^31 pixels with margins")
     if points.index is None:
         return Neighbours(points.size, kernel_shape)
     if points.index.shape[0] != batch:
-        raise ValueError(f"points.index holds {points.index.shape[0]} images; the batch is {batch}")
+        raise ValueError(f"points.index holds {points.index.shape[0]} images; accepted: {batch}, those of the batch")
     return Neighbours(points.size, kernel_shape, *_list(points.index.to(device), points.size, kernel_shape))
 
 
@@ -103,20 +103,20 @@ def depthwise(
     images = x.shape[0] if neighbours.counts is None else neighbours.counts.shape[0]
     if x.dtype not in DTYPES or x.ndim != 3 or tuple(x.shape[:2]) != (images, rows):
         raise ValueError(
-            f"x is {x.dtype} of shape {tuple(x.shape)}; it must be float32, bfloat16 or float16 ({images}, {rows}, C)"
+            f"x is {x.dtype} of shape {tuple(x.shape)}; accepted: float32, bfloat16 or float16 ({images}, {rows}, C)"
         )
     if taps.dtype != torch.float32 or tuple(taps.shape) != (kernel_h * kernel_w, x.shape[2]):
         raise ValueError(
-            f"taps is {taps.dtype} of shape {tuple(taps.shape)}; it must be float32 {kernel_h * kernel_w, x.shape[2]}"
+            f"taps is {taps.dtype} of shape {tuple(taps.shape)}; accepted: float32 {kernel_h * kernel_w, x.shape[2]}"
         )
     if scale.dtype != torch.float32 or scale.shape[0] not in (1, images) or tuple(scale.shape[1:]) != (rows, 1):
         raise ValueError(
-            f"scale is {scale.dtype} of shape {tuple(scale.shape)}; it must be float32 ({images} or 1, {rows}, 1)"
+            f"scale is {scale.dtype} of shape {tuple(scale.shape)}; accepted: float32 ({images} or 1, {rows}, 1)"
         )
     if residual is not None and (residual.dtype not in DTYPES or residual.shape != x.shape):
         raise ValueError(
             f"residual is {residual.dtype} of shape {tuple(residual.shape)}; "
-            f"it must be float32, bfloat16 or float16 {tuple(x.shape)}"
+            f"accepted: float32, bfloat16 or float16 {tuple(x.shape)}"
         )
     n = neighbours
     return _gather(x, taps, scale, residual, n.entries, n.counts, n.present, n.corners, n.size, n.kernel_shape, False)
