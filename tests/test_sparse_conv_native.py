@@ -172,7 +172,7 @@ def test_unusable_input_is_refused(name):
     refused("residual has shape", residual=torch.zeros(2, 3, 7))
     refused("x is on meta", x=torch.zeros(2, 3, 8, device="meta"))
     refused("accepted: floating point", x=torch.zeros(2, 3, 8, dtype=torch.int32))
-    refused("mixes with no other", x=torch.zeros(2, 3, 8, dtype=torch.float64))
+    refused("accepted: both float64", x=torch.zeros(2, 3, 8, dtype=torch.float64))
 
 
 @pytest.mark.skipif(compiled.library() is None, reason="needs a C compiler")

@@ -28,14 +28,14 @@ def _before(distance, pixel, other_distance, other_pixel):
 
 @triton.jit
 def _offsets(pixel, row, col, pixel_rows, pixel_cols, width):
-    """Row and column differences between pixels and nodes at (row, col)."""
+    """Row and column differences between pixels and nodes at (row, col). pixel_rows: (H,). pixel_cols: (W,)."""
     pixel = pixel.to(tl.int32)  # divisions of 64 bits take several times as long
     return tl.load(pixel_rows + pixel // width) - row, tl.load(pixel_cols + pixel % width) - col
 
 
 @triton.jit
 def _search(index, points, row, col, last_distance, last_pixel, pixel_rows, pixel_cols, width, POINTS: tl.constexpr):
-    """The first pixel of index after (last_distance, last_pixel) around (row, col): distance, id, place in index."""
+    """The first pixel of index (M,) after (last_distance, last_pixel) around (row, col): distance, id, place."""
     best = tl.full((POINTS,), _BEYOND, tl.int64)  # by lane
     best_pixel = best
     best_place = tl.zeros((POINTS,), tl.int64)
@@ -61,7 +61,12 @@ def nearest_kernel(
     points, nodes, length, lattice, width, grid_width, denominator,
     K: tl.constexpr, WIDTH: tl.constexpr, NODES: tl.constexpr, STEPS: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
-    """The outputs of `nearest_present`. present: int32 (B, H·W), places of pixels in index (B, M), or −1."""
+    """The outputs of `nearest_present`.
+
+    Pointers: pixels, places int64 and squared, shares float32 (B, Q, W). index: int64 (B, M). present: int32 (B, H·W),
+    places of pixels in index, or −1. table, ends: int32 (L, Q). pixel_rows, pixel_cols, node_rows, node_cols: int64
+    (H,), (W,) of the lattice, and (U_h,), (U_w,) of the grid.
+    """
     blocks = tl.cdiv(nodes, NODES)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     lane = tl.arange(0, NODES)

@@ -43,7 +43,11 @@ def filter_kernel(
     ring, x, kernel, interpolation, segments, first_row, rows, slots, height, length, channels,
     K: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Σ_j K[i, j] Σ_s V[j, s] x(y, · + s) for the rows y from first_row on: into slot y % slots of (B, slots, k, N)."""
+    """Σ_j K[i, j] Σ_s V[j, s] x(y, · + s) for the rows y from first_row on: into slot y % slots.
+
+    Pointers: ring float32 (B, slots, k, N). x: (B, H, N). kernel: float32 (k, k, C). interpolation: float32
+    (k, k'_w), V. segments: int32 (k,).
+    """
     image, group, lane = _place(rows, length, ROWS, BLOCK)
     start, end = first_row + group * ROWS, first_row + rows
     zero = tl.zeros((BLOCK,), tl.float32)
@@ -87,6 +91,8 @@ def spread_kernel(
 ):  # fmt: skip
     """Rows start to end of out: Σ_i Σ_t U[i, t] · row t − k'_h // 2 below of the i-th in `ring`, scale, residual.
 
+    Pointers: out (B, rows, N). ring: float32 (B, slots, k, N). interpolation: float32 (k, k'_h + 2·(ROWS − 1)), U
+    flanked by zeros. segments: int32 (k,). scale: float32 (H, W). residual: (B, H, N).
     U is flanked by ROWS − 1 columns of zeros: a row of the ring that some rows of the program need is read for all.
     """
     image, group, lane = _place(end - start, length, ROWS, BLOCK)
