@@ -12,13 +12,9 @@ from models.interpolation import points_to_grid
 from models.operators.knn import search as knn
 from models.operators.knn.pixel_order import geometry_of
 from models.operators.knn.search import Nearest, nearest_points
+from networks import random_index
 
 CPU = torch.device("cpu")
-
-
-def random_index(batch: int, size: tuple[int, int], count: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(size[0] * size[1], generator=generator)[:count] for _ in range(batch)])
 
 
 def coordinate(name: str, i: int, n: int) -> Fraction:

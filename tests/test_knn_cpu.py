@@ -10,7 +10,7 @@ from models.operators.knn import cpu_search
 from models.operators.knn import search as knn
 from models.operators.knn.pixel_order import geometry_of, ordered_pixels
 from models.operators.knn.search import nearest_points, nearest_rows
-from test_knn import random_index
+from networks import random_index
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="needs a C compiler")

@@ -9,7 +9,7 @@ from models import interpolation
 from models.operators import dispatch
 from models.operators.knn import search as knn
 from models.operators.knn.pixel_order import geometry_of
-from test_knn import random_index
+from networks import random_index
 
 triton_search = pytest.importorskip("models.operators.knn.triton_search")
 

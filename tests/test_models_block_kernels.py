@@ -11,7 +11,7 @@ from models.continuous_kernel import ContinuousKernel
 from models.operators.dispatch import get_backend, use_backend
 from models.operators.sparse_conv.backend import resample_kernel, resampled_shape
 from models.sparse_block import SparseBlock
-from test_models_networks import random_points, randomised
+from networks import random_points, randomised
 
 CPU = torch.device("cpu")
 BACKEND = get_backend("torch_dense")

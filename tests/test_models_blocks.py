@@ -12,6 +12,7 @@ from models.layers import Attention, Modulation, latent_sinusoidal_features, sin
 from models.operators.pointwise.norm_mlp import modulate
 from models.operators.sparse_conv.backend import resampled_shape
 from models.sparse_block import SparseBlock
+from networks import random_index, randomised
 
 CPU = torch.device("cpu")
 
@@ -76,19 +77,11 @@ def test_attention_kernels_that_are_not_there():
             Attention(8, "flash_attn")
 
 
-def randomised(module: torch.nn.Module, scale: float = 0.3) -> torch.nn.Module:
-    """Parameters away from their initial values, so that no norm is an identity and no bias zero."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(scale * torch.randn_like(parameter))
-    return module
-
-
 def block_and_inputs(**options):
     torch.manual_seed(0)
     block = randomised(SparseBlock(6, 3, **options)).double()
     size, train_size = (5, 7), (5, 6)
-    index = torch.stack([torch.randperm(35)[:14] for _ in range(2)])
+    index = random_index(2, size, 14, None)
     x = torch.randn(2, 14, 6, dtype=torch.float64, requires_grad=True)
     points = Points(size, index)
     return block, x, block.backend.plan(points, 2, resampled_shape(3, size, train_size), 3, CPU)

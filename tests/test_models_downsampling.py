@@ -12,7 +12,7 @@ from models.operators.dispatch import get_backend
 from models.operators.sparse_conv.backend import coverage, kernel_window, resample_kernel
 from models.point_conv import PointConv, stencil_between
 from models.sparse_unet import SparseSpec
-from test_models_networks import all_parameters_have_gradients, denoiser, encoder, inputs, random_points
+from networks import all_parameters_have_gradients, denoiser, encoder, inputs, random_points
 
 CPU = torch.device("cpu")
 CONVENTION = CONVENTIONS["cell_centred"]

@@ -11,47 +11,11 @@ from models.grid_unet import GridEncoder, GridSpec, GridUNet
 from models.latent_mlp import MLPSkipNet
 from models.layers import latent_sinusoidal_features
 from models.operators.dispatch import use_backend
-from models.sparse_encoder import Encoding, SparseEncoder
+from models.sparse_encoder import Encoding
 from models.sparse_unet import SparseSpec, SparseUNet
+from networks import GRID, SPARSE, all_parameters_have_gradients, denoiser, encoder, inputs, random_points, randomised
 
-SPARSE = SparseSpec(channels=6, num_blocks=2, kernel_size=3)
-GRID = GridSpec(
-    resolution=4,
-    base_channels=6,
-    mults=(1, 2),
-    blocks_per_level=(1, 1),
-    attention_resolutions=(2,),
-    dropout=0.5,
-    dropout_resolution=2,
-)
 SPECTRAL = GridSpec(resolution=8, base_channels=4, mults=(1, 1), blocks_per_level=(1, 2), conv_type="spectral")
-
-
-def randomised(module):
-    """Parameters away from their initial values, so that no norm is an identity and no bias zero."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape))  # whatever its layout
-    return module.eval()
-
-
-def denoiser(channels=3, out_channels=3, train_size=(8, 8), z_dim=5, sparse=SPARSE, grid=GRID):
-    torch.manual_seed(0)
-    return randomised(SparseUNet(channels, out_channels, train_size, sparse, grid, time_dim=8, z_dim=z_dim))
-
-
-def encoder(channels=3, train_size=(8, 8), sparse=SPARSE, grid=GRID, **options):
-    torch.manual_seed(0)
-    return randomised(SparseEncoder(channels, 5, train_size, sparse, grid, **options))
-
-
-def random_points(batch, size, count):
-    return Points(size, torch.stack([torch.randperm(size[0] * size[1])[:count] for _ in range(batch)]))
-
-
-def inputs(batch, points, channels=3, z_dim=5):
-    z = None if z_dim is None else torch.randn(batch, z_dim)
-    return torch.randn(batch, points.count, channels), torch.linspace(0, 999, batch), z
 
 
 FULL_KERNELS = SparseSpec(6, 1, 5, depthwise=False, nearest=5)
@@ -147,10 +111,6 @@ def test_smooth_functions_look_alike_at_every_resolution(size):
     network.train_size = coder.train_size = size  # leaves the kernels as they are
     for reference, right, wrong in zip(expected, resampled, evaluate(size)):
         assert (right - reference).norm() < 0.5 * (wrong - reference).norm()
-
-
-def all_parameters_have_gradients(module):
-    return [name for name, p in module.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
 
 
 @pytest.mark.parametrize("grid", [GRID, SPECTRAL])

@@ -10,6 +10,7 @@ from diffusion.coordinates import Points, gather_points, image_to_points
 from models.operators import dispatch
 from models.operators.dispatch import AUTOMATIC, get_backend
 from models.operators.sparse_conv.backend import resample_kernel, resampled_shape, resampled_size, window_counts
+from networks import random_points
 
 CPU = torch.device("cpu")
 
@@ -55,9 +56,7 @@ def test_convolution_is_its_definition(name, depthwise, size, train_size, kernel
     torch.manual_seed(0)
     batch, channels = 2, 4
     groups = channels if depthwise else 1
-    total = size[0] * size[1]
-    index = None if count is None else torch.stack([torch.randperm(total)[:count] for _ in range(batch)])
-    points, kernel_shape = Points(size, index), resampled_shape(kernel_size, size, train_size)
+    points, kernel_shape = random_points(batch, size, count), resampled_shape(kernel_size, size, train_size)
     x = torch.randn(batch, points.count, channels, dtype=torch.float64)
     weight = torch.randn(channels, channels // groups, kernel_size, kernel_size, dtype=torch.float64)
     backend = get_backend(name)
@@ -71,8 +70,7 @@ def one_rounding(backend, dtype, autocast=False):
     """A kernel of a single 1 leaves the scaling alone: the result must be that of float64, rounded once."""
     torch.manual_seed(0)
     size, kernel_size, batch, channels = (9, 14), 7, 2, 4
-    index = torch.stack([torch.randperm(size[0] * size[1])[:70] for _ in range(batch)])
-    for points in (Points(size, index), Points(size)):
+    for points in (random_points(batch, size, 70), Points(size)):
         x = torch.randn(batch, points.count, channels).to(dtype)
         weight = torch.zeros(channels, 1, kernel_size, kernel_size)
         weight[:, :, kernel_size // 2, kernel_size // 2] = 1
@@ -97,9 +95,8 @@ def test_the_density_is_not_rounded_in_half_precision(name, dtype, autocast):
 @pytest.mark.parametrize(("size", "kernel_shape"), [((5, 8), (3, 7)), ((4, 4), (13, 13)), ((1, 6), (3, 5))])
 def test_counts_are_a_convolution_of_ones(size, kernel_shape):
     total = size[0] * size[1]
-    index = torch.stack([torch.randperm(total)[: max(total // 3, 1)] for _ in range(3)])
     box, padding = torch.ones(1, 1, *kernel_shape), (kernel_shape[0] // 2, kernel_shape[1] // 2)
-    for points in (Points(size), Points(size, index)):
+    for points in (Points(size), random_points(3, size, max(total // 3, 1))):
         present = torch.zeros(3, total).scatter(1, points.ids().expand(3, -1), 1.0).view(3, 1, *size)
         counts = gather_points(F.conv2d(present, box, padding=padding), points).squeeze(2)
         assert torch.equal(window_counts(points, kernel_shape, CPU).expand(3, -1).float(), counts)

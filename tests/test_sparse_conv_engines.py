@@ -13,6 +13,7 @@ from models.operators.sparse_conv import cpu, enlarged, native, pairs
 from models.operators.sparse_conv.backend import resampled_shape
 from models.operators.sparse_conv.native import NativeBackend
 from models.operators.sparse_conv.torch_dense import TorchDenseBackend
+from networks import random_points
 
 CPU = torch.device("cpu")
 SIZE, CHANNELS = (24, 20), 16
@@ -69,7 +70,7 @@ def test_the_lattice_kernel_is_called_without_a_list(fake_gpu, monkeypatch):
 
 
 def test_lists_take_the_bytes_they_are_said_to():
-    points = Points((40, 32), torch.stack([torch.randperm(1280)[:500] for _ in range(3)]))
+    points = random_points(3, (40, 32), 500)
     for engine, fields in ((cpu, ("rows", "taps")), (pairs, None)):
         if engine is cpu and compiled.library() is None:
             continue
@@ -91,8 +92,7 @@ def test_beyond_the_bound_the_lattice_is_computed(monkeypatch, count, kernel_gra
     for engine in (cpu, pairs):
         monkeypatch.setattr(engine, "neighbours", lambda *_: pytest.fail("a list was made"))
     torch.manual_seed(0)
-    index = None if count is None else torch.stack([torch.randperm(600)[:count] for _ in range(2)])
-    points, kernel_shape = Points((30, 20), index), resampled_shape(5, (30, 20), (10, 10))
+    points, kernel_shape = random_points(2, (30, 20), count), resampled_shape(5, (30, 20), (10, 10))
     x, residual = torch.randn(2, 2, points.count, CHANNELS, dtype=torch.float32)
     kernel = torch.randn(CHANNELS, 1, 5, 5)
     results = []
@@ -111,9 +111,8 @@ def test_every_engine_gives_the_same_numbers():
     torch.manual_seed(0)
     backend, dense = NativeBackend(), TorchDenseBackend()
     for ratio, size, k in ((1, (12, 9), 3), (0.3, (12, 9), 3), (1, (20, 30), 5), (0.5, (20, 30), 5)):
-        total = size[0] * size[1]
-        index = None if ratio == 1 else torch.stack([torch.randperm(total)[: int(ratio * total)] for _ in range(2)])
-        points, kernel_shape = Points(size, index), resampled_shape(k, size, (10, 10))
+        count = None if ratio == 1 else int(ratio * size[0] * size[1])
+        points, kernel_shape = random_points(2, size, count), resampled_shape(k, size, (10, 10))
         x, kernel = torch.randn(2, points.count, CHANNELS), torch.randn(CHANNELS, 1, k, k)
         plan = backend.plan(points, 2, kernel_shape, k, CPU)
         expected = dense.conv(x.double(), kernel.double(), dense.plan(points, 2, kernel_shape, k, CPU), CHANNELS)
@@ -134,7 +133,7 @@ def test_windows_are_counted_once(monkeypatch, kernel_shape, span):
     counted, count = [], base.window_counts
     monkeypatch.setattr(base, "window_counts", lambda *given: counted.append(1) or count(*given))
     torch.manual_seed(0)
-    points = Points(SIZE, torch.stack([torch.randperm(480)[:90] for _ in range(2)]))
+    points = random_points(2, SIZE, 90)
     backend, x, kernel = NativeBackend(), torch.randn(2, 90, CHANNELS), torch.randn(CHANNELS, 1, 7, 7)
     plan = backend.plan(points, 2, kernel_shape, 7, CPU, span)
     first = backend.conv(x, kernel, plan, CHANNELS)

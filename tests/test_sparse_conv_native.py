@@ -14,6 +14,7 @@ from models.operators.sparse_conv import cpu, pairs
 from models.operators.sparse_conv.backend import resampled_shape
 from models.operators.sparse_conv.native import NativeBackend
 from models.operators.sparse_conv.torch_dense import TorchDenseBackend
+from networks import random_points
 
 CPU = torch.device("cpu")
 ENGINES = [
@@ -32,9 +33,7 @@ CASES = [  # size, training size, k, points, channels
 
 def draw(size, train_size, k, count, channels, batch=3):
     """Points in no order, features, kernel and residual, float32."""
-    total = size[0] * size[1]
-    index = None if count is None else torch.stack([torch.randperm(total)[:count] for _ in range(batch)])
-    points = Points(size, index)
+    points = random_points(batch, size, count)
     x, residual = torch.randn(2, batch, points.count, channels)
     return points, resampled_shape(k, size, train_size), x, torch.randn(channels, 1, k, k), residual
 

@@ -18,6 +18,7 @@ from models.operators.sparse_conv.backend import (
     resampled_shape,
 )
 from models.sparse_block import SparseBlock
+from networks import random_points
 
 CPU = torch.device("cpu")
 CONVENTION = CONVENTIONS["cell_centred"]
@@ -40,10 +41,6 @@ def overlap(k: int, n: int, train_n: int, t: int, i: int) -> Fraction:
     low, high = (i - Fraction(k, 2)) * r, (i + 1 - Fraction(k, 2)) * r
     half = Fraction(1, 2)
     return max(Fraction(0), min(high, t + half) - max(low, t - half))
-
-
-def random_points(size, count, batch=2):
-    return Points(size, torch.stack([torch.randperm(size[0] * size[1])[:count] for _ in range(batch)]))
 
 
 @pytest.mark.parametrize("k", [1, 3, 7])
@@ -77,7 +74,7 @@ def test_area_is_the_sum_of_what_is_covered(size, train_size, k):
         {t: float(sum(overlap(k, n, train_n, t, i) for i in range(k))) for t in range(-(side // 2), side // 2 + 1)}
         for n, train_n, side in zip(size, train_size, kernel_shape)
     ]
-    for points in (Points(size), random_points(size, max(size[0] * size[1] // 5, 1))):
+    for points in (Points(size), random_points(2, size, max(size[0] * size[1] // 5, 1))):
         found = covered_area(points, kernel_shape, span, CPU)
         for ids, row in zip(points.ids().tolist(), found.tolist()):
             where = [divmod(i, size[1]) for i in ids]
@@ -112,7 +109,7 @@ def test_a_constant_keeps_its_gain_at_every_size(size, train_size, k, groups, na
 def test_convolution_of_some_points_is_its_definition(size, train_size, k, dtype, name):
     torch.manual_seed(0)
     kernel_shape, span = kernel_window(k, size, train_size, CONVENTION)
-    points = random_points(size, max(size[0] * size[1] // 6, 2))
+    points = random_points(2, size, max(size[0] * size[1] // 6, 2))
     x, weight = torch.randn(2, points.count, 3, dtype=dtype), torch.randn(3, 1, k, k, dtype=dtype)
     backend = get_backend(name)
     found = backend.conv(x, weight, backend.plan(points, 2, kernel_shape, k, CPU, span), 3)
@@ -187,7 +184,7 @@ def test_gradients_reach_the_kernel():
 
 
 def test_numbers_at_the_training_size_are_those_of_whole_counts():
-    points = random_points((12, 10), 30)
+    points = random_points(2, (12, 10), 30)
     kernel_shape, span = kernel_window(5, (12, 10), (12, 10), CONVENTION)
     plain = inverse_density(points, kernel_shape, 5, CPU)
     assert torch.equal(inverse_density(points, kernel_shape, 5, CPU, span), plain)
@@ -202,7 +199,7 @@ def test_a_continuous_kernel_fits_its_density(size, train_size, k):
     with torch.no_grad():
         block.kernel.layers[2].weight.zero_()
         block.kernel.layers[2].bias.fill_(0.03)
-        for points in (Points(size), random_points(size, max(size[0] * size[1] // 4, 1))):
+        for points in (Points(size), random_points(2, size, max(size[0] * size[1] // 4, 1))):
             batch = 1 if points.index is None else 2
             kernel_shape, span = kernel_window(k, size, train_size, CONVENTION)
             plan = block.backend.plan(points, batch, kernel_shape, k, CPU, span)
