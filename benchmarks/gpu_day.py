@@ -54,7 +54,7 @@ def options(name: str, fields: dict) -> list[str]:
 def measurements(arguments: argparse.Namespace) -> list[Stage]:
     """The stages that need no data."""
     quick, device = arguments.quick, arguments.device
-    tests = ["tests/test_triton_support.py"] if quick else gpu_tests()
+    tests = ["tests/test_dispatch.py"] if quick else gpu_tests()
     stages = [Stage("tests", "what only a GPU can show, and its kernels", ["-m", "pytest", "-q", *tests])]
     operators = ["benchmarks/operators.py", f"--device={device}", "--json={here}/operators.json"]
     if quick:

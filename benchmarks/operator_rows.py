@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -14,8 +15,8 @@ from diffusion.coordinates import CONVENTIONS, Points, scatter_points
 from diffusion.mollifier import Mollifier
 from diffusion.random import Purpose, stream
 from diffusion.subsets import draw_points
+from models.operators.dispatch import get_backend, use_backend
 from models.operators.knn.search import nearest_points
-from models.operators.sparse_conv import get_backend
 from models.sparse_block import SparseBlock
 
 K, NEIGHBOURS, CONDITION = 7, 3, 256
@@ -101,7 +102,7 @@ def block_row(setting: Setting, size: int, ratio: float) -> Row:
     points = drawn_points(setting, size, ratio)
     device, batch, channels = setting.device, setting.batch, setting.channels
     backend = get_backend(setting.backend)
-    block = SparseBlock(channels, K, backend, time_dim=CONDITION, z_dim=CONDITION).to(device)
+    block = use_backend(SparseBlock(channels, K, time_dim=CONDITION, z_dim=CONDITION), backend).to(device)
     plan = backend.plan(points, batch, (K, K), K, device)
     factory = {"device": device, "dtype": setting.dtype}
     e, z = (torch.randn(batch, CONDITION, device=device) for _ in range(2))
@@ -137,8 +138,7 @@ def block_row(setting: Setting, size: int, ratio: float) -> Row:
 
     variants = baselines.dense_variants(device)
     reference = get_backend("torch_dense")
-    plain = SparseBlock(channels, K, reference, time_dim=CONDITION, z_dim=CONDITION).to(device)
-    plain.load_state_dict(block.state_dict())
+    plain = use_backend(copy.deepcopy(block), reference)
     plain_parameters = [p for name, p in plain.named_parameters() if name not in ("norm1.bias", "norm2.bias")]
     plain_plan = reference.plan(points, batch, (K, K), K, device)
 

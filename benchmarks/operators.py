@@ -36,7 +36,7 @@ from benchmarks.interleaved import Timing, interleaved
 from benchmarks.operator_rows import NEIGHBOURS, OPERATORS, USUAL, K, Row, Setting
 from benchmarks.report import machine, operator_table
 from diffusion.random import Purpose, seed_global
-from models.operators.sparse_conv import BACKENDS, get_backend
+from models.operators.dispatch import BACKEND_NAMES, get_backend
 from runtime.files import write_json
 
 
@@ -114,7 +114,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=_positive, help="images; default: 32 on a GPU, 4 on a CPU")
     parser.add_argument("--channels", type=_positive, default=64)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=None, help="of the features")
-    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="of conv and block")
+    parser.add_argument("--backend", choices=BACKEND_NAMES, default="auto", help="of conv and block")
     parser.add_argument("--repeats", type=_positive, default=20)
     parser.add_argument("--json", type=Path, help="file for the result; default: none")
     arguments = parser.parse_args()

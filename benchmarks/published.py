@@ -153,7 +153,7 @@ def descend(network: SparseDescent, x: torch.Tensor, lattice: Lattice, condition
         h = sparse_block(block, h, lattice.mask, lattice.density, condition)
         skips.append(h)
     h = network.to_grid(lattice.gather(h))
-    return skips, lattice.to_grid(h, network.grid_spec.resolution, network.sparse_spec.neighbours)
+    return skips, lattice.to_grid(h, network.grid_spec.resolution, network.sparse_spec.nearest)
 
 
 def encode(network: SparseEncoder, x: torch.Tensor, lattice: Lattice) -> torch.Tensor:

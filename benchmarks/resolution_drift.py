@@ -119,9 +119,9 @@ def read_at(x: torch.Tensor, n: int) -> torch.Tensor:
 def gains(network: SparseUNet, size: Size, points: Points | None = None) -> torch.Tensor:
     """What the first kernels make of a constant: (C, H, W), or (C, M) at some points."""
     kernel = network.down_blocks[0].kernel
-    extent, span = kernel_window(kernel.shape[-1], size, network.train_size, network.convention)
+    kernel_shape, span = kernel_window(kernel.shape[-1], size, network.train_size, network.convention)
     points = points or Points(size)
-    plan = network.backend.plan(points, 1, extent, kernel.shape[-1], CPU, span)
+    plan = network.backend.plan(points, 1, kernel_shape, kernel.shape[-1], CPU, span)
     out = network.backend.conv(torch.ones(1, points.count, len(kernel)), kernel, plan, len(kernel))
     return points_to_image(out, size)[0] if points.is_full else out[0].T
 

@@ -24,6 +24,7 @@ from models.point_conv import Stencil, stencil_between
 from models.windows import Window
 
 SUBSETS = ("random", "equidistant")
+NODES = ("grid", *SUBSETS)  # what model.downsampling may be
 _LAST = torch.iinfo(torch.int64).max
 
 
@@ -37,17 +38,17 @@ class GridNodes:
         points: Points,
         batch: int,
         side: int,
-        neighbours: int,
+        k: int,
         convention: CoordinateConvention,
         device: torch.device,
         plain: bool = False,
     ) -> None:
         self._geometry = (points, batch, (side, side))
-        self._neighbours, self._convention, self._device, self._plain = neighbours, convention, device, plain
+        self._k, self._convention, self._device, self._plain = k, convention, device, plain
 
     def enter(self, h: torch.Tensor) -> torch.Tensor:
         """Features at the points (B, M, C) to nodes (B, U, U, C)."""
-        options = (self._neighbours, self._convention, self._device, self._plain)
+        options = (self._k, self._convention, self._device, self._plain)
         gather = points_to_grid(*self._geometry, *options)
         return gather(h).unflatten(1, self._geometry[2])
 
@@ -59,7 +60,7 @@ class GridNodes:
     def enter_pieces(self, pieces: Iterable[tuple[Window, torch.Tensor]]) -> torch.Tensor:
         """`enter` for a full lattice in pieces: windows that cover it, and features (B, points, C) in each."""
         points, batch, grid = self._geometry
-        geometry = (points, 1, grid, self._neighbours, self._convention, self._device)
+        geometry = (points, 1, grid, self._k, self._convention, self._device)
         gather, read = points_to_grid(*geometry, self._plain), None
         ids = gather.rows  # (E,)
         rows, cols = ids.div(points.size[1], rounding_mode="floor"), ids.remainder(points.size[1])
@@ -110,7 +111,7 @@ class PointNodes:
         batch: int,
         kind: str,
         sides: Sequence[int],
-        neighbours: int,
+        k: int,
         convention: CoordinateConvention,
         device: torch.device,
         plain: bool = False,
@@ -122,7 +123,7 @@ class PointNodes:
             chosen, pyramid = _levels(points, kind, sides, counts, convention, device)
         self.pyramid = pyramid.expand(batch)
         self._chosen = chosen.expand(batch, -1)
-        self._points, self._neighbours, self._convention, self._plain = points, neighbours, convention, plain
+        self._points, self._k, self._convention, self._plain = points, k, convention, plain
         self._nodes = Points(points.size, points.ids(device).gather(1, chosen))
 
     def enter(self, h: torch.Tensor) -> torch.Tensor:
@@ -135,7 +136,7 @@ class PointNodes:
         if self._nodes.count == self._points.count:
             return torch.empty_like(nodes).scatter(1, self._chosen.unsqueeze(2).expand_as(nodes), nodes)
         batch, size = len(nodes), self._points.size
-        geometry = (self._nodes, batch, size, self._neighbours, self._convention, nodes.device)
+        geometry = (self._nodes, batch, size, self._k, self._convention, nodes.device)
         gather = points_to_grid(*geometry, self._plain)
         return (gather if self._points.index is None else gather.some(self._points.index))(nodes)
 
@@ -162,7 +163,7 @@ def _levels(
 ) -> tuple[torch.Tensor, Pyramid]:
     """Positions of the nodes in the list of points, (B, N) or (1, N), and the stencils between the levels."""
     if kind not in SUBSETS:
-        raise ValueError(f"the subset of points is {kind!r}; it must be one of {', '.join(SUBSETS)}")
+        raise ValueError(f"model.downsampling is {kind!r}; accepted: {', '.join(SUBSETS)}")
     ids = points.ids(device)
     picks = max((count for count in counts if count < points.count), default=0)  # a level that takes all needs none
     order = _random_order(ids) if kind == "random" else _farthest_first(points, ids, picks)

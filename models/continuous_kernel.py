@@ -53,19 +53,19 @@ class ContinuousKernel(nn.Module):
         nn.init.uniform_(self.layers[2].weight, -bound * math.sqrt(2 / _WIDTH), bound * math.sqrt(2 / _WIDTH))
         nn.init.zeros_(self.layers[2].bias)
 
-    def forward(self, size: Size, extent: Size, span: Span | None = None) -> torch.Tensor:
+    def forward(self, size: Size, kernel_shape: Size, span: Span | None = None) -> torch.Tensor:
         """Weights (C_out, C_in/groups, k'_h, k'_w) at the offsets of a window of k'_h × k'_w pixels of a lattice.
 
         With a span, each is multiplied by the part of its pixel's cell that is in the window, as the density counts it;
         a pixel whose centre is outside has the value at the edge.
         """
         device = self.layers[2].weight.device
-        axes = [self._offsets(axis, size, extent, device) for axis in (0, 1)]
+        axes = [self._offsets(axis, size, kernel_shape, device) for axis in (0, 1)]
         u = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=2).to(self.layers[2].weight.dtype)  # (k'_h, k'_w, 2)
         with torch.autocast(device.type, enabled=False):  # phases lose their meaning at half precision
             weights = self.layers(u.clamp(-1, 1)).permute(2, 0, 1).unflatten(0, self.shape)
-            return weights if span is None else weights * coverage(extent, span, device).to(weights.dtype)
+            return weights if span is None else weights * coverage(kernel_shape, span, device).to(weights.dtype)
 
-    def _offsets(self, axis: int, size: Size, extent: Size, device: torch.device) -> torch.Tensor:
-        pixels = torch.arange(extent[axis], device=device) - extent[axis] // 2
+    def _offsets(self, axis: int, size: Size, kernel_shape: Size, device: torch.device) -> torch.Tensor:
+        pixels = torch.arange(kernel_shape[axis], device=device) - kernel_shape[axis] // 2
         return pixels * (2 * self.train_size[axis] / (self.kernel_size * size[axis]))

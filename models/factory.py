@@ -6,8 +6,10 @@ from torch import nn
 
 from configs.schema import LatentModelConfig, ModelConfig
 from diffusion.coordinates import Size
+from models import tiled
 from models.grid_unet import GridSpec
 from models.latent_mlp import MLPSkipNet
+from models.operators.dispatch import use_backend
 from models.sparse_encoder import SparseEncoder
 from models.sparse_unet import SparseSpec, SparseUNet
 
@@ -18,9 +20,8 @@ def _sparse_spec(config: ModelConfig) -> SparseSpec:
         num_blocks=config.num_conv_blocks,
         kernel_size=config.kernel_size,
         depthwise=config.depthwise_sparse,
-        neighbours=config.knn_neighbours,
+        nearest=config.knn_neighbours,
         convention=config.coordinate_convention,
-        backend=config.backend,
         kernel=config.kernel,
         tile_points=config.tile_points,
     )
@@ -46,7 +47,7 @@ def build_denoiser(config: ModelConfig, channels: int, train_size: Size) -> Spar
 
     A learned variance doubles the output channels. Raises ValueError for settings that do not fit together.
     """
-    return SparseUNet(
+    network = SparseUNet(
         channels,
         channels * (2 if config.learn_sigma else 1),
         train_size,
@@ -55,11 +56,13 @@ def build_denoiser(config: ModelConfig, channels: int, train_size: Size) -> Spar
         time_dim=config.time_emb_dim,
         z_dim=config.z_dim,
     )
+    tiled.check(network)
+    return use_backend(network, config.backend)
 
 
 def build_encoder(config: ModelConfig, channels: int, train_size: Size) -> SparseEncoder:
     """The encoder that goes with `build_denoiser`."""
-    return SparseEncoder(
+    network = SparseEncoder(
         channels,
         config.z_dim,
         train_size,
@@ -68,6 +71,7 @@ def build_encoder(config: ModelConfig, channels: int, train_size: Size) -> Spars
         stochastic=config.stochastic_encoding,
         block_norm=config.encoder_block_norm,
     )
+    return use_backend(network, config.backend)
 
 
 def build_latent_model(config: LatentModelConfig, z_dim: int) -> MLPSkipNet:

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.coarse_nodes import SUBSETS, Pyramid
+from models.coarse_nodes import NODES, Pyramid
 from models.layers import Attention, Modulation
+from models.operators.dispatch import BackendModule
 from models.operators.pointwise.norm_mlp import norm_modulate
 from models.point_conv import PointConv, Stencil
 from models.spectral import SpectralConv
 
 CONV_TYPES = ("conv", "spectral")
-NODES = ("grid", *SUBSETS)
 _HEAD_WIDTH = 128  # hidden channels of the U-Net's output layers
 
 
@@ -31,9 +31,8 @@ class GridSpec:
     resolution: side of the grid. base_channels: channels of the finest level, `mults` times it after each level.
     blocks_per_level: residual blocks of each level. attention_resolutions: sides at which a level attends.
     dropout: rate, active where the side is at most `dropout_resolution`. conv_type: "conv" or "spectral".
-    attention: "sdpa" or "flash_attn". plain: compute in plain PyTorch wherever it is. nodes: "grid", or how subsets of
-    the points are drawn in its place, level by level; features are then (B, N, 1, C), and the networks take the
-    `Pyramid` of the subsets.
+    attention: "sdpa" or "flash_attn". nodes: "grid", or how subsets of the points are drawn in its place, level by
+    level; features are then (B, N, 1, C), and the networks take the `Pyramid` of the subsets.
     """
 
     resolution: int
@@ -46,27 +45,26 @@ class GridSpec:
     conv_type: str = "conv"
     attention: str = "sdpa"
     nodes: str = "grid"
-    plain: bool = False
 
     def __post_init__(self):
         levels = len(self.mults)
         if levels == 0:
-            raise ValueError("model.uno_mults is empty; it must hold one multiplier per level")
+            raise ValueError("model.uno_mults is empty; accepted: one multiplier per level")
         if len(self.blocks_per_level) != levels:
             raise ValueError(
-                f"model.uno_blocks_per_level has {len(self.blocks_per_level)} entries; model.uno_mults has {levels}"
+                f"model.uno_blocks_per_level is {self.blocks_per_level}; accepted: {levels} entries, one per level"
             )
         if self.resolution < 1 or self.resolution % 2 ** (levels - 1):
             raise ValueError(
-                f"model.uno_res is {self.resolution}; with {levels} levels it must be a multiple of {2 ** (levels - 1)}"
+                f"model.uno_res is {self.resolution}; accepted: a multiple of {2 ** (levels - 1)}, for {levels} levels"
             )
         if self.conv_type not in CONV_TYPES:
-            raise ValueError(f"model.uno_conv_type is {self.conv_type!r}; it must be one of {', '.join(CONV_TYPES)}")
+            raise ValueError(f"model.uno_conv_type is {self.conv_type!r}; accepted: {', '.join(CONV_TYPES)}")
         if self.nodes not in NODES:
-            raise ValueError(f"model.downsampling is {self.nodes!r}; it must be one of {', '.join(NODES)}")
+            raise ValueError(f"model.downsampling is {self.nodes!r}; accepted: {', '.join(NODES)}")
         if self.nodes != "grid" and self.conv_type != "conv":
             raise ValueError(
-                f"model.uno_conv_type is {self.conv_type!r}; with model.downsampling={self.nodes!r} it must be 'conv'"
+                f"model.uno_conv_type is {self.conv_type!r}; accepted: 'conv', with model.downsampling={self.nodes!r}"
             )
 
     @property
@@ -126,7 +124,7 @@ def _conv(conv_type: str, c_in: int, c_out: int, resize: str = "same") -> nn.Mod
     return layer.to(memory_format=torch.channels_last)  # the layout of the features: else every call converts it
 
 
-class GridBlock(nn.Module):
+class GridBlock(BackendModule):
     """shortcut(x) + conv(Dropout(GELU(mod(norm(conv(GELU(norm(x)))))))), conditioned on time and latent."""
 
     def __init__(
@@ -137,10 +135,8 @@ class GridBlock(nn.Module):
         z_dim: int | None,
         dropout: float,
         conv_type: str = "conv",
-        plain: bool = False,
     ):
         super().__init__()
-        self.plain = plain
         self.norm_in = nn.LayerNorm(c_in)
         self.conv_in = _conv(conv_type, c_in, c_out)
         self.norm_out = nn.LayerNorm(c_out)
@@ -153,8 +149,9 @@ class GridBlock(nn.Module):
         self, x: torch.Tensor, e: torch.Tensor | None, z: torch.Tensor | None, *stencil: Stencil
     ) -> torch.Tensor:
         """x: (B, H, W, c_in); e: (B, time_dim); z: (B, z_dim). Returns (B, H, W, c_out)."""
-        h = self.conv_in(F.gelu(norm_modulate(x, self.norm_in, plain=self.plain)), *stencil)
-        h = norm_modulate(h, self.norm_out, *self.modulation.vectors(e, z), self.plain)
+        plain = self.backend.plain
+        h = self.conv_in(F.gelu(norm_modulate(x, self.norm_in, plain=plain)), *stencil)
+        h = norm_modulate(h, self.norm_out, *self.modulation.vectors(e, z), plain)
         return self.shortcut(x) + self.conv_out(self.dropout(F.gelu(h)), *stencil)
 
 
@@ -179,7 +176,7 @@ class GridLevel(nn.Module):
         super().__init__()
         side, count = spec.side(level), spec.blocks_per_level[level]
         self.blocks = nn.ModuleList(
-            GridBlock(*channels, time_dim, z_dim, _dropout(spec, level), spec.layer, spec.plain) for _ in range(count)
+            GridBlock(*channels, time_dim, z_dim, _dropout(spec, level), spec.layer) for _ in range(count)
         )
         attends = side in spec.attention_resolutions
         self.attentions = nn.ModuleList(
@@ -206,7 +203,7 @@ class GridTrunk(nn.Module):
             )
             for level, width in enumerate(widths[:-1])
         )
-        middle = (widths[-1], widths[-1], time_dim, z_dim, _dropout(spec, last), spec.layer, spec.plain)
+        middle = (widths[-1], widths[-1], time_dim, z_dim, _dropout(spec, last), spec.layer)
         self.mid_block1 = GridBlock(*middle)
         self.mid_attention = Attention(widths[-1], spec.attention)
         self.mid_block2 = GridBlock(*middle)

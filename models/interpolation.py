@@ -2,7 +2,7 @@
 
 Both are sparse linear maps with a few entries per output, fixed once the points are known. Positions and weights are
 float32 in every precision and carry no gradient. Letters: B batch, C channels, M points, N source rows, Q output
-rows, U_h × U_w grid, K neighbours, E entries of all outputs.
+rows, U_h × U_w grid, K nearest points, E entries of all outputs.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def points_to_grid(
     points: Points,
     batch: int,
     grid: Size,
-    neighbours: int,
+    k: int,
     convention: CoordinateConvention,
     device: torch.device,
     plain: bool = False,
@@ -114,7 +114,7 @@ def points_to_grid(
     The nearest points and their shares s are those of `models.operators.knn.search`, plain as there. Raises ValueError
     when there are fewer than K points.
     """
-    rows, squared, shares, ends = nearest_rows(points, grid, neighbours, convention, device, plain)
+    rows, squared, shares, ends = nearest_rows(points, grid, k, convention, device, plain)
     weights = shares / squared.clamp(min=_CLOSEST)
     every = torch.arange(len(rows), device=device)
     sums = _sums(weights.unsqueeze(1), every, ends, torch.ones_like(weights)).squeeze(1)
@@ -186,10 +186,10 @@ def interpolate_to_grid(
     x: torch.Tensor,
     points: Points,
     grid: Size,
-    neighbours: int,
+    k: int,
     convention: CoordinateConvention,
     plain: bool = False,
 ) -> torch.Tensor:
     """Features (B, M, C) at points as an image (B, C, U_h, U_w), by `points_to_grid`."""
-    out = points_to_grid(points, x.shape[0], grid, neighbours, convention, x.device, plain)(x)  # (B, Q, C)
+    out = points_to_grid(points, x.shape[0], grid, k, convention, x.device, plain)(x)  # (B, Q, C)
     return out.transpose(1, 2).unflatten(2, grid)

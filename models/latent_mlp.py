@@ -44,8 +44,9 @@ class MLPSkipNet(nn.Module):
         out_channels: int | None = None,
     ):
         super().__init__()
-        if num_layers < 2:
-            raise ValueError(f"model.num_layers is {num_layers}; it must be at least 2")
+        for name, value in (("num_layers", num_layers), ("time_embed_dim", time_dim)):
+            if value < 2:
+                raise ValueError(f"model.{name} is {value}; accepted: numbers from 2 on")
         self.time_dim = time_dim
         self.time_mlp = nn.Sequential(nn.Linear(time_dim, z_dim), nn.GELU(), nn.Linear(z_dim, z_dim))
         self.in_layer = MLPLayer(z_dim, hidden, z_dim, dropout)

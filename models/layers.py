@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.operators.pointwise.norm_mlp import modulate, product_type
+
 _LOG_PERIOD = math.log(10000.0)
 
 
@@ -24,10 +26,8 @@ def sinusoidal_features(t: torch.Tensor, dim: int) -> torch.Tensor:
 
     sin(t·f_j), cos(t·f_j) with f_j = 10000^(−j/(h−1)), j < h = dim/2.
 
-    t: (B,), in thousandths of the whole process. dim: even, at least 4, else ValueError. Returns float32 (B, dim).
+    t: (B,), in thousandths of the whole process. dim: even, at least 4. Returns float32 (B, dim).
     """
-    if dim < 4 or dim % 2:
-        raise ValueError(f"the width of the time features is {dim}; it must be even and at least 4")
     half = dim // 2
     angles = _angles(t, _steps(t, half) * -(_LOG_PERIOD / (half - 1)))  # (B, h)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -36,10 +36,8 @@ def sinusoidal_features(t: torch.Tensor, dim: int) -> torch.Tensor:
 def latent_sinusoidal_features(t: torch.Tensor, dim: int) -> torch.Tensor:
     """Features of the diffusion time for the latent network: cosines, then sines, and a zero where `dim` is odd.
 
-    cos(t·f_j), sin(t·f_j) with f_j = 10000^(−j/h), j < h = ⌊dim/2⌋. Returns float32 (B, dim).
+    cos(t·f_j), sin(t·f_j) with f_j = 10000^(−j/h), j < h = ⌊dim/2⌋ ≥ 1. Returns float32 (B, dim).
     """
-    if dim < 2:
-        raise ValueError(f"the width of the latent time features is {dim}; it must be at least 2")
     half = dim // 2
     angles = _angles(t, _steps(t, half) * -_LOG_PERIOD / half)  # (B, h)
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
@@ -56,12 +54,6 @@ def _angles(t: torch.Tensor, log_frequencies: torch.Tensor) -> torch.Tensor:
     exponentials differ between processors.
     """
     return t.float()[:, None] * log_frequencies.double().exp().float()
-
-
-def product_type(x: torch.Tensor) -> torch.dtype:
-    """The type in which x enters matrix products: that of autocast where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class LayerNorm(nn.LayerNorm):
@@ -101,16 +93,6 @@ class Modulation(nn.Module):
         return scale, shift
 
 
-def modulate(h: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
-    """h·scale + shift for h (B, …, C) and vectors of `Modulation`, in the type of h, to which they are not rounded."""
-    if scale is None:
-        return h
-    inner = (1,) * (h.ndim - 2)
-    scale = scale.unflatten(1, (*inner, -1))  # (B, 1…, C)
-    out = h * scale if shift is None else torch.addcmul(shift.unflatten(1, (*inner, -1)), h, scale)
-    return out.to(h.dtype)
-
-
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -128,7 +110,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, kernel: str = "sdpa"):
         super().__init__()
         if kernel not in ATTENTION_KERNELS:
-            raise ValueError(f"model.attention is {kernel!r}; it must be one of {', '.join(ATTENTION_KERNELS)}")
+            raise ValueError(f"model.attention is {kernel!r}; accepted: {', '.join(ATTENTION_KERNELS)}")
         self.attend = _flash_attention() if kernel == "flash_attn" else _sdpa
         self.heads = max(channels // HEAD_WIDTH, 4)
         self.norm = LayerNorm(channels)
@@ -155,12 +137,14 @@ def _flash_attention():
         from flash_attn import flash_attn_qkvpacked_func
     except ImportError as error:
         raise ValueError(
-            "model.attention is 'flash_attn', which is not installed: pip install flash-attn, or choose 'sdpa'"
+            "model.attention is 'flash_attn', which is not installed; accepted: 'sdpa', or pip install flash-attn"
         ) from error
 
     def attend(qkv: torch.Tensor) -> torch.Tensor:
         if qkv.dtype not in (torch.float16, torch.bfloat16):
-            raise ValueError(f"model.attention='flash_attn' got {qkv.dtype}; use mixed precision or 'sdpa'")
+            raise ValueError(
+                f"model.attention is 'flash_attn' for {qkv.dtype}; accepted: 'sdpa', or mixed precision on a GPU"
+            )
         return flash_attn_qkvpacked_func(qkv)
 
     return attend

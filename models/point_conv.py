@@ -83,10 +83,10 @@ def _tap_table(
     size: Size, side: int, convention: CoordinateConvention, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What each tap contributes at each offset of the window, (k'_h, k'_w, 9), and c there, float64 (k'_h, k'_w)."""
-    extent, span = kernel_window(_SIDE, size, (side, side), convention)
+    kernel_shape, span = kernel_window(_SIDE, size, (side, side), convention)
     taps = torch.eye(_TAPS, device=device).view(_TAPS, 1, _SIDE, _SIDE)
-    covered = coverage(extent, span or extent, device)
-    return resample_kernel(taps, extent, span).squeeze(1).permute(1, 2, 0), covered
+    covered = coverage(kernel_shape, span or kernel_shape, device)
+    return resample_kernel(taps, kernel_shape, span).squeeze(1).permute(1, 2, 0), covered
 
 
 def _positions(points: Points) -> list[torch.Tensor]:

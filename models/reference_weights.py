@@ -123,7 +123,7 @@ def _translate(module: nn.Module, name: str, layout: str) -> tuple[str, Callable
 
 def _check_layout(layout: str) -> None:
     if layout not in LAYOUTS.values():
-        raise ValueError(f"layout is {layout!r}; it must be one of {', '.join(LAYOUTS.values())}")
+        raise ValueError(f"layout is {layout!r}; accepted: {', '.join(LAYOUTS.values())}")
 
 
 def layout_of_state(arrays: Mapping[str, torch.Tensor]) -> str:
@@ -134,7 +134,7 @@ def layout_of_state(arrays: Mapping[str, torch.Tensor]) -> str:
     raise ValueError(f"the reference state holds no sparse blocks as {' or '.join(LAYOUTS)} stores them")
 
 
-def _extent(tensor: torch.Tensor) -> list[int]:
+def _long_sides(tensor: torch.Tensor) -> list[int]:
     """The sides of a tensor that are not 1: back ends differ in whether they store the others."""
     return [side for side in tensor.shape if side != 1]
 
@@ -158,7 +158,7 @@ def state_from_reference(module: nn.Module, arrays: Mapping[str, torch.Tensor], 
         if theirs not in arrays:
             raise ValueError(f"the reference state lacks {theirs!r}, needed for {name!r}")
         value = torch.as_tensor(arrays[theirs])
-        if _extent(value) != _extent(reshape(ours)):
+        if _long_sides(value) != _long_sides(reshape(ours)):
             raise ValueError(f"{theirs!r} has shape {tuple(value.shape)}; {name!r} needs {tuple(ours.shape)}")
         if reshape is _as_offsets:
             k, c_in, c_out = ours.shape[2], ours.shape[1], ours.shape[0]
@@ -198,7 +198,7 @@ def network_from_reference(config: Mapping[str, Any], kind: str, convention: str
     kind: "sparse_unet", "sparse_encoder" or "mlp_skip_net". convention: coordinates, the authors' by default.
     """
     if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+        raise ValueError(f"kind is {kind!r}; accepted: {', '.join(KINDS)}")
     if kind == "mlp_skip_net":
         return MLPSkipNet(
             config["channels"],
@@ -208,15 +208,14 @@ def network_from_reference(config: Mapping[str, Any], kind: str, convention: str
             dropout=config["dropout"],
         )
     if config["conv_type"] != "conv":
-        raise ValueError(f"conv_type is {config['conv_type']!r}; only 'conv' has a counterpart here")
+        raise ValueError(f"conv_type is {config['conv_type']!r}; accepted: 'conv'")
     sparse = SparseSpec(
         channels=config["nf"],
         num_blocks=config["num_conv_blocks"],
         kernel_size=config["kernel_size"],
         depthwise=config["depthwise_sparse"],
-        neighbours=config["knn_neighbours"],
+        nearest=config["knn_neighbours"],
         convention=convention,
-        backend="auto",
     )
     grid = GridSpec(
         resolution=config["uno_res"],

@@ -15,13 +15,14 @@ from torch import nn
 from diffusion.coordinates import Size
 from models.continuous_kernel import ContinuousKernel
 from models.layers import Modulation
+from models.operators.dispatch import BackendModule
 from models.operators.pointwise.norm_mlp import join, norm_modulate, norm_modulate_mlp
-from models.operators.sparse_conv.backend import Backend, Plan
+from models.operators.sparse_conv.backend import Plan
 
 KERNELS = ("linear", "nonlinear", "continuous")
 
 
-class SparseBlock(nn.Module):
+class SparseBlock(BackendModule):
     """Density-normalised convolution over the present points, then a pointwise MLP, both residual (paper, section 4.1).
 
         x ← Linear([x, skip])                     if the block takes a skip
@@ -34,14 +35,13 @@ class SparseBlock(nn.Module):
     channels: C. kernel_size: k, odd. depthwise: one kernel per channel, else full. takes_skip: whether `forward` gets
     a skip. kernel: "linear", k × k weights; "nonlinear", conv, GELU, conv in place of conv (Table 2); "continuous", a
     network of the offset in place of weights, which needs train_size, the lattice that k refers to.
-    time_dim, z_dim: widths of the conditioning, None for none. backend: what computes the convolution.
+    time_dim, z_dim: widths of the conditioning, None for none.
     """
 
     def __init__(
         self,
         channels: int,
         kernel_size: int,
-        backend: Backend,
         *,
         depthwise: bool = True,
         takes_skip: bool = False,
@@ -53,15 +53,14 @@ class SparseBlock(nn.Module):
     ):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"model.kernel_size is {kernel_size}; it must be odd and positive")
+            raise ValueError(f"model.kernel_size is {kernel_size}; accepted: odd numbers from 1 on")
         if kernel not in KERNELS:
-            raise ValueError(f"model.kernel is {kernel!r}; it must be one of {', '.join(KERNELS)}")
+            raise ValueError(f"model.kernel is {kernel!r}; accepted: {', '.join(KERNELS)}")
         if kernel == "continuous" and train_size is None:
-            raise ValueError("model.kernel is 'continuous'; the block then needs its train_size")
+            raise ValueError("train_size is None; accepted: (H, W), with model.kernel='continuous'")
         if not norm and (time_dim or z_dim):
-            raise ValueError("a sparse block without norms cannot be conditioned on time or latent")
-        self.backend = backend
-        self.groups = channels if depthwise else 1
+            raise ValueError("norm is False; accepted: True, for a block conditioned on time or latent")
+        self.depthwise, self.groups = depthwise, channels if depthwise else 1
         self.skip = nn.Linear(2 * channels, channels) if takes_skip else None
         self.norm1 = nn.LayerNorm(channels) if norm else None
         self.norm2 = nn.LayerNorm(channels) if norm else None
@@ -112,7 +111,7 @@ class SparseBlock(nn.Module):
         """Eq. (20), or with a nonlinear kernel a case of eq. (18), at the points."""
         kernel = self.kernel
         if isinstance(kernel, ContinuousKernel):
-            kernel = kernel(plan.lattice or plan.points.size, plan.extent, plan.span)
+            kernel = kernel(plan.lattice or plan.points.size, plan.kernel_shape, plan.span)
             if plan.span is not None:  # it is made for this lattice, not resampled; the density stays
                 plan = replace(plan, span=None, density=plan.inverse_density)
         elif self.second_kernel is not None:

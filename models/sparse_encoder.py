@@ -53,11 +53,11 @@ class SparseEncoder(SparseDescent):
         """The latent (B, D) of functions x (B, M, C) known at the points; any lattice, any number of points from K up.
 
         A stochastic encoder returns an `Encoding` with z = mu + exp(logvar/2)·noise, noise (B, D) standard normal;
-        without noise z is mu. Raises ValueError when shapes do not fit or there are fewer points than neighbours.
+        without noise z is mu. Raises ValueError when shapes do not fit or there are fewer points than a node averages.
         """
         self.check(x, points)
         nodes = self.nodes(x, points)
-        if self.in_tiles(points):
+        if self.needs_tiles(points) and not torch.is_grad_enabled():
             grid = tiled.descend(self, x, points.size, nodes)
         else:
             _, grid = self.descend(x, self.plan(x, points), nodes)

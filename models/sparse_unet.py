@@ -6,7 +6,7 @@ latent.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from models import tiled
 from models.coarse_nodes import GridNodes, PointNodes
 from models.grid_unet import GridSpec, GridUNet
 from models.layers import sinusoidal_features
-from models.operators.sparse_conv import get_backend
+from models.operators.dispatch import BackendModule
 from models.operators.sparse_conv.backend import Plan, kernel_window
 from models.sparse_block import SparseBlock
 
@@ -29,9 +29,9 @@ class SparseSpec:
 
     channels: F. num_blocks: sparse blocks on the way in, and on the way out. kernel_size: side at the training
     lattice, odd.
-    depthwise: one kernel per channel, else full. neighbours: points averaged into a grid node. kernel: what the
+    depthwise: one kernel per channel, else full. nearest: points averaged into a grid node. kernel: what the
     kernel is, in `models.sparse_block.KERNELS`.
-    convention: name in `diffusion.coordinates.CONVENTIONS`. backend: name in `models.operators.BACKENDS`, or "auto".
+    convention: name in `diffusion.coordinates.CONVENTIONS`.
     tile_points: most points of a full lattice whose features are held at once where no gradient is wanted and the nodes
     are a grid, 0 for all.
     """
@@ -40,20 +40,17 @@ class SparseSpec:
     num_blocks: int
     kernel_size: int
     depthwise: bool = True
-    neighbours: int = 3
+    nearest: int = 3
     convention: str = "cell_centred"
-    backend: str = "auto"
     kernel: str = "linear"
     tile_points: int = 0
 
     def __post_init__(self):
         if self.convention not in CONVENTIONS:
-            raise ValueError(
-                f"model.coordinate_convention is {self.convention!r}; it must be one of {', '.join(CONVENTIONS)}"
-            )
+            raise ValueError(f"model.coordinate_convention is {self.convention!r}; accepted: {', '.join(CONVENTIONS)}")
 
 
-class SparseDescent(nn.Module):
+class SparseDescent(BackendModule):
     """What denoiser and encoder share: points in, sparse blocks, and the way to the grid."""
 
     def __init__(
@@ -69,8 +66,7 @@ class SparseDescent(nn.Module):
     ):
         super().__init__()
         self.in_channels, self.train_size = in_channels, tuple(train_size)
-        self.backend = get_backend(sparse.backend)
-        self.sparse_spec, self.grid_spec = sparse, replace(grid, plain=self.backend.plain)
+        self.sparse_spec, self.grid_spec = sparse, grid
         self.linear_in = nn.Linear(in_channels, sparse.channels)
         self.down_blocks = nn.ModuleList(
             self._block(time_dim=time_dim, z_dim=z_dim, norm=block_norm) for _ in range(sparse.num_blocks)
@@ -82,7 +78,6 @@ class SparseDescent(nn.Module):
         return SparseBlock(
             spec.channels,
             spec.kernel_size,
-            self.backend,
             depthwise=spec.depthwise,
             kernel=spec.kernel,
             train_size=self.train_size,
@@ -98,24 +93,23 @@ class SparseDescent(nn.Module):
         """Raise ValueError when x and points do not fit."""
         expected = (x.shape[0] if points.index is None else points.index.shape[0], points.count, self.in_channels)
         if tuple(x.shape) != expected:
-            raise ValueError(f"x has shape {tuple(x.shape)}; these points and this network need {expected}")
+            raise ValueError(f"x has shape {tuple(x.shape)}; accepted: {expected}, for these points and this network")
 
     def plan(self, x: torch.Tensor, points: Points) -> Plan:
         """What all sparse blocks share in a forward pass."""
         kernel_size = self.sparse_spec.kernel_size
-        extent, span = kernel_window(kernel_size, points.size, self.train_size, self.convention)
-        return self.backend.plan(points, x.shape[0], extent, kernel_size, x.device, span)
+        kernel_shape, span = kernel_window(kernel_size, points.size, self.train_size, self.convention)
+        return self.backend.plan(points, x.shape[0], kernel_shape, kernel_size, x.device, span)
 
-    def in_tiles(self, points: Points) -> bool:
-        """Whether functions known at these points are too large to be held at once."""
+    def needs_tiles(self, points: Points) -> bool:
+        """Whether functions known at these points are too large to be held at once without gradients."""
         limit = self.sparse_spec.tile_points
-        large = points.index is None and 0 < limit < points.count and self.grid_spec.nodes == "grid"
-        return large and not torch.is_grad_enabled()
+        return points.index is None and 0 < limit < points.count and self.grid_spec.nodes == "grid"
 
     def nodes(self, x: torch.Tensor, points: Points) -> GridNodes | PointNodes:
         """The nodes of the inner network for points with features x (B, M, C)."""
         grid, batch = self.grid_spec, x.shape[0]
-        geometry = (self.sparse_spec.neighbours, self.convention, x.device, self.backend.plain)
+        geometry = (self.sparse_spec.nearest, self.convention, x.device, self.backend.plain)
         if grid.nodes == "grid":
             return GridNodes(points, batch, grid.resolution, *geometry)
         return PointNodes(points, batch, grid.nodes, grid.sides, *geometry)
@@ -156,6 +150,8 @@ class SparseUNet(SparseDescent):
         time_dim: int,
         z_dim: int | None = None,
     ):
+        if time_dim < 4 or time_dim % 2:
+            raise ValueError(f"model.time_emb_dim is {time_dim}; accepted: even numbers from 4 on")
         super().__init__(in_channels, train_size, sparse, grid, time_dim=time_dim, z_dim=z_dim)
         self.time_dim, self.z_dim = time_dim, z_dim or None
         self.time_mlp = nn.Sequential(nn.Linear(time_dim, time_dim), nn.GELU(), nn.Linear(time_dim, time_dim))
@@ -170,16 +166,16 @@ class SparseUNet(SparseDescent):
         """Prediction (B, M, C_out) at the points.
 
         x: (B, M, C), the noisy function at the points. t: (B,), in thousandths of the process, float. z: (B, D).
-        Raises ValueError when shapes do not fit, when z is missing or not wanted, or with fewer points than neighbours.
+        Raises ValueError when shapes do not fit, z is missing or not wanted, or there are fewer points than K.
         """
         if (z is None) != (self.z_dim is None) or (z is not None and tuple(z.shape) != (x.shape[0], self.z_dim)):
             given = None if z is None else tuple(z.shape)
             wanted = None if self.z_dim is None else (x.shape[0], self.z_dim)
-            raise ValueError(f"z is {given}; this denoiser needs {wanted}")
+            raise ValueError(f"z is {given}; accepted: {wanted}")
         self.check(x, points)
         nodes = self.nodes(x, points)
         e = self.time_mlp(sinusoidal_features(t, self.time_dim).to(self.linear_in.weight.dtype))  # (B, time_dim)
-        if self.in_tiles(points):
+        if self.needs_tiles(points) and not torch.is_grad_enabled():
             return tiled.evaluate(self, x, points.size, nodes, e, z)
         plan = self.plan(x, points)
         skips, grid = self.descend(x, plan, nodes, e, z)

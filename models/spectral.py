@@ -29,7 +29,7 @@ class SpectralConv(nn.Module):
     def __init__(self, c_in: int, c_out: int, resize: str = "same", modes: int = MODES):
         super().__init__()
         if resize not in SIZES:
-            raise ValueError(f"resize is {resize!r}; it must be one of {', '.join(SIZES)}")
+            raise ValueError(f"resize is {resize!r}; accepted: {', '.join(SIZES)}")
         self.resize, self.modes = resize, modes
         # As published: real and imaginary parts uniform in [0, 1/(I·O)]. Held as pairs of reals, which every optimiser,
         # average and file format handles. First axis: rows 0 … m−1, then rows −m … −1.

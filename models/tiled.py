@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from models.sparse_unet import SparseDescent, SparseUNet
 
 
+def check(network: SparseUNet) -> None:
+    """Raise ValueError where the training lattice needs tiles, and `tile_points` are too few for one."""
+    if network.needs_tiles(Points(network.train_size)):
+        tiling(network.train_size, _margin(network, network.train_size), network.sparse_spec.tile_points)
+
+
 def descend(
     network: SparseDescent,
     x: torch.Tensor,
@@ -61,8 +67,7 @@ def evaluate(
     grid = network.grid(descend(network, x, lattice, nodes, e, z), e, z, None)
     grid = F.linear(grid, network.from_grid.weight)
     image = None
-    blocks = len(network.down_blocks) + len(network.up_blocks)
-    margin = _times(blocks, _reach(network, lattice))
+    margin = _margin(network, lattice)
     for tile in tiling(lattice, margin, network.sparse_spec.tile_points):
         skips = list(_down(network, x, lattice, tile.grown(margin, lattice), e, z))
         at = skips[-1][0]
@@ -96,17 +101,22 @@ def _step(
     network: SparseDescent, block: SparseBlock, h: torch.Tensor, at: Window, lattice: Size, **others: Any
 ) -> tuple[torch.Tensor, Window]:
     spec = network.sparse_spec
-    extent, span = kernel_window(spec.kernel_size, lattice, network.train_size, network.convention)
-    plan = network.backend.plan(Points(at.size), h.shape[0], extent, spec.kernel_size, h.device, span)
+    kernel_shape, span = kernel_window(spec.kernel_size, lattice, network.train_size, network.convention)
+    plan = network.backend.plan(Points(at.size), h.shape[0], kernel_shape, spec.kernel_size, h.device, span)
     known = at.shrunk(_reach(network, lattice), lattice)
     return known.cut(block(h, replace(plan, lattice=lattice), **others), at), known
+
+
+def _margin(network: SparseUNet, lattice: Size) -> Size:
+    """How far all blocks see together."""
+    return _times(len(network.down_blocks) + len(network.up_blocks), _reach(network, lattice))
 
 
 def _reach(network: SparseDescent, lattice: Size) -> Size:
     """How far a block sees, along each axis."""
     kernel_size = network.sparse_spec.kernel_size
-    extent, _ = kernel_window(kernel_size, lattice, network.train_size, network.convention)
-    return _times(network.down_blocks[0].convolutions, (extent[0] // 2, extent[1] // 2))
+    kernel_shape, _ = kernel_window(kernel_size, lattice, network.train_size, network.convention)
+    return _times(network.down_blocks[0].convolutions, (kernel_shape[0] // 2, kernel_shape[1] // 2))
 
 
 def _times(factor: int, margin: Size) -> Size:

@@ -68,7 +68,7 @@ def tiling(lattice: Size, margin: Size, budget: int) -> tuple[Window, ...]:
     if not choices:
         least = min(2 * margin[0] + 1, lattice[0]) * min(2 * margin[1] + 1, lattice[1])
         raise ValueError(
-            f"model.tile_points is {budget}; for a lattice of {lattice[0]}x{lattice[1]} it must be at least {least}"
+            f"model.tile_points is {budget}; accepted: {least} or more at {lattice[0]}x{lattice[1]} pixels"
         )
     rows, cols = min(choices)[1]
     return tuple(

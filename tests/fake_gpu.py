@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffusion import subsets
 from diffusion.process import DiffusionProcess
 from models import interpolation
-from models.operators.knn import search as neighbours
+from models.operators.knn import search as knn
 from runtime.precision import Precision
 
 
@@ -50,8 +50,8 @@ def fake_mode(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], FakeTens
 
         return table
 
-    monkeypatch.setattr(neighbours, "_most_tied", lambda *_: neighbours._MOST_TIED)  # read from a table on the host
-    tables = [(neighbours, name) for name in ("_columns", "_nearest_on_full_lattice")]
+    monkeypatch.setattr(knn, "_most_tied", lambda *_: knn._MOST_TIED)  # read from a table on the host
+    tables = [(knn, name) for name in ("_columns", "_nearest_on_full_lattice")]
     for module, name in [*tables, (interpolation, "_full_lattice_reads"), (subsets, "_sequence")]:
         monkeypatch.setattr(module, name, for_the_device(getattr(module, name)))
     respaced = DiffusionProcess.respaced

@@ -20,8 +20,8 @@ from models.grid_unet import GridBlock
 from models.interpolation import grid_to_points, points_to_grid
 from models.latent_mlp import MLPSkipNet
 from models.layers import Attention, latent_sinusoidal_features, sinusoidal_features
-from models.operators.sparse_conv import get_backend
-from models.operators.sparse_conv.backend import kernel_extent
+from models.operators.dispatch import get_backend
+from models.operators.sparse_conv.backend import resampled_size
 from models.reference_weights import (
     LAYOUTS,
     gradients_to_reference,
@@ -181,7 +181,7 @@ def check_ops(path: Path, vectors: Vectors, config: dict) -> None:
     for tag in vectors.heads("in/knn/"):
         _check_interpolation(vectors, tag)
     for kernel, train_n, n, expected in vectors["out/kernel_size_table"].tolist():
-        assert kernel_extent(kernel, n, train_n) == expected, f"kernel {kernel}, {train_n} to {n}"
+        assert resampled_size(kernel, n, train_n) == expected, f"kernel {kernel}, {train_n} to {n}"
     for tag in vectors.heads("in/block/"):
         _check_block(vectors, tag, config)
     _check_conv_block(vectors)
@@ -226,7 +226,6 @@ def _check_block(vectors: Vectors, tag: str, config: dict) -> None:
     block = SparseBlock(
         channels,
         kernel_size,
-        backend,
         depthwise=convolution == "dw",
         takes_skip="skip" in inputs,
         time_dim=inputs["t"].shape[1] if conditioned else None,

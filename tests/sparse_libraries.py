@@ -1,7 +1,7 @@
 """Stand-ins for libraries of sparse convolutions: slow, on CPUs, by each library's conventions.
 
 Each function returns modules by name, for `sys.modules`. Names, order of arguments, layout of coordinates and kernels
-are those of torchsparse 2.0, its fork with depthwise convolutions and 2.1, spconv 2.3 and WarpConvNet 1.8.
+are those of torchsparse 2.0, its fork with depthwise convolutions and 2.1, and spconv 2.3.
 """
 
 from __future__ import annotations
@@ -157,51 +157,6 @@ def spconv_2_3(*, cpu_only):
             "spconv.pytorch": {
                 "ops": SimpleNamespace(get_indice_pairs=get_indice_pairs),
                 "functional": SimpleNamespace(indice_subm_conv=indice_subm_conv),
-            },
-        }
-    )
-
-
-def warpconvnet_1_8():
-    """Coordinates without image, which `offsets` tell; taps with the last axis fastest; depthwise taps (K, C)."""
-
-    class Voxels:
-        def __init__(self, batched_coordinates, batched_features, offsets, cache=None):
-            assert len(batched_coordinates) == len(batched_features) == offsets[-1] and offsets.device.type == "cpu"
-            self.coordinates, self.feature_tensor, self.offsets = batched_coordinates, batched_features, offsets
-            self.cache = {} if cache is None else cache
-
-        def replace(self, batched_features):
-            return Voxels(self.coordinates, batched_features, self.offsets, self.cache)
-
-    def generate_output_coords_and_kernel_map(input_sparse_tensor, kernel_size, kernel_dilation, stride):
-        voxels = input_sparse_tensor
-        if kernel_size not in voxels.cache:
-            images = torch.arange(len(voxels.offsets) - 1).repeat_interleave(voxels.offsets.diff())
-            voxels.cache[kernel_size] = find_pairs(images, voxels.coordinates, offsets(kernel_size))
-        return voxels.coordinates, voxels.offsets, voxels.cache[kernel_size]
-
-    def spatially_sparse_conv(
-        input_sparse_tensor, weight, kernel_size, stride=1, kernel_dilation=1, bias=None, groups=1,
-        use_fp16_accum=None, *, fwd_algo, dgrad_algo, wgrad_algo,
-    ):  # fmt: skip
-        voxels = input_sparse_tensor
-        _, _, pairs = generate_output_coords_and_kernel_map(voxels, kernel_size, (1, 1), (1, 1))
-        return voxels.replace(batched_features=convolve(voxels.feature_tensor, weight, pairs))
-
-    def spatially_sparse_depthwise_conv(in_features, weight, kernel_map, num_out_coords):
-        assert weight.shape == (len(kernel_map), in_features.shape[1]) and num_out_coords == len(in_features)
-        return convolve(in_features, weight.unsqueeze(1), kernel_map)
-
-    return modules(
-        {
-            "warpconvnet.geometry.types.voxels": {"Voxels": Voxels},
-            "warpconvnet.nn.functional.sparse_conv": {
-                "generate_output_coords_and_kernel_map": generate_output_coords_and_kernel_map,
-                "spatially_sparse_conv": spatially_sparse_conv,
-            },
-            "warpconvnet.nn.functional.sparse_conv_depth": {
-                "spatially_sparse_depthwise_conv": spatially_sparse_depthwise_conv
             },
         }
     )

@@ -15,8 +15,8 @@ from diffusion.coordinates import Points
 from fake_gpu import autocast, can_pretend, moved
 from models.grid_unet import GridEncoder, GridSpec, GridUNet
 from models.latent_mlp import MLPSkipNet
+from models.operators.dispatch import use_backend
 from models.operators.pointwise.norm_mlp import norm_modulate
-from models.operators.sparse_conv import get_backend
 from models.sparse_block import SparseBlock
 
 BF16 = torch.bfloat16
@@ -72,7 +72,7 @@ def test_latent_network(place):
 @pytest.mark.parametrize("kernel", ["linear", "nonlinear"])
 def test_sparse_block(place, kernel):
     with networks_on(place):
-        block = SparseBlock(8, 3, get_backend("torch_dense"), time_dim=6, z_dim=5, kernel=kernel)
+        block = use_backend(SparseBlock(8, 3, time_dim=6, z_dim=5, kernel=kernel), "torch_dense")
         points = Points((5, 7))
         plan = block.backend.plan(points, 2, (3, 3), 3, torch.device(place))
         x, e, z = torch.randn(2, 35, 8, dtype=BF16), torch.randn(2, 6), torch.randn(2, 5)

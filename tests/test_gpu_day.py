@@ -142,7 +142,7 @@ def test_the_quick_day(tmp_path, archive, command, capsys):
 
 def test_the_tests_of_a_day_are_there():
     found = gpu_day.gpu_tests()
-    assert {"tests/test_gpu_step.py", "tests/test_diffusion_cuda.py", "tests/test_triton_conv.py"} <= set(found)
+    assert {"tests/test_gpu_step.py", "tests/test_diffusion_cuda.py", "tests/test_sparse_conv_triton.py"} <= set(found)
     assert "tests/test_gpu_day.py" not in found and all((gpu_day.ROOT / name).is_file() for name in found)
 
 

@@ -15,7 +15,6 @@ OPTIONAL = (
     "open_clip",
     "torchsparse",
     "spconv",
-    "warpconvnet",
     "flash_attn",
     "lmdb",
     "matplotlib",
@@ -26,7 +25,7 @@ OPTIONAL = (
 ALLOWED = {
     "diffusion": {"diffusion", "configs", "torch", "numpy"},
     "models": {"models", "diffusion", "configs", "torch", "flash_attn", "numpy", "torchsparse", "spconv",
-               "warpconvnet", "triton"},
+               "triton"},
     "data": {"data", "diffusion", "torch", "numpy", "PIL", "tqdm", "lmdb"},
     "configs": {"configs", "ml_collections"},
     "runtime": {"runtime", "configs", "absl", "ml_collections", "torch", "torchvision", "safetensors", "tqdm", "wandb"},

@@ -8,11 +8,11 @@ from diffusion.coordinates import CONVENTIONS, Points
 from diffusion.subsets import draw_points
 from models.coarse_nodes import PointNodes, _farthest_first, _levels, _random_order
 from models.grid_unet import GridSpec
-from models.operators.sparse_conv import get_backend
+from models.operators.dispatch import get_backend
 from models.operators.sparse_conv.backend import coverage, kernel_window, resample_kernel
 from models.point_conv import PointConv, stencil_between
 from models.sparse_unet import SparseSpec
-from test_models_networks import all_parameters_have_gradients, denoiser, encoder, inputs, random_points
+from networks import all_parameters_have_gradients, denoiser, encoder, inputs, random_points
 
 CPU = torch.device("cpu")
 CONVENTION = CONVENTIONS["cell_centred"]
@@ -26,16 +26,19 @@ def grid_spec(nodes: str) -> GridSpec:
 
 def between_in_loops(conv: PointConv, x, sources: Points, targets: Points, side: int, convention) -> torch.Tensor:
     """bias + 9 / Σ c · Σ weight · x over the window, pair by pair."""
-    width, (extent, span) = sources.size[1], kernel_window(3, sources.size, (side, side), convention)
-    weight, covered = resample_kernel(conv.weight, extent, span), coverage(extent, span or extent, CPU)
+    width, (kernel_shape, span) = sources.size[1], kernel_window(3, sources.size, (side, side), convention)
+    weight, covered = (
+        resample_kernel(conv.weight, kernel_shape, span),
+        coverage(kernel_shape, span or kernel_shape, CPU),
+    )
     out = torch.zeros(len(x), targets.count, conv.out_channels, dtype=x.dtype)
     for b in range(len(x)):
         for m, target in enumerate(targets.index[b].tolist()):
             total, count = torch.zeros(conv.out_channels, dtype=x.dtype), 0
             for n, source in enumerate(sources.index[b].tolist()):
-                i = source // width - target // width + extent[0] // 2
-                j = source % width - target % width + extent[1] // 2
-                if 0 <= i < extent[0] and 0 <= j < extent[1]:
+                i = source // width - target // width + kernel_shape[0] // 2
+                j = source % width - target % width + kernel_shape[1] // 2
+                if 0 <= i < kernel_shape[0] and 0 <= j < kernel_shape[1]:
                     count += covered[i, j]
                     total = total + weight[:, :, i, j] @ x[b, n]
             out[b, m] = conv.bias + (9 / count * total if count else 0)
@@ -64,8 +67,8 @@ def test_within_a_set_it_is_the_sparse_convolution(size, side, count):
     torch.manual_seed(0)
     conv, points = PointConv(3, 4), random_points(2, size, count)
     x = torch.randn(2, count, 3)
-    extent, span = kernel_window(3, size, (side, side), CONVENTION)
-    plan = BACKEND.plan(points, 2, extent, 3, CPU, span)
+    kernel_shape, span = kernel_window(3, size, (side, side), CONVENTION)
+    plan = BACKEND.plan(points, 2, kernel_shape, 3, CPU, span)
     expected = BACKEND.conv(x, conv.weight, plan, 1) + conv.bias
     ours = conv(x.unsqueeze(2), stencil_between(points, points, side, CONVENTION)).squeeze(2)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
@@ -234,7 +237,9 @@ def test_mixed_precision_is_close_to_single():
 
 
 def test_settings_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"downsampling is 'strided'; it must be one of grid, random, equidistant"):
+    with pytest.raises(ValueError, match=r"downsampling is 'strided'; accepted: grid, random, equidistant"):
         grid_spec("strided")
-    with pytest.raises(ValueError, match=r"uno_conv_type is 'spectral'; with model\.downsampling='random'"):
+    with pytest.raises(
+        ValueError, match=r"uno_conv_type is 'spectral'; accepted: 'conv', with model\.downsampling='random'"
+    ):
         GridSpec(4, 6, (1, 2), (1, 1), conv_type="spectral", nodes="random")

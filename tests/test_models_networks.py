@@ -10,50 +10,15 @@ from diffusion.coordinates import Points, gather_points, image_to_points, points
 from models.grid_unet import GridEncoder, GridSpec, GridUNet
 from models.latent_mlp import MLPSkipNet
 from models.layers import latent_sinusoidal_features
-from models.sparse_encoder import Encoding, SparseEncoder
+from models.operators.dispatch import use_backend
+from models.sparse_encoder import Encoding
 from models.sparse_unet import SparseSpec, SparseUNet
+from networks import GRID, SPARSE, all_parameters_have_gradients, denoiser, encoder, inputs, random_points, randomised
 
-SPARSE = SparseSpec(channels=6, num_blocks=2, kernel_size=3)
-GRID = GridSpec(
-    resolution=4,
-    base_channels=6,
-    mults=(1, 2),
-    blocks_per_level=(1, 1),
-    attention_resolutions=(2,),
-    dropout=0.5,
-    dropout_resolution=2,
-)
 SPECTRAL = GridSpec(resolution=8, base_channels=4, mults=(1, 1), blocks_per_level=(1, 2), conv_type="spectral")
 
 
-def randomised(module):
-    """Parameters away from their initial values, so that no norm is an identity and no bias zero."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape))  # whatever its layout
-    return module.eval()
-
-
-def denoiser(channels=3, out_channels=3, train_size=(8, 8), z_dim=5, sparse=SPARSE, grid=GRID):
-    torch.manual_seed(0)
-    return randomised(SparseUNet(channels, out_channels, train_size, sparse, grid, time_dim=8, z_dim=z_dim))
-
-
-def encoder(channels=3, train_size=(8, 8), sparse=SPARSE, grid=GRID, **options):
-    torch.manual_seed(0)
-    return randomised(SparseEncoder(channels, 5, train_size, sparse, grid, **options))
-
-
-def random_points(batch, size, count):
-    return Points(size, torch.stack([torch.randperm(size[0] * size[1])[:count] for _ in range(batch)]))
-
-
-def inputs(batch, points, channels=3, z_dim=5):
-    z = None if z_dim is None else torch.randn(batch, z_dim)
-    return torch.randn(batch, points.count, channels), torch.linspace(0, 999, batch), z
-
-
-FULL_KERNELS = SparseSpec(6, 1, 5, depthwise=False, neighbours=5)
+FULL_KERNELS = SparseSpec(6, 1, 5, depthwise=False, nearest=5)
 REFERENCE = SparseSpec(6, 1, 3, convention="reference")
 
 
@@ -73,7 +38,7 @@ def test_all_points_in_any_order_are_the_full_lattice(sparse, size):
 @pytest.mark.parametrize(("size", "count"), [((8, 8), None), ((7, 11), 30), ((24, 40), None)])
 def test_evaluating_without_gradients_changes_no_number(backend, size, count):
     """Without gradients some results are written in place: twice the same, and x untouched."""
-    network = denoiser(sparse=SparseSpec(channels=16, num_blocks=3, kernel_size=5, backend=backend))
+    network = use_backend(denoiser(sparse=SparseSpec(channels=16, num_blocks=3, kernel_size=5)), backend)
     points = Points(size) if count is None else random_points(2, size, count)
     x, t, z = inputs(2, points)
     kept, expected = x.clone(), network(x, points, t, z)
@@ -146,10 +111,6 @@ def test_smooth_functions_look_alike_at_every_resolution(size):
     network.train_size = coder.train_size = size  # leaves the kernels as they are
     for reference, right, wrong in zip(expected, resampled, evaluate(size)):
         assert (right - reference).norm() < 0.5 * (wrong - reference).norm()
-
-
-def all_parameters_have_gradients(module):
-    return [name for name, p in module.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
 
 
 @pytest.mark.parametrize("grid", [GRID, SPECTRAL])
@@ -229,15 +190,15 @@ def test_networks_copy_and_reload():
 def test_inputs_that_do_not_fit():
     network, points = denoiser(), random_points(2, (8, 8), 30)
     x, t, z = inputs(2, points)
-    with pytest.raises(ValueError, match=r"2 points.*knn_neighbours=3"):
+    with pytest.raises(ValueError, match=r"knn_neighbours is 3; accepted: 1 to 2, the number of points"):
         network(x[:, :2], Points((8, 8), points.index[:, :2]), t, z)
     with pytest.raises(ValueError, match=r"x has shape \(2, 29, 3\).*\(2, 30, 3\)"):
         network(x[:, 1:], points, t, z)
     with pytest.raises(ValueError, match=r"x has shape \(1, 30, 3\)"):
         encoder()(x[:1], points)
-    with pytest.raises(ValueError, match=r"z is None; this denoiser needs \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"z is None; accepted: \(2, 5\)"):
         network(x, points, t)
-    with pytest.raises(ValueError, match=r"z is \(2, 5\); this denoiser needs None"):
+    with pytest.raises(ValueError, match=r"z is \(2, 5\); accepted: None"):
         denoiser(z_dim=None)(x, points, t, z)
     with pytest.raises(ValueError, match="coordinate_convention is 'polar'"):
         SparseSpec(4, 1, 3, convention="polar")
@@ -269,8 +230,9 @@ def test_latent_network_by_its_equations():
         rough = network(x, t)
     torch.testing.assert_close(rough.float(), network(x, t), rtol=0.1, atol=0.1)
     assert MLPSkipNet(5, 8, 2, 6, out_channels=10)(x, t).shape == (3, 10)
-    with pytest.raises(ValueError, match="num_layers is 1"):
-        MLPSkipNet(5, 8, 1, 6)
+    for options, field in (((8, 1, 6), "num_layers"), ((8, 2, 1), "time_embed_dim")):
+        with pytest.raises(ValueError, match=f"model.{field} is 1; accepted: numbers from 2 on"):
+            MLPSkipNet(5, *options)
 
 
 def test_points_of_an_image():

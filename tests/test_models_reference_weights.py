@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from models.operators.sparse_conv import get_backend
 from models.reference_weights import gradients_to_reference, network_from_reference, state_from_reference
 from models.sparse_block import SparseBlock
 
@@ -36,7 +35,7 @@ LATENT = {"channels": 5, "hid_channels": 8, "num_layers": 3, "time_emb_channels"
 @pytest.mark.parametrize("depthwise", [True, False])
 def test_torchsparse_kernels_run_along_rows_first(depthwise):
     k, channels, groups = 3, 4, 4 if depthwise else 1
-    block = SparseBlock(channels, k, get_backend("auto"), depthwise=depthwise, norm=False)
+    block = SparseBlock(channels, k, depthwise=depthwise, norm=False)
     kernel = torch.randn(k * k, channels // groups, channels)
     ours = {name: value for name, value in block.state_dict().items() if name.startswith("mlp")}
     state = state_from_reference(block, {**ours, "conv.kernel": kernel}, "ts")

@@ -10,6 +10,7 @@ import torch
 from diffusion.coordinates import Points
 from models.grid_unet import GridSpec
 from models.latent_mlp import MLPSkipNet
+from models.operators.dispatch import use_backend
 from models.sparse_encoder import SparseEncoder
 from models.sparse_unet import SparseSpec, SparseUNet
 from regression import compare, keep, waves
@@ -34,10 +35,11 @@ def points(size: tuple[int, int], subset: bool) -> Points:
 
 
 def networks(conv_type: str, convention: str, depthwise: bool) -> tuple[SparseUNet, SparseEncoder]:
-    sparse = SparseSpec(6, 2, 5, depthwise, neighbours=3, convention=convention, backend="torch_dense")
+    sparse = SparseSpec(6, 2, 5, depthwise, nearest=3, convention=convention)
     grid = GridSpec(8, 6, (1, 2), (1, 2), attention_resolutions=(4,), conv_type=conv_type)
     network = SparseUNet(3, 3, (16, 16), sparse, grid, time_dim=8, z_dim=5)
-    return with_waves(network), with_waves(SparseEncoder(3, 5, (16, 16), sparse, grid, stochastic=True))
+    encoder = SparseEncoder(3, 5, (16, 16), sparse, grid, stochastic=True)
+    return tuple(with_waves(use_backend(module, "torch_dense")) for module in (network, encoder))
 
 
 def results() -> dict[str, torch.Tensor]:

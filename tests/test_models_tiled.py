@@ -8,6 +8,7 @@ import torch
 
 from diffusion.coordinates import Points
 from models.grid_unet import GridSpec
+from models.operators.dispatch import use_backend
 from models.sparse_encoder import SparseEncoder
 from models.sparse_unet import SparseSpec, SparseUNet
 from models.windows import Window, tiling
@@ -15,7 +16,7 @@ from models.windows import Window, tiling
 GRID = GridSpec(resolution=4, base_channels=6, mults=(1, 2), blocks_per_level=(1, 1))
 TRAIN = (32, 32)
 SPARSE = SparseSpec(channels=16, num_blocks=2, kernel_size=3)
-CASES = [  # changes of the specification, lattice, most points
+CASES = [  # the back end and other changes, lattice, most points
     ({}, (40, 56), 700),
     ({}, (81, 63), 1700),
     ({"backend": "torch_dense"}, (32, 32), 200),
@@ -23,26 +24,27 @@ CASES = [  # changes of the specification, lattice, most points
     ({"convention": "reference"}, (37, 60), 900),
     ({"kernel": "nonlinear", "num_blocks": 1}, (33, 48), 640),
     ({"kernel": "continuous"}, (64, 40), 1000),
-    ({"depthwise": False, "neighbours": 5}, (50, 32), 640),
+    ({"depthwise": False, "nearest": 5}, (50, 32), 640),
 ]
 
 
-def networks(spec):
+def networks(spec, backend="auto"):
     """The denoiser and the encoder of a specification, with parameters that leave no norm an identity."""
     torch.manual_seed(0)
     made = [SparseUNet(3, 3, TRAIN, spec, GRID, time_dim=8, z_dim=5), SparseEncoder(3, 5, TRAIN, spec, GRID)]
     with torch.no_grad():
         for parameter in itertools.chain(*(network.parameters() for network in made)):
             parameter.add_(0.2 * torch.randn(parameter.shape))
-    return [network.eval() for network in made]
+    return [use_backend(network.eval(), backend) for network in made]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("changes", "size", "most"), CASES, ids=str)
 def test_tiles_give_what_the_whole_gives(changes, size, most, monkeypatch):
-    spec = dataclasses.replace(SPARSE, **changes)
-    whole, whole_encoder = networks(spec)
-    tiled, tiled_encoder = networks(dataclasses.replace(spec, tile_points=most))
+    backend = changes.get("backend", "auto")
+    spec = dataclasses.replace(SPARSE, **{name: value for name, value in changes.items() if name != "backend"})
+    whole, whole_encoder = networks(spec, backend)
+    tiled, tiled_encoder = networks(dataclasses.replace(spec, tile_points=most), backend)
     x, t, z = torch.randn(2, size[0] * size[1], 3), torch.tensor([10.0, 800.0]), torch.randn(2, 5)
     expected, latents = whole(x, Points(size), t, z), whole_encoder(x, Points(size))
     planned, plan = [], type(tiled.backend).plan
@@ -52,14 +54,14 @@ def test_tiles_give_what_the_whole_gives(changes, size, most, monkeypatch):
     assert len(planned) > 4 and max(points.count for points in planned) <= most
 
 
-def test_only_full_lattices_without_gradients_are_cut():
+def test_only_full_lattices_without_gradients_are_cut(monkeypatch):
     network = networks(dataclasses.replace(SPARSE, tile_points=30))[0]
     some = Points((8, 8), torch.arange(40).unsqueeze(0))
-    assert not network.in_tiles(Points((8, 8)))
-    with torch.no_grad():
-        assert network.in_tiles(Points((8, 8)))
-        assert not network.in_tiles(Points((5, 6)))
-        assert not network.in_tiles(some)
+    assert network.needs_tiles(Points((8, 8)))
+    assert not network.needs_tiles(Points((5, 6)))
+    assert not network.needs_tiles(some)
+    monkeypatch.setattr("models.tiled.evaluate", lambda *_: pytest.fail("in tiles"))
+    assert network(torch.randn(1, 64, 3), Points((8, 8)), torch.zeros(1), torch.randn(1, 5)).requires_grad
 
 
 @pytest.mark.parametrize("lattice", [(1, 1), (40, 40), (37, 100), (300, 7)])
@@ -80,7 +82,7 @@ def test_a_lattice_that_fits_is_one_tile():
 
 
 def test_windows_larger_than_the_budget_are_an_error():
-    with pytest.raises(ValueError, match=r"tile_points is 100; for a lattice of 200x300 it must be at least 231"):
+    with pytest.raises(ValueError, match=r"tile_points is 100; accepted: 231 or more at 200x300 pixels"):
         tiling((200, 300), (5, 10), 100)
 
 

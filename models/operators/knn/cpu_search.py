@@ -1,6 +1,6 @@
-"""The nearest present pixels of every node of a grid, and the transpose of a gather, on a CPU, in C (`neighbours.c`).
+"""The nearest present pixels of every node of a grid, and the transpose of a gather, on a CPU, in C (`search.c`).
 
-Letters: B batch, M points, H × W lattice, Q nodes, K neighbours, W width of the gather, E entries, N source rows.
+Letters: B batch, M points, H × W lattice, Q nodes, K nearest points, W width of the gather, E entries, N source rows.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _MOST_ROWS = 2**31 - 1  # the map of present pixels is int32
 
 
 def first_present(
-    index: torch.Tensor, size: Size, table: PixelTable, neighbours: int, width: int
+    index: torch.Tensor, size: Size, table: PixelTable, k: int, width: int
 ) -> tuple[torch.Tensor, ...] | None:
-    """What all nodes read of the pixels `index` (B, M), K ≤ M, K ≥ 1: the parts of `neighbours.Nearest`, and rows.
+    """What all nodes read of the pixels `index` (B, M), K ≤ M, K ≥ 1: the parts of `search.Nearest`, and rows.
 
     rows: int64 (E,), places in the list of points, through the batch laid end to end. None if the table does not tell
     for some node, or if ids are repeated or outside the lattice.
@@ -33,7 +33,7 @@ def first_present(
     if bool(faults.any()):
         return None
     before, counts = torch.empty(2, batch * nodes, dtype=torch.int64)
-    sizes = (batch, pixels, nodes, length, neighbours)
+    sizes = (batch, pixels, nodes, length, k)
     compiled.call("infty_nearest_count", present, table.ids, table.begins, table.ends, *sizes, width, before, counts)
     if not bool(counts.all()):
         return None

@@ -1,6 +1,6 @@
 """Exact nearest present pixels of every node of a coarse grid.
 
-Pixels are ordered by (distance, pixel id), a total order in exact integers (`pixel_order`), so the neighbours are
+Pixels are ordered by (distance, pixel id), a total order in exact integers (`pixel_order`), so the nearest are
 uniquely defined.
 
 Of the pixels at the K-th distance, K leaves room for j of the J that are present. Under a convention that shares ties
@@ -8,7 +8,7 @@ all J are taken and count j / J each, so that no pixel is left out for its id; e
 are taken, the first in the order: W = K − 1 + T, with T the most pixels at one distance from any node, as far as
 distances are looked up and up to `_MOST_TIED`.
 
-Letters: B batch, M points, H × W lattice, U_h × U_w grid of Q = U_h·U_w nodes, K neighbours, W width of the gather,
+Letters: B batch, M points, H × W lattice, U_h × U_w grid of Q = U_h·U_w nodes, K nearest points, W width of the gather,
 L length of the table.
 """
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -24,11 +23,11 @@ import torch.nn.functional as F
 
 from diffusion.coordinates import CoordinateConvention, Points, Size
 from models.operators import dispatch
-from models.operators.knn import cpu_search as cpu_neighbours
+from models.operators.knn import cpu_search
 from models.operators.knn.pixel_order import Geometry, PixelTable, geometry_of, ordered_pixels
 
 # The first L pixels hold K present ones but for about one node in 10⁶ when L·M/(H·W) ≥ 5·K (binomial tail, K = 3).
-_EXPECTED_PER_NEIGHBOUR = 5
+_EXPECTED_PER_K = 5
 _LONGEST_TABLE = 1024  # entries per node; sparser points are searched directly, which is then cheaper and smaller
 _CHUNK = 1 << 22  # distances held at a time
 # More points at one distance from a node do not occur by chance: at 1/4 of 256 × 256 pixels there are at most 12 unless
@@ -64,7 +63,7 @@ class _Entries(NamedTuple):
 def nearest_points(
     points: Points,
     grid: Size,
-    neighbours: int,
+    k: int,
     convention: CoordinateConvention,
     device: torch.device,
     plain: bool = False,
@@ -75,20 +74,21 @@ def nearest_points(
     that no shape depends on a value. plain: compute in PyTorch wherever it is. Raises ValueError when there are fewer
     than K points.
     """
-    return _nearest(points, grid, neighbours, convention, device, plain)[0]
+    return _nearest(points, grid, k, convention, device, plain)[0]
 
 
 def nearest_rows(
     points: Points,
     grid: Size,
-    neighbours: int,
+    k: int,
     convention: CoordinateConvention,
     device: torch.device,
     plain: bool = False,
 ) -> Nearest:
     """`nearest_points` with places in the list of points, through the batch laid end to end, instead of pixel ids."""
-    found, rows = _nearest(points, grid, neighbours, convention, device, plain)
+    found, rows = _nearest(points, grid, k, convention, device, plain)
     if rows is None:
+        assert points.index is not None  # pixels of a full lattice are in their order
         pixels = points.size[0] * points.size[1]
         first = pixels * torch.arange(points.index.shape[0], device=device)  # of each image
         order = torch.arange(points.index.numel(), device=device)
@@ -102,47 +102,44 @@ def nearest_rows(
 def _nearest(
     points: Points,
     grid: Size,
-    neighbours: int,
+    k: int,
     convention: CoordinateConvention,
     device: torch.device,
     plain: bool = False,
 ) -> tuple[Nearest, torch.Tensor | None]:
     """The nearest by pixel ids, and their places in the list of points where they come at no cost."""
-    if points.count < neighbours:
-        raise ValueError(f"there are {points.count} points; model.knn_neighbours={neighbours} needs at least as many")
+    if points.count < k:
+        raise ValueError(f"model.knn_neighbours is {k}; accepted: 1 to {points.count}, the number of points")
     if points.index is None:
-        found = _nearest_on_full_lattice(points.size, grid, neighbours, convention, device)
+        found = _nearest_on_full_lattice(points.size, grid, k, convention, device)
         return found, found.pixels
     geometry = geometry_of(points.size, grid, convention, device)
     pixels, nodes = points.size[0] * points.size[1], grid[0] * grid[1]
-    wanted = _EXPECTED_PER_NEIGHBOUR * neighbours * pixels / points.count
+    wanted = _EXPECTED_PER_K * k * pixels / points.count
     length = min(1 << math.ceil(math.log2(wanted)), pixels)  # powers of two: few tables serve all densities
     most = _most_tied(points.size, grid, length, convention)
-    width = min(neighbours - 1 + most, points.count)
-    kernels = _kernels(device.type, plain)
-    in_c = kernels is cpu_neighbours
+    width = min(k - 1 + most, points.count)
+    # Triton on a GPU, where PyTorch has to ask the device which nodes to search for; C on a CPU.
+    kernels = dispatch.kernels("nearest points", device.type, plain)
+    in_c = kernels is cpu_search
     if kernels is not None and not in_c and geometry.fits_int64 and pixels < 2**31:
         # Twice as long: the kernel reads no further than it must, and is slow where it has to search.
         length = min(2 * length, pixels, _LONGEST_TABLE) if length <= _LONGEST_TABLE else 0
-        table = _columns(points.size, grid, length, convention, device)
+        columns = _columns(points.size, grid, length, convention, device)
         axes, denominator = geometry.axes, geometry.denominator
-        ids, rows, *others = kernels.nearest_present(points.index, *table, axes, denominator, neighbours, width)
+        found = kernels.nearest_present(points.index, *columns, axes, denominator, k, width)
+        ids, rows, squared, shares = found
         rows += (points.count * torch.arange(len(rows), device=device))[:, None, None]
         ends = torch.arange(0, ids.numel() + 1, width, device=device)
-        return Nearest(ids.flatten(), *(part.flatten() for part in others), ends), rows.flatten()
+        return Nearest(ids.flatten(), squared.flatten(), shares.flatten(), ends), rows.flatten()
     if length > _LONGEST_TABLE:
         every = torch.arange(len(points.index) * nodes, device=device)
-        before, counts, entries = search(every, points.index, neighbours, width, geometry)
-        return _assembled(before, counts, neighbours, entries), None
+        before, counts, entries = search(every, points.index, k, width, geometry)
+        return _assembled(before, counts, k, entries), None
     table = ordered_pixels(points.size, grid, length, convention, device)
-    if in_c and (parts := kernels.first_present(points.index, points.size, table, neighbours, width)) is not None:
+    if in_c and (parts := cpu_search.first_present(points.index, points.size, table, k, width)) is not None:
         return Nearest(*parts[:4]), parts[4]
-    return _first_present(points.index, table, neighbours, width, pixels, geometry), None
-
-
-def _kernels(device_type: str, plain: bool) -> ModuleType | None:
-    """The look-up in Triton on a GPU, where PyTorch has to ask the device which nodes to search for; in C on a CPU."""
-    return dispatch.kernels("nearest points", device_type, plain)
+    return _first_present(points.index, table, k, width, pixels, geometry), None
 
 
 @lru_cache(maxsize=64)
@@ -165,28 +162,29 @@ def _columns(
         nothing = torch.empty(0, grid[0] * grid[1], dtype=torch.int32, device=device)
         return nothing, nothing
     table = ordered_pixels(size, grid, length, convention, torch.device("cpu"))
-    return tuple(part.t().int().contiguous().to(device) for part in (table.ids, table.ends))
+    ids, ends = (part.t().int().contiguous().to(device) for part in (table.ids, table.ends))
+    return ids, ends
 
 
 @lru_cache(maxsize=16)
 def _nearest_on_full_lattice(
-    size: Size, grid: Size, neighbours: int, convention: CoordinateConvention, device: torch.device
+    size: Size, grid: Size, k: int, convention: CoordinateConvention, device: torch.device
 ) -> Nearest:
-    width = int(ordered_pixels(size, grid, neighbours, convention, device).ends[:, -1].max())
+    width = int(ordered_pixels(size, grid, k, convention, device).ends[:, -1].max())
     table = ordered_pixels(size, grid, width, convention, device)
-    before, counts = table.begins[:, neighbours - 1], table.ends[:, neighbours - 1]
+    before, counts = table.begins[:, k - 1], table.ends[:, k - 1]
     node, rank = (torch.arange(width, device=device) < counts[:, None]).nonzero(as_tuple=True)
     entries = _Entries(node, rank, table.ids[node, rank], table.squared[node, rank])
-    return _assembled(before, counts, neighbours, entries)
+    return _assembled(before, counts, k, entries)
 
 
-def _assembled(before: torch.Tensor, counts: torch.Tensor, neighbours: int, *parts: _Entries) -> Nearest:
+def _assembled(before: torch.Tensor, counts: torch.Tensor, k: int, *parts: _Entries) -> Nearest:
     """All entries in their order. before, counts: int64 (B·Q,), of each node those nearer than the K-th, and all."""
     node, rank, ids, squared = (torch.cat(part) for part in zip(*parts))
     ends = F.pad(counts.cumsum(0), (1, 0))
     place = ends.index_select(0, node) + rank
     ids, squared = (torch.empty_like(t).scatter_(0, place, t) for t in (ids, squared))
-    share = (neighbours - before) / (counts - before)  # j / J
+    share = (k - before) / (counts - before)  # j / J
     first = (ends[:-1] + before).repeat_interleave(counts, output_size=len(ids))  # of those tied
     tied = torch.arange(len(ids), device=ids.device) >= first
     shares = share.repeat_interleave(counts, output_size=len(ids)).where(tied, 1.0)
@@ -194,7 +192,7 @@ def _assembled(before: torch.Tensor, counts: torch.Tensor, neighbours: int, *par
 
 
 def _first_present(
-    index: torch.Tensor, table: PixelTable, neighbours: int, width: int, pixels: int, geometry: Geometry
+    index: torch.Tensor, table: PixelTable, k: int, width: int, pixels: int, geometry: Geometry
 ) -> Nearest:
     """What the nodes of all images read of `index` (B, M).
 
@@ -202,24 +200,24 @@ def _first_present(
     """
     batch, (nodes, length) = index.shape[0], table.ids.shape
     present = torch.zeros(batch, pixels, dtype=torch.uint8, device=index.device).scatter_(1, index, 1)
-    first = table.ids[:, : max(length * 3 // 8, neighbours)]
+    first = table.ids[:, : max(length * 3 // 8, k)]
     there = present.index_select(1, first.flatten()).view(-1, first.shape[1])
     node = torch.arange(batch * nodes, device=index.device)
-    before, counts, entries, missing = _take(there, node, table, neighbours, width)
+    before, counts, entries, missing = _take(there, node, table, k, width)
     parts = [entries]
     if len(missing):
         ids = table.ids.index_select(0, missing % nodes) + (missing // nodes * pixels)[:, None]
         there = present.flatten().index_select(0, ids.flatten()).view(-1, length)
-        before[missing], counts[missing], entries, starved = _take(there, missing, table, neighbours, width)
+        before[missing], counts[missing], entries, starved = _take(there, missing, table, k, width)
         parts.append(entries)
         if len(starved):
-            before[starved], counts[starved], entries = search(starved, index, neighbours, width, geometry)
+            before[starved], counts[starved], entries = search(starved, index, k, width, geometry)
             parts.append(entries)
-    return _assembled(before, counts, neighbours, *parts)
+    return _assembled(before, counts, k, *parts)
 
 
 def _take(
-    there: torch.Tensor, node: torch.Tensor, table: PixelTable, neighbours: int, width: int
+    there: torch.Tensor, node: torch.Tensor, table: PixelTable, k: int, width: int
 ) -> tuple[torch.Tensor, torch.Tensor, _Entries, torch.Tensor]:
     """What nodes (N,) read, given which pixels of the first columns of their rows are present, uint8 (N, l).
 
@@ -228,7 +226,7 @@ def _take(
     """
     columns, row = there.shape[1], node % len(table.ids) * table.ids.shape[1]  # where the row of the table begins
     seen = there.cumsum(1, dtype=torch.int16)  # present pixels up to and including each column
-    last = torch.searchsorted(seen, seen.new_full((len(seen), 1), neighbours)).squeeze(1)
+    last = torch.searchsorted(seen, seen.new_full((len(seen), 1), k)).squeeze(1)
     at = row + last.clamp(max=columns - 1)
     begins, ends = (part.flatten().index_select(0, at) for part in (table.begins, table.ends))
     known = (last < columns) & (ends <= columns)
@@ -247,7 +245,7 @@ def _take(
 
 
 def search(
-    node: torch.Tensor, index: torch.Tensor, neighbours: int, width: int, geometry: Geometry
+    node: torch.Tensor, index: torch.Tensor, k: int, width: int, geometry: Geometry
 ) -> tuple[torch.Tensor, torch.Tensor, _Entries]:
     """Brute force: what nodes (N,), numbered image by image, read of the pixels `index` (B, M); as `_take`."""
     if not geometry.fits_int64:
@@ -261,7 +259,7 @@ def search(
         ids = index[part // nodes]  # (n, M)
         offsets = geometry.offsets((part % nodes)[:, None], ids)
         distance = offsets[0].square() + offsets[1].square()
-        farthest = distance.kthvalue(neighbours, dim=1, keepdim=True).values
+        farthest = distance.kthvalue(k, dim=1, keepdim=True).values
         near = distance <= farthest
         before, counts = (distance < farthest).sum(1), near.sum(1)
         which, place = near.nonzero(as_tuple=True)

@@ -1,9 +1,9 @@
-"""Exact nearest present pixels of every grid node on a GPU, in Triton: the look-up of `neighbours` without the host.
+"""Exact nearest present pixels of every grid node on a GPU, in Triton: the look-up of `search` without the host.
 
 A program walks the tables of a block of nodes of one image until each has K present pixels and those tied with the
 last. A node whose table runs out is searched for among all points of its image by the same program, by the same order:
 (distance, pixel id) in exact integers. So nothing is read back from the device. Letters: B batch, M points, Q nodes,
-K neighbours, W width of the gather, L length of the table.
+K nearest points, W width of the gather, L length of the table.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def _before(distance, pixel, other_distance, other_pixel):
 
 @triton.jit
 def _offsets(pixel, row, col, pixel_rows, pixel_cols, width):
-    """Row and column differences between pixels and nodes at (row, col)."""
+    """Row and column differences between pixels and nodes at (row, col). pixel_rows: (H,). pixel_cols: (W,)."""
     pixel = pixel.to(tl.int32)  # divisions of 64 bits take several times as long
     return tl.load(pixel_rows + pixel // width) - row, tl.load(pixel_cols + pixel % width) - col
 
 
 @triton.jit
 def _search(index, points, row, col, last_distance, last_pixel, pixel_rows, pixel_cols, width, POINTS: tl.constexpr):
-    """The first pixel of index after (last_distance, last_pixel) around (row, col): distance, id, place in index."""
+    """The first pixel of index (M,) after (last_distance, last_pixel) around (row, col): distance, id, place."""
     best = tl.full((POINTS,), _BEYOND, tl.int64)  # by lane
     best_pixel = best
     best_place = tl.zeros((POINTS,), tl.int64)
@@ -61,7 +61,12 @@ def nearest_kernel(
     points, nodes, length, lattice, width, grid_width, denominator,
     K: tl.constexpr, WIDTH: tl.constexpr, NODES: tl.constexpr, STEPS: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
-    """The outputs of `nearest_present`. present: int32 (B, H·W), places of pixels in index (B, M), or −1."""
+    """The outputs of `nearest_present`.
+
+    Pointers: pixels, places int64 and squared, shares float32 (B, Q, W). index: int64 (B, M). present: int32 (B, H·W),
+    places of pixels in index, or −1. table, ends: int32 (L, Q). pixel_rows, pixel_cols, node_rows, node_cols: int64
+    (H,), (W,) of the lattice, and (U_h,), (U_w,) of the grid.
+    """
     blocks = tl.cdiv(nodes, NODES)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     lane = tl.arange(0, NODES)
@@ -144,12 +149,12 @@ def nearest_present(
     ends: torch.Tensor,
     axes: Sequence[torch.Tensor],
     denominator: int,
-    neighbours: int,
+    k: int,
     width: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """What every node takes of the pixels `index` (B, M), at most W of them, for K ≤ W ≤ M and H·W < 2³¹.
 
-    table, ends: int32 (L, Q), the table of `neighbours` transposed; L may be 0. axes: int64 positions of pixel rows
+    table, ends: int32 (L, Q), `pixel_order.PixelTable` transposed; L may be 0. axes: int64 positions of pixel rows
     (H,), pixel columns (W,), node rows and node columns over the common `denominator`.
     Returns pixel ids and places in the list of points, int64 (B, Q, W), and squared distances and shares, float32
     (B, Q, W).
@@ -160,18 +165,18 @@ def nearest_present(
     order = torch.arange(points, dtype=torch.int32, device=index.device).expand(batch, -1)
     present = torch.full((batch, height * columns), -1, dtype=torch.int32, device=index.device)
     present.scatter_(1, index, order)
-    found = _outputs(index, table, ends, axes, denominator, neighbours, width)
+    found = _outputs(index, table, ends, axes, denominator, k, width)
     with torch.cuda.device_of(index):
         nearest_kernel[(batch * triton.cdiv(nodes, _NODES),)](
             *found, index, present, table, ends, *axes,
             points, nodes, length, height * columns, columns, grid_width, float(denominator),
-            K=neighbours, WIDTH=width, NODES=_NODES, STEPS=_STEPS, POINTS=_POINTS, num_warps=1,
+            K=k, WIDTH=width, NODES=_NODES, STEPS=_STEPS, POINTS=_POINTS, num_warps=1,
         )  # fmt: skip
     return found
 
 
 @nearest_present.register_fake
-def _outputs(index, table, ends, axes, denominator, neighbours, width):
+def _outputs(index, table, ends, axes, denominator, k, width):
     shape = (index.shape[0], table.shape[1], width)
     numbers = (torch.int64, torch.int64, torch.float32, torch.float32)
     return tuple(index.new_empty(shape, dtype=dtype) for dtype in numbers)

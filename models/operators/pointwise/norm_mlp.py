@@ -7,17 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.layers import modulate, product_type
-from models.operators.dispatch import kernels
+from models.operators import dispatch
 
 # Numbers computed at once without gradients: on a CPU as many as its caches hold, elsewhere what bounds the memory.
 _PART = {"cpu": 1 << 17, "cuda": 1 << 24}
+
+
+def product_type(x: torch.Tensor) -> torch.dtype:
+    """The type in which x enters matrix products: that of autocast where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def modulate(h: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
+    """h·scale + shift for h (B, …, C) and vectors of `Modulation`, in the type of h, to which they are not rounded."""
+    if scale is None:
+        return h
+    inner = (1,) * (h.ndim - 2)
+    scale = scale.unflatten(1, (*inner, -1))  # (B, 1…, C)
+    out = h * scale if shift is None else torch.addcmul(shift.unflatten(1, (*inner, -1)), h, scale)
+    return out.to(h.dtype)
 
 
 def norm_modulate(
@@ -33,7 +47,7 @@ def norm_modulate(
     of x.
     """
     # Under torch.compile, the compiler fuses the formula, and with it what comes before and after.
-    fused = None if torch.compiler.is_compiling() else _kernels(x, plain)
+    fused = None if torch.compiler.is_compiling() else dispatch.kernels("norm and MLP", x.device.type, plain)
     if fused is not None and fused.supports(points := x.flatten(1, -2)):  # (B, M, C)
         h = fused.norm_modulate(points, norm.weight, norm.bias, scale, shift, norm.eps, product_type(x))
         return h.view(x.shape)
@@ -60,7 +74,7 @@ def norm_modulate_mlp(
     x: (B, M, C); where no gradient is wanted, the result may take its place. scale, shift: (B, C), of `Modulation`.
     plain: as above. Returns (B, M, C).
     """
-    fused, dtype = _kernels(x, plain), product_type(x)
+    fused, dtype = dispatch.kernels("norm and MLP", x.device.type, plain), product_type(x)
     if fused is not None and fused.supports_mlp(x, dtype):
         weights = (mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias)
         return fused.norm_modulate_mlp(x, norm.weight, norm.bias, scale, shift, *weights, norm.eps, dtype)
@@ -92,8 +106,5 @@ def _in_parts(
         made = compute(*part)
         out = made.new_empty(x.shape) if out is None else out
         out[:, i * points : (i + 1) * points] = made
+    assert out is not None
     return out
-
-
-def _kernels(x: torch.Tensor, plain: bool) -> ModuleType | None:
-    return kernels("norm and MLP", x.device.type, plain)

@@ -1,6 +1,9 @@
-"""The Triton kernels of `triton_pointwise`, whose letters they share, and the tiles they are launched with.
+"""The Triton kernels of `triton_norm_mlp`, whose letters they share, and the tiles they are launched with.
 
 Programs are counted by group and image: one takes the tiles group, group + G, … of its image.
+
+Pointers: x, out, dout, dx (B, M, C). a, b: float32 (B, C); da, db: (B, G, C). w1: float32 (B, 2C, C); dw1:
+(B, G, 2C, C). b1: (B, 2C); db1: (B, G, 2C). w2: (C, 2C); dw2: (B, G, C, 2C). b2: (C,); db2: (B, G, C).
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ def supports(x: torch.Tensor) -> bool:
 
 def supports_mlp(x: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether `norm_modulate_mlp` takes these features with matrix products of factors of type `dtype`."""
-    tile = kernels.TILES.get((x.shape[-1], kernels.KINDS.get((x.dtype, dtype))))
+    kind = kernels.KINDS.get((x.dtype, dtype))
+    tile = None if kind is None else kernels.TILES.get((x.shape[-1], kind))
     return tile is not None and supports(x) and (not x.is_cuda or tile.shared <= _shared_memory(x.device))
 
 

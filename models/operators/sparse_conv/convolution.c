@@ -1,4 +1,5 @@
-/* Depthwise convolution over the present pixels of a lattice: see models/operators/sparse_conv/backend.py for the equation.
+/* Depthwise convolution over the present pixels of a lattice: see models/operators/sparse_conv/backend.py for the
+   equation.
 
    Features are float32, rows of C channels, the points of all images laid end to end. A neighbour list names, for each
    point, the rows of the present pixels in its window and their taps: the entries ends[p - 1] .. ends[p] (0 for the
@@ -16,8 +17,9 @@ enum { VECS = 4 };
     const int64_t local = (p) % list_points, base = (p) - local;                                                       \
     const int64_t first = local ? ends[local - 1] : 0, last = ends[local];
 
-/* map: (batch, height + kh - 1, width + kw - 1), the row of each present pixel, -1 elsewhere and on the margin.
-   faults[b]: 0, or 1 if an id of image b is outside the lattice, 2 if one is repeated; the map is then unusable. */
+/* index: (batch, points), pixel ids. map: (batch, height + kh - 1, width + kw - 1), the row of each present pixel, -1
+   elsewhere and on the margin. faults: (batch), 0, or 1 if an id of image b is outside the lattice, 2 if one is
+   repeated; the map is then unusable. */
 void infty_index_map(const int64_t *index, int64_t batch, int64_t points, int64_t height, int64_t width, int64_t kh,
                      int64_t kw, int32_t *map, int32_t *faults) {
     const int64_t pitch = width + kw - 1, plane = (height + kh - 1) * pitch;
@@ -39,7 +41,7 @@ void infty_index_map(const int64_t *index, int64_t batch, int64_t points, int64_
     }
 }
 
-/* counts: (batch * points), the present pixels in the window of each point. */
+/* index, map: as of infty_index_map. counts: (batch * points), the present pixels in the window of each point. */
 void infty_count(const int64_t *index, const int32_t *map, int64_t batch, int64_t points, int64_t height, int64_t width,
                  int64_t kh, int64_t kw, int32_t *counts) {
     const int64_t pitch = width + kw - 1, plane = (height + kh - 1) * pitch;
@@ -53,7 +55,8 @@ void infty_count(const int64_t *index, const int32_t *map, int64_t batch, int64_
     }
 }
 
-/* The list itself; the entries of a point are in the order of taps. */
+/* The list itself. index, map: as of infty_index_map. ends: (batch * points). rows, taps: (last of ends), the entries
+   of a point in the order of taps. */
 void infty_fill(const int64_t *index, const int32_t *map, const int64_t *ends, int64_t batch, int64_t points,
                 int64_t height, int64_t width, int64_t kh, int64_t kw, int32_t *rows, int32_t *taps) {
     const int64_t pitch = width + kw - 1, plane = (height + kh - 1) * pitch;
@@ -85,8 +88,8 @@ void infty_fill(const int64_t *index, const int32_t *map, const int64_t *ends, i
         }                                                                                                              \
     }
 
-/* out(p) = residual(p) + scale(p) * sum over entries of kernel(tap) * x(row); kernel: (taps, channels). `scale` holds
-   list_points numbers, `residual` may be NULL. */
+/* out(p) = residual(p) + scale(p) * sum over entries of kernel(tap) * x(row). x, residual, out: (points, channels);
+   residual may be NULL. kernel: (number of taps, channels). scale, ends: (list_points). rows, taps: (last of ends). */
 void infty_forward(const float *x, const float *kernel, const float *scale, const float *residual, const int64_t *ends,
                    const int32_t *rows, const int32_t *taps, int64_t points, int64_t list_points, int64_t channels,
                    float *out) {
@@ -123,8 +126,9 @@ void infty_forward(const float *x, const float *kernel, const float *scale, cons
     }
 
 /* Gradients from g = scale * (gradient of out): dx(p) = sum of kernel(opposite tap) * g(row), as p is in the window of
-   row at the opposite tap; and for each chunk of points, dkernel(tap) = sum of g(p) * x(row): (chunks, taps, channels),
-   zeros on entry, to be added in order. */
+   row at the opposite tap; and for each chunk of points, dkernel(tap) = sum of g(p) * x(row), to be added in order.
+   g, x, dx: (points, channels). kernel: (num_taps, channels). ends: (list_points). rows, taps: (last of ends).
+   dkernel: (chunks, num_taps, channels), zeros on entry. */
 void infty_backward(const float *g, const float *x, const float *kernel, const int64_t *ends, const int32_t *rows,
                     const int32_t *taps, int64_t points, int64_t list_points, int64_t channels, int64_t num_taps,
                     int64_t chunk, float *dx, float *dkernel) {

@@ -35,32 +35,32 @@ class NeighbourList:
         return self.ends.diff(prepend=self.ends.new_zeros(1))
 
 
-def neighbours(points: Points, batch: int, extent: Size, device: torch.device) -> NeighbourList:
-    """The list for the windows of `extent` pixels around the points; that of a full lattice is kept.
+def neighbours(points: Points, batch: int, kernel_shape: Size, device: torch.device) -> NeighbourList:
+    """The list for the windows of `kernel_shape` pixels around the points; that of a full lattice is kept.
 
     Raises ValueError for ids that are outside the lattice or repeated, and for more rows than int32 can number.
     """
     if points.index is None:
-        return _full_lattice(points.size, extent)
+        return _full_lattice(points.size, kernel_shape)
     if points.index.numel() > _MOST_ROWS:
-        raise ValueError(f"points.index holds {points.index.numel()} ids; the native back end takes {_MOST_ROWS}")
-    return _build(points.index.contiguous(), points.size, extent)
+        raise ValueError(f"points.index holds {points.index.numel()} ids; accepted: at most {_MOST_ROWS} on a CPU")
+    return _build(points.index.contiguous(), points.size, kernel_shape)
 
 
 @lru_cache(maxsize=4)
-def _full_lattice(size: Size, extent: Size) -> NeighbourList:
-    return _build(Points(size).ids(), size, extent)
+def _full_lattice(size: Size, kernel_shape: Size) -> NeighbourList:
+    return _build(Points(size).ids(), size, kernel_shape)
 
 
-def _build(index: torch.Tensor, size: Size, extent: Size) -> NeighbourList:
+def _build(index: torch.Tensor, size: Size, kernel_shape: Size) -> NeighbourList:
     batch, points = index.shape
-    lattice = (batch, points, *size, *extent)
-    rows_of_pixels = torch.empty(batch, size[0] + extent[0] - 1, size[1] + extent[1] - 1, dtype=torch.int32)
+    lattice = (batch, points, *size, *kernel_shape)
+    rows_of_pixels = torch.empty(batch, size[0] + kernel_shape[0] - 1, size[1] + kernel_shape[1] - 1, dtype=torch.int32)
     faults = torch.empty(batch, dtype=torch.int32)
     compiled.call("infty_index_map", index, *lattice, rows_of_pixels, faults)
     if bool(faults.any()):
         kind = "repeats a pixel id within one function" if 2 in faults else "holds an id outside the lattice"
-        raise ValueError(f"points.index {kind}; ids of a {size[0]}x{size[1]} lattice are distinct, from 0 on")
+        raise ValueError(f"points.index {kind}; accepted: distinct ids from 0 to {size[0] * size[1] - 1}")
     counts = torch.empty(batch * points, dtype=torch.int32)
     compiled.call("infty_count", index, rows_of_pixels, *lattice, counts)
     ends = counts.cumsum(0)  # int64
@@ -69,11 +69,11 @@ def _build(index: torch.Tensor, size: Size, extent: Size) -> NeighbourList:
     return NeighbourList(ends, rows, taps)
 
 
-def list_bytes(points: Points, batch: int, extent: Size) -> int:
+def list_bytes(points: Points, batch: int, kernel_shape: Size) -> int:
     """Bytes of the rows and taps of `NeighbourList` that points spread evenly take; borders have fewer."""
     images = 1 if points.index is None else batch
     density = points.count / (points.size[0] * points.size[1])
-    return round(8 * images * points.count * extent[0] * extent[1] * density)
+    return round(8 * images * points.count * kernel_shape[0] * kernel_shape[1] * density)
 
 
 def depthwise(

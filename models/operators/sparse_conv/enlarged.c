@@ -1,9 +1,9 @@
-/* Depthwise convolution of a full lattice with kernels that were resampled from k × k to an enlarged extent.
+/* Depthwise convolution of a full lattice with kernels that were resampled from k × k to a larger k'_h × k'_w.
 
-   The resampled kernel is Uᵀ K V with U (k, rows of the extent) and V (k, columns) linear interpolation, two nonzeros per
-   column. So each row of the input is filtered along its columns by the k rows of V, the k results are combined by K
-   into k more, and these are added, weighted by U, to the rows of the output they reach: 4·extent + k² multiply-adds per
-   pixel and channel instead of extent².
+   The resampled kernel is Uᵀ K V with U (k, k'_h) and V (k, k'_w) linear interpolation, two nonzeros per column. So
+   each row of the input is filtered along its columns by the k rows of V, the k results are combined by K into k more,
+   and these are added, weighted by U, to the rows of the output they reach: 2 (k'_h + k'_w) + k² multiply-adds per
+   pixel and channel instead of k'_h·k'_w.
 
    A task is a band of rows × COLUMNS columns × LANES channels. All it holds in between, but for sums that are not in
    reach, stays in the first cache. Sums run in one order whatever the number of threads. */
@@ -15,15 +15,16 @@
 /* TOGETHER columns share each coefficient: twice as many sums fit the registers, 32 with AVX-512 and 16 else. */
 enum { TOGETHER = LANES == 16 ? 8 : 4, COLUMNS = 16, BLOCK = 8 };
 
-/* U or V: weights (k, extent), of which columns first[i] to first[i + 1] are zero but in the rows i and i + 1. */
+/* U or V: weights (k, taps) and first (k). Of weights, columns first[i] to first[i + 1] are zero but in the rows i and
+   i + 1. */
 typedef struct {
-    int64_t extent;
+    int64_t taps;
     const int64_t *first;
     const float *weights;
 } axis;
 
-/* What a thread works in: a row of x with its margins, its k filtered and k combined rows; and for each slice of
-   channels k² taps and the sums of the rows in reach. */
+/* What a thread works in: row (COLUMNS + k'_w - 1), of x with its margins; filtered and combined (k, COLUMNS); and for
+   each slice of channels taps (slices, k, k) and sums (slices, k'_h + BLOCK - 1, COLUMNS) of the rows in reach. */
 typedef struct {
     vec *row, *filtered, *combined, *taps, *sums;
 } scratch;
@@ -31,7 +32,7 @@ typedef struct {
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* Pixels from `start` on of a row, zero beyond its ends and beyond its channels. */
+/* Pixels from `start` on of a row, zero beyond its ends and beyond its channels. x: (width, channels). row: (count). */
 static void copy_row(const float *x, int64_t width, int64_t channels, int64_t lanes, int64_t start, int64_t count,
                      vec *restrict row) {
     memset(row, 0, count * sizeof(vec));
@@ -39,18 +40,18 @@ static void copy_row(const float *x, int64_t width, int64_t channels, int64_t la
     for (int64_t c = most(start, 0); c < end; c++) memcpy(row + c - start, x + c * channels, lanes * sizeof(float));
 }
 
-/* filtered[i][c] = Σ_t V[i][t] x[c + t]. */
+/* filtered[i][c] = Σ_t V[i][t] x[c + t]. x: (COLUMNS + taps - 1). filtered: (k, COLUMNS). */
 static void filter_columns(const axis *a, int64_t k, const vec *restrict x, vec *restrict filtered) {
     for (int64_t c0 = 0; c0 < COLUMNS; c0 += TOGETHER) {
         vec here[TOGETHER] = {0}, next[TOGETHER] = {0};
         for (int64_t i = 0; i < k; i++) {
-            const float *weights = a->weights + i * a->extent;
+            const float *weights = a->weights + i * a->taps;
             const int64_t end = i + 1 < k ? a->first[i + 1] : 0;
             for (int64_t t = a->first[i]; t < end; t++)
                 for (int c = 0; c < TOGETHER; c++) {
                     const vec value = x[c0 + t + c];
                     here[c] += weights[t] * value;
-                    next[c] += weights[a->extent + t] * value;
+                    next[c] += weights[a->taps + t] * value;
                 }
             for (int c = 0; c < TOGETHER; c++) {
                 filtered[i * COLUMNS + c0 + c] = here[c];
@@ -61,7 +62,7 @@ static void filter_columns(const axis *a, int64_t k, const vec *restrict x, vec 
     }
 }
 
-/* combined[i][c] = Σ_j K[i][j] filtered[j][c]. */
+/* combined[i][c] = Σ_j K[i][j] filtered[j][c]. taps: (k, k), K. filtered, combined: (k, COLUMNS). */
 static void combine(int64_t k, const vec *restrict taps, const vec *restrict filtered, vec *restrict combined) {
     for (int64_t i = 0; i < k; i++)
         for (int64_t c0 = 0; c0 < COLUMNS; c0 += TOGETHER) {
@@ -72,23 +73,24 @@ static void combine(int64_t k, const vec *restrict taps, const vec *restrict fil
         }
 }
 
-/* sums[reach - t][c] += Σ_i U[i][t] combined[i][c] for the taps `from` to `to`. */
+/* sums[reach - t][c] += Σ_i U[i][t] combined[i][c] for the taps `from` to `to`. combined: (k, COLUMNS). sums: (reach +
+   1, COLUMNS) at least. */
 static void spread_rows(const axis *a, int64_t k, const vec *restrict combined, int64_t reach, int64_t from, int64_t to,
                         vec *restrict sums) {
     for (int64_t i = 0; i + 1 < k; i++) {
-        const float *weights = a->weights + i * a->extent;
+        const float *weights = a->weights + i * a->taps;
         const int64_t start = most(a->first[i], from), end = least(a->first[i + 1], to);
         for (int64_t c0 = 0; c0 < COLUMNS; c0 += TOGETHER) {
             const vec *here = combined + i * COLUMNS + c0, *next = here + COLUMNS;
             for (int64_t t = start; t < end; t++) {
                 vec *restrict sum = sums + (reach - t) * COLUMNS + c0;
-                for (int c = 0; c < TOGETHER; c++) sum[c] += weights[t] * here[c] + weights[a->extent + t] * next[c];
+                for (int c = 0; c < TOGETHER; c++) sum[c] += weights[t] * here[c] + weights[a->taps + t] * next[c];
             }
         }
     }
 }
 
-/* What a task computes, a band of rows × COLUMNS columns: its geometry, and the lattices. */
+/* What a task computes, a band of rows × COLUMNS columns: its geometry, and the arrays of infty_enlarged. */
 typedef struct {
     const float *x, *scale, *residual;
     float *out;
@@ -96,7 +98,8 @@ typedef struct {
     axis vertical, horizontal;
 } problem;
 
-/* Rows `first` to `last` of image b in the columns and lanes from (column, channel) on: scale and add their sums. */
+/* Rows `first` to `last` of image b in the columns and lanes from (column, channel) on: scale and add their sums,
+   (last - first, COLUMNS). */
 static void write_rows(const problem *p, int64_t b, int64_t first, int64_t last, int64_t column, int64_t channel,
                        const vec *sums) {
     const int64_t lanes = least(LANES, p->channels - channel), columns = least(COLUMNS, p->width - column);
@@ -111,11 +114,11 @@ static void write_rows(const problem *p, int64_t b, int64_t first, int64_t last,
         }
 }
 
-/* Add rows y to y + count of x to the sums of the rows from `base` on that lie before `end`. The hardware does not
-   foresee reads of lines that are a pixel apart. */
+/* Add rows y to y + count of x to the sums of the rows from `base` on that lie before `end`. taps: (k, k). sums: (k'_h
+   + BLOCK - 1, COLUMNS). The hardware does not foresee reads of lines that are a pixel apart. */
 static void add_rows(const problem *p, int64_t b, int64_t y, int64_t count, int64_t base, int64_t end, int64_t column,
                      int64_t channel, const vec *taps, vec *sums, const scratch *s) {
-    const int64_t up = p->vertical.extent / 2, left = p->horizontal.extent / 2, span = COLUMNS + 2 * left;
+    const int64_t up = p->vertical.taps / 2, left = p->horizontal.taps / 2, span = COLUMNS + 2 * left;
     const int64_t lanes = least(LANES, p->channels - channel), pitch = p->width * p->channels;
     const int inside = lanes == LANES && column >= left && column - left + span <= p->width;
     for (; count; count--, y++) {
@@ -133,14 +136,14 @@ static void add_rows(const problem *p, int64_t b, int64_t y, int64_t count, int6
                 __builtin_prefetch(p->residual + ((b * p->height + y - up) * p->width + c) * p->channels + channel);
         const int64_t reach = y + up - base;
         spread_rows(&p->vertical, p->k, s->combined, reach, most(y + up - end + 1, 0),
-                    least(reach + 1, p->vertical.extent), sums);
+                    least(reach + 1, p->vertical.taps), sums);
     }
 }
 
-/* A band of rows `start` to `end`, BLOCK rows of x and LANES channels at a time: the sums of a slice of channels stay in
-   the first cache meanwhile, and x comes once from memory for all slices. */
+/* A band of rows `start` to `end`, BLOCK rows of x and LANES channels at a time: the sums of a slice of channels stay
+   in the first cache meanwhile, and x comes once from memory for all slices. */
 static void task(const problem *p, int64_t b, int64_t start, int64_t end, int64_t column, const scratch *s) {
-    const int64_t up = p->vertical.extent / 2, held = p->vertical.extent + BLOCK - 1, size = held * COLUMNS;
+    const int64_t up = p->vertical.taps / 2, held = p->vertical.taps + BLOCK - 1, size = held * COLUMNS;
     const int64_t slices = (p->channels + LANES - 1) / LANES, last = least(end + up, p->height);
     int64_t base = start;
     memset(s->sums, 0, slices * size * sizeof(vec));
@@ -159,18 +162,19 @@ static void task(const problem *p, int64_t b, int64_t start, int64_t end, int64_
 }
 
 /* x, residual: (batch, height, width, channels); kernel: (channels, k, k); scale: (height, width); out: (batch, rows,
-   width, channels), the rows from first_row on. scale and residual may be null, and residual may be out. work: `share`
-   floats for each thread. */
+   width, channels), the rows from first_row on. scale and residual may be null, and residual may be out.
+   vertical_first, horizontal_first: (k). vertical_weights: (k, kernel_h). horizontal_weights: (k, kernel_w). work:
+   (threads, share). */
 void infty_enlarged(const float *x, const float *kernel, const float *scale, const float *residual, float *out,
                     int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t k, int64_t first_row,
-                    int64_t rows, int64_t band, int64_t vertical_extent, const int64_t *vertical_first,
-                    const float *vertical_weights, int64_t horizontal_extent, const int64_t *horizontal_first,
+                    int64_t rows, int64_t band, int64_t kernel_h, const int64_t *vertical_first,
+                    const float *vertical_weights, int64_t kernel_w, const int64_t *horizontal_first,
                     const float *horizontal_weights, int64_t threads, float *work, int64_t share) {
     const problem p = {x, scale, residual, out, height, width, channels, k, first_row, rows,
-                       {vertical_extent, vertical_first, vertical_weights},
-                       {horizontal_extent, horizontal_first, horizontal_weights}};
+                       {kernel_h, vertical_first, vertical_weights},
+                       {kernel_w, horizontal_first, horizontal_weights}};
     const int64_t bands = (rows + band - 1) / band, tiles = (width + COLUMNS - 1) / COLUMNS;
-    const int64_t span = COLUMNS + horizontal_extent - 1, slices = (channels + LANES - 1) / LANES;
+    const int64_t span = COLUMNS + kernel_w - 1, slices = (channels + LANES - 1) / LANES;
 #pragma omp parallel for num_threads(threads)
     for (int64_t thread = 0; thread < threads; thread++) {
         vec *row = (vec *)(work + thread * share), *filtered = row + span, *combined = filtered + k * COLUMNS;

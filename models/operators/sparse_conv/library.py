@@ -19,6 +19,7 @@ import torch
 from diffusion.coordinates import Points, Size
 from diffusion.random import Purpose, stream
 from models.operators.sparse_conv.backend import (
+    Backend,
     Plan,
     Span,
     check_features,
@@ -31,7 +32,7 @@ from models.operators.sparse_conv.torch_dense import TorchDenseBackend
 
 # Part of the largest number; TF32, which libraries use for float32 on GPUs, stays below, a wrong order far above.
 _TOLERANCE = 1e-2
-_SIZE, _EXTENT, _CHANNELS = (6, 7), (3, 5), 8  # of the example
+_SIZE, _KERNEL_SHAPE, _CHANNELS = (6, 7), (3, 5), 8  # of the example
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,6 @@ class LibraryBackend(ABC):
     plain: ClassVar[bool] = False
     install: ClassVar[str]
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float16)
-    depthwise_hint: ClassVar[str] = ""
 
     @classmethod
     def load(cls) -> LibraryBackend:
@@ -68,14 +68,17 @@ class LibraryBackend(ABC):
         if importlib.util.find_spec(cls.name) is None:
             raise ImportError(cls.install)
         backend = cls._open()
-        check_conventions(backend)
+        with torch.device("cpu"):  # also where networks are built without memory, on the meta device
+            check_conventions(backend)
         return backend
 
     @classmethod
     def require_cuda(cls) -> str:
         """The device type "cuda", or ValueError where there is none."""
         if not torch.cuda.is_available():
-            raise ValueError(f"model.backend is {cls.name!r}, which computes on CUDA devices only; there is none here")
+            raise ValueError(
+                f"model.backend is {cls.name!r}, which computes on CUDA only; accepted: native, torch_dense"
+            )
         return "cuda"
 
     @classmethod
@@ -84,7 +87,7 @@ class LibraryBackend(ABC):
         """Import the library and find out what it can do."""
 
     @abstractmethod
-    def _geometry(self, coordinates: torch.Tensor, batch: int, size: Size, extent: Size) -> Any:
+    def _geometry(self, coordinates: torch.Tensor, batch: int, size: Size, kernel_shape: Size) -> Any:
         """What the library keeps of the points. `coordinates`: int32 (N, 3), (image, row, column), by image."""
 
     @abstractmethod
@@ -95,23 +98,23 @@ class LibraryBackend(ABC):
         self,
         points: Points,
         batch: int,
-        extent: Size,
+        kernel_shape: Size,
         kernel_size: int,
         device: torch.device,
         span: Span | None = None,
     ) -> LibraryPlan:
         if device.type != self.device_type:
             raise ValueError(
-                f"run.device is {device.type}; model.backend={self.name} as installed computes on "
-                f"{self.device_type} only"
+                f"run.device is {device.type}; accepted: {self.device_type}, "
+                f"where model.backend={self.name} as installed computes"
             )
         check_points(points, batch, device)
         rows, cols = points.rows_cols(device)
         image = torch.arange(batch, device=device)[:, None]
         coordinates = torch.stack(torch.broadcast_tensors(image, rows, cols), dim=2).flatten(0, 1).int()  # (N, 3)
-        geometry = self._geometry(coordinates, batch, points.size, extent)
-        density = inverse_density(points, extent, kernel_size, device, span)
-        return LibraryPlan(points, batch, extent, density, geometry, span=span)
+        geometry = self._geometry(coordinates, batch, points.size, kernel_shape)
+        density = inverse_density(points, kernel_shape, kernel_size, device, span)
+        return LibraryPlan(points, batch, kernel_shape, density, geometry, span=span)
 
     def conv(
         self,
@@ -127,10 +130,10 @@ class LibraryBackend(ABC):
         if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device_type)
         inner = dtype if dtype in self.dtypes else torch.float32
-        kernel = resample_kernel(weight, plan.extent, plan.span).to(inner)
+        kernel = resample_kernel(weight, plan.kernel_shape, plan.span).to(inner)
         with torch.autocast(device_type, enabled=False):  # the libraries' own rules for it differ
             rows = x.flatten(0, 1).to(inner)
-            if plan.extent == (1, 1):  # each library has another layout for this one
+            if plan.kernel_shape == (1, 1):  # each library has another layout for this one
                 taps = kernel.flatten(1)  # (C_out, C/groups)
                 out = rows * taps[:, 0] if depthwise else rows @ taps.t()
             else:
@@ -142,15 +145,14 @@ class LibraryBackend(ABC):
         if groups != 1 and not groups == x.shape[2] == weight.shape[0]:
             raise ValueError(
                 f"groups is {groups}, of {x.shape[2]} channels to {weight.shape[0]}; "
-                f"model.backend={self.name} computes regular and depthwise convolutions"
+                f"accepted: 1, or one per channel, with model.backend={self.name}"
             )
         if groups != 1 and not self.depthwise:
             raise ValueError(
-                f"model.depthwise_sparse is True; model.backend={self.name} as installed computes regular convolutions "
-                f"only{self.depthwise_hint}"
+                f"groups is {groups}; accepted: 1, as model.backend={self.name} has no depthwise convolutions"
             )
         if not self.gradients and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-            raise ValueError(f"model.backend={self.name} as installed computes no gradients on a {self.device_type}")
+            raise ValueError(f"model.backend is {self.name!r} without gradients; accepted: native, torch_dense")
 
 
 @lru_cache
@@ -162,7 +164,7 @@ def check_conventions(backend: LibraryBackend) -> None:
     generator = stream(0, Purpose.SELF_CHECK)
     index = torch.stack([torch.randperm(_SIZE[0] * _SIZE[1], generator=generator)[:15] for _ in range(2)])
     for groups in (1, _CHANNELS) if backend.depthwise else (1,):
-        weight = torch.randn(_CHANNELS, _CHANNELS // groups, *_EXTENT, generator=generator)
+        weight = torch.randn(_CHANNELS, _CHANNELS // groups, *_KERNEL_SHAPE, generator=generator)
         x, dout = (torch.randn(2, index.shape[1], _CHANNELS, generator=generator) for _ in range(2))
         inputs = (index, x, weight, dout, groups)
         expected = _example(TorchDenseBackend(), "cpu", True, *inputs)
@@ -182,7 +184,7 @@ def check_conventions(backend: LibraryBackend) -> None:
 
 
 def _example(
-    backend: LibraryBackend | TorchDenseBackend,
+    backend: Backend[Any],
     device_type: str,
     gradients: bool,
     index: torch.Tensor,
@@ -195,7 +197,7 @@ def _example(
     with torch.inference_mode(False), torch.set_grad_enabled(gradients), torch.autocast(device_type, enabled=False):
         index, dout = index.to(device_type), dout.to(device_type)
         x, weight = (tensor.to(device_type, copy=True).requires_grad_(gradients) for tensor in (x, weight))
-        plan = backend.plan(Points(_SIZE, index), len(index), _EXTENT, 3, index.device)
+        plan = backend.plan(Points(_SIZE, index), len(index), _KERNEL_SHAPE, 3, index.device)
         out = backend.conv(x, weight, plan, groups)
         found = (out, *torch.autograd.grad(out, (x, weight), dout)) if gradients else (out,)
     return tuple(tensor.detach().cpu() for tensor in found)

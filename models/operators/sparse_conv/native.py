@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from diffusion.coordinates import Points, Size, gather_points, scatter_points
-from models.operators.dispatch import kernels
+from models.operators import dispatch
 from models.operators.sparse_conv import enlarged, pairs
 from models.operators.sparse_conv.backend import (
     Span,
@@ -58,14 +58,14 @@ class NativePlan(DensePlan):
     def neighbours(self, engine: ModuleType) -> Any:
         """The list of an engine, made when first asked for."""
         if engine not in self.lists:
-            self.lists[engine] = engine.neighbours(self.points, self.batch, self.extent, self.device)
+            self.lists[engine] = engine.neighbours(self.points, self.batch, self.kernel_shape, self.device)
         return self.lists[engine]
 
 
 class NativeBackend:
     """See the module; implements `models.operators.sparse_conv.backend.Backend`."""
 
-    name, plain = "native", False
+    name, depthwise, plain = "native", True, False
 
     def __init__(self) -> None:
         self._dense = TorchDenseBackend()
@@ -74,16 +74,16 @@ class NativeBackend:
         self,
         points: Points,
         batch: int,
-        extent: Size,
+        kernel_shape: Size,
         kernel_size: int,
         device: torch.device,
         span: Span | None = None,
     ) -> NativePlan:
         check_points(points, batch, device)
-        density = partial(inverse_density, points, extent, kernel_size, device, span)
+        compute = partial(inverse_density, points, kernel_shape, kernel_size, device, span)
         # Of a full lattice it is arithmetic, and says where the plan is.
-        density = density() if points.is_full else density
-        return NativePlan(points, batch, extent, density, span=span, kernel_size=kernel_size)
+        density = compute() if points.is_full else compute
+        return NativePlan(points, batch, kernel_shape, density, span=span, kernel_size=kernel_size)
 
     def conv(
         self,
@@ -110,7 +110,7 @@ class NativeBackend:
             return _enlarged(x, weight, plan, residual)
         if engine is None:
             return self._dense.conv(x, weight, plan, groups, residual)
-        taps = resample_kernel(weight, plan.extent, plan.span).flatten(1).t()  # (C, 1, k', k') -> (K, C)
+        taps = resample_kernel(weight, plan.kernel_shape, plan.span).flatten(1).t()  # (C, 1, k', k') -> (K, C)
         taps = taps.to(torch.promote_types(taps.dtype, torch.float32))
         neighbours = plan.neighbours(engine)  # first, as it counts
         return engine.depthwise(x, taps, plan.inverse_density, neighbours, residual)
@@ -121,8 +121,10 @@ def _enlarged(x: torch.Tensor, weight: torch.Tensor, plan: NativePlan, residual:
     if plan.points.is_full:
         image_residual = None if residual is None else residual.to(x.dtype).view(image.shape)
         scale = plan.inverse_density.view(plan.points.size)
-        return enlarged.enlarged(image, kernel, plan.extent, scale, image_residual, span=plan.span).flatten(1, 2)
-    out = gather_points(enlarged.enlarged(image, kernel, plan.extent, span=plan.span).permute(0, 3, 1, 2), plan.points)
+        return enlarged.enlarged(image, kernel, plan.kernel_shape, scale, image_residual, span=plan.span).flatten(1, 2)
+    out = gather_points(
+        enlarged.enlarged(image, kernel, plan.kernel_shape, span=plan.span).permute(0, 3, 1, 2), plan.points
+    )
     return normalised(out, plan, residual)
 
 
@@ -132,10 +134,10 @@ def engines(x: torch.Tensor, weight: torch.Tensor, plan: NativePlan, groups: int
         return {"dense": None}
     found: dict[str, ModuleType | None] = {"dense": None, "pairs": pairs}
     kernel_gradient = torch.is_grad_enabled() and weight.requires_grad
-    if not kernel_gradient and enlarged.pays(weight.shape[-1], plan.extent, plan.span):
+    if not kernel_gradient and enlarged.pays(weight.shape[-1], plan.kernel_shape, plan.span):
         found["enlarged"] = enlarged
     if x.dtype != torch.float64:
-        engine = kernels("convolution", x.device.type)
+        engine = dispatch.kernels("convolution", x.device.type)
         if engine is not None:
             found["kernels"] = engine
     return found
@@ -145,7 +147,7 @@ def _engine(x: torch.Tensor, weight: torch.Tensor, plan: NativePlan, groups: int
     """The one place that chooses what computes a convolution; None for dense arithmetic."""
     possible, points, device = engines(x, weight, plan, groups), plan.points, x.device.type
     kernel_gradient = torch.is_grad_enabled() and weight.requires_grad
-    resampled = plan.span is not None or tuple(weight.shape[-2:]) != tuple(plan.extent)
+    resampled = plan.span is not None or tuple(weight.shape[-2:]) != tuple(plan.kernel_shape)
     on_lattice = possible.get("enlarged") if resampled else None
     if points.is_full and not kernel_gradient:
         # Only the gradient of the kernel is slow in dense arithmetic, and what grows with the resolution.
@@ -155,6 +157,6 @@ def _engine(x: torch.Tensor, weight: torch.Tensor, plan: NativePlan, groups: int
     # On a full lattice Triton's kernels need no list, and cuDNN's gradient of a depthwise kernel is the slow part.
     without_list = points.is_full and device == "cuda" and name == "kernels"
     engine = possible.get(name) if density <= most or without_list else None
-    if engine is None or engine.list_bytes(points, plan.batch, plan.extent) > _LIST_BYTES:
+    if engine is None or engine.list_bytes(points, plan.batch, plan.kernel_shape) > _LIST_BYTES:
         return on_lattice
     return engine

@@ -26,9 +26,9 @@ class PairList:
     counts: None = None  # of the windows, which are not counted
 
 
-def neighbours(points: Points, batch: int, extent: Size, device: torch.device) -> PairList:
-    """The pairs of every tap of a window of `extent` pixels."""
-    (height, width), (kh, kw) = points.size, extent
+def neighbours(points: Points, batch: int, kernel_shape: Size, device: torch.device) -> PairList:
+    """The pairs of every tap of a window of `kernel_shape` pixels."""
+    (height, width), (kh, kw) = points.size, kernel_shape
     row, col = points.rows_cols(device)
     first = torch.arange(batch, device=device)[:, None]
     own = torch.arange(points.count, device=device) + first * points.count  # (B, M)
@@ -43,10 +43,10 @@ def neighbours(points: Points, batch: int, extent: Size, device: torch.device) -
     return PairList(pairs)
 
 
-def list_bytes(points: Points, batch: int, extent: Size) -> int:
+def list_bytes(points: Points, batch: int, kernel_shape: Size) -> int:
     """Bytes of a `PairList` that points spread evenly take; borders have fewer."""
     density = points.count / (points.size[0] * points.size[1])
-    return round(16 * batch * points.count * extent[0] * extent[1] * density)
+    return round(16 * batch * points.count * kernel_shape[0] * kernel_shape[1] * density)
 
 
 def depthwise(

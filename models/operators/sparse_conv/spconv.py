@@ -28,7 +28,7 @@ class SpconvBackend(LibraryBackend):
         return cls(device_type=device_type, depthwise=False, gradients=not CPU_ONLY_BUILD)
 
     def _geometry(
-        self, coordinates: torch.Tensor, batch: int, size: Size, extent: Size
+        self, coordinates: torch.Tensor, batch: int, size: Size, kernel_shape: Size
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Pairs of rows by tap, and their number by tap."""
         from spconv.core import ConvAlgo
@@ -40,7 +40,7 @@ class SpconvBackend(LibraryBackend):
             batch,
             list(size),
             ConvAlgo.Native,
-            ksize=list(extent),
+            ksize=list(kernel_shape),
             stride=once,
             padding=[0, 0],
             dilation=once,

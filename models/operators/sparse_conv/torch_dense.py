@@ -39,19 +39,21 @@ class DensePlan(Plan):
 class TorchDenseBackend:
     """See the module; implements `models.operators.sparse_conv.backend.Backend`."""
 
-    name, plain = "torch_dense", True
+    name, depthwise, plain = "torch_dense", True, True
 
     def plan(
         self,
         points: Points,
         batch: int,
-        extent: Size,
+        kernel_shape: Size,
         kernel_size: int,
         device: torch.device,
         span: Span | None = None,
     ) -> DensePlan:
         check_points(points, batch, device)
-        return DensePlan(points, batch, extent, inverse_density(points, extent, kernel_size, device, span), span=span)
+        return DensePlan(
+            points, batch, kernel_shape, inverse_density(points, kernel_shape, kernel_size, device, span), span=span
+        )
 
     def conv(
         self,
@@ -67,8 +69,8 @@ class TorchDenseBackend:
             lattice = x.new_zeros(plan.batch * height * width, channels)
             x = lattice.index_copy(0, rows, x.reshape(-1, channels))  # (BHW, C)
         image = x.reshape(plan.batch, height, width, channels).permute(0, 3, 1, 2)  # (B, C, H, W), channels last
-        padding = (plan.extent[0] // 2, plan.extent[1] // 2)
-        out = F.conv2d(image, resample_kernel(weight, plan.extent, plan.span), padding=padding, groups=groups)
+        padding = (plan.kernel_shape[0] // 2, plan.kernel_shape[1] // 2)
+        out = F.conv2d(image, resample_kernel(weight, plan.kernel_shape, plan.span), padding=padding, groups=groups)
         out = out.permute(0, 2, 3, 1).reshape(plan.batch, height * width, -1)  # (B, HW, C_out)
         if rows is not None:
             out = out.flatten(0, 1).index_select(0, rows).unflatten(0, (plan.batch, -1))  # (B, M, C_out)

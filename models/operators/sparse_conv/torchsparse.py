@@ -30,7 +30,6 @@ class TorchSparseBackend(LibraryBackend):
         "build it from https://github.com/mit-han-lab/torchsparse (regular convolutions) or "
         "https://github.com/samb-t/torchsparse (depthwise too)"
     )
-    depthwise_hint = "; the fork https://github.com/samb-t/torchsparse has depthwise ones"
 
     @classmethod
     def _open(cls) -> TorchSparseBackend:
@@ -42,7 +41,7 @@ class TorchSparseBackend(LibraryBackend):
         depthwise = "depthwise" in inspect.signature(functional.conv3d).parameters
         return cls(device_type=device_type, depthwise=depthwise, batch_first=version >= (2, 1))
 
-    def _geometry(self, coordinates: torch.Tensor, batch: int, size: Size, extent: Size) -> Any:
+    def _geometry(self, coordinates: torch.Tensor, batch: int, size: Size, kernel_shape: Size) -> Any:
         import torchsparse
 
         image, pixel = coordinates[:, :1], coordinates[:, 1:]
@@ -63,7 +62,7 @@ class TorchSparseBackend(LibraryBackend):
         if self.batch_first:
             # The padding keeps the lattice's size. Training says that neighbours are needed for backward passes too:
             # the first call finds them for all, whether or not it has gradients itself.
-            options = {"padding": (0, plan.extent[0] // 2, plan.extent[1] // 2), "training": True}
+            options = {"padding": (0, plan.kernel_shape[0] // 2, plan.kernel_shape[1] // 2), "training": True}
         if depthwise:
             options["depthwise"] = True
-        return functional.conv3d(tensor, taps, (1, *plan.extent), **options).feats
+        return functional.conv3d(tensor, taps, (1, *plan.kernel_shape), **options).feats

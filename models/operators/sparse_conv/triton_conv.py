@@ -5,7 +5,7 @@ At a present pixel p of a lattice, with P the present pixels and W the k'_h × k
     out(p) = scale(p) · Σ_{q ∈ P ∩ W} taps[q − p] · x(q) (+ residual(p)).
 
 The transpose, which carries gradients to x, is the same sum with the taps reversed and the scales of q inside. Letters:
-B batch, C channels, M points, H × W lattice, k'_h × k'_w extent, K = k'_h·k'_w taps.
+B batch, C channels, M points, H × W lattice, k'_h × k'_w kernel, K = k'_h·k'_w taps.
 
 The operators are opaque to `torch.compile`. No shape depends on data and nothing is read back from the device, so that
 a step can be captured as a CUDA graph.
@@ -53,35 +53,35 @@ class Neighbours:
     """
 
     size: Size
-    extent: Size
+    kernel_shape: Size
     entries: torch.Tensor | None = None
     counts: torch.Tensor | None = None
     present: torch.Tensor | None = None
     corners: torch.Tensor | None = None
 
 
-def neighbours(points: Points, batch: int, extent: Size, device: torch.device) -> Neighbours:
-    """Neighbours of every point in its window of `extent` pixels; for a full lattice the same for every image.
+def neighbours(points: Points, batch: int, kernel_shape: Size, device: torch.device) -> Neighbours:
+    """Neighbours of every point in its window of `kernel_shape` pixels; for a full lattice the same for every image.
 
-    Raises ValueError for even extents, and for lattices too large to count pixels in 32 bits.
+    Raises ValueError for even kernels, and for lattices too large to count pixels in 32 bits.
     """
-    (height, width), (kernel_h, kernel_w) = points.size, extent
+    (height, width), (kernel_h, kernel_w) = points.size, kernel_shape
     if kernel_h % 2 == 0 or kernel_w % 2 == 0:
-        raise ValueError(f"extent is {tuple(extent)}; both sides must be odd")
+        raise ValueError(f"kernel_shape is {tuple(kernel_shape)}; accepted: two odd numbers")
     if (height + kernel_h - 1) * (width + kernel_w - 1) >= 2**31:
-        raise ValueError(f"points.size is {tuple(points.size)}; with margins it must have fewer than 2^31 pixels")
+        raise ValueError(f"points.size is {tuple(points.size)}; accepted: fewer than 2^31 pixels with margins")
     if points.index is None:
-        return Neighbours(points.size, extent)
+        return Neighbours(points.size, kernel_shape)
     if points.index.shape[0] != batch:
-        raise ValueError(f"points.index holds {points.index.shape[0]} images; the batch is {batch}")
-    return Neighbours(points.size, extent, *_list(points.index.to(device), points.size, extent))
+        raise ValueError(f"points.index holds {points.index.shape[0]} images; accepted: {batch}, those of the batch")
+    return Neighbours(points.size, kernel_shape, *_list(points.index.to(device), points.size, kernel_shape))
 
 
-def list_bytes(points: Points, batch: int, extent: Size) -> int:
+def list_bytes(points: Points, batch: int, kernel_shape: Size) -> int:
     """Most bytes of `Neighbours.entries` for so many points; none on a full lattice."""
     if points.index is None:
         return 0
-    taps = extent[0] * extent[1]
+    taps = kernel_shape[0] * kernel_shape[1]
     return batch * points.count * min(taps, points.count) * _entry_format(points.count, taps)[1].itemsize
 
 
@@ -98,28 +98,28 @@ def depthwise(
     scale: float32 (B, M, 1), or (1, M, 1) for all images. residual: as x, in any of these types. Differentiable in x,
     taps and residual; gradients are the same to the last bit on every run. Raises ValueError for other shapes, types.
     """
-    kernel_h, kernel_w = neighbours.extent
+    kernel_h, kernel_w = neighbours.kernel_shape
     rows = neighbours.size[0] * neighbours.size[1] if neighbours.counts is None else neighbours.counts.shape[1]
     images = x.shape[0] if neighbours.counts is None else neighbours.counts.shape[0]
     if x.dtype not in DTYPES or x.ndim != 3 or tuple(x.shape[:2]) != (images, rows):
         raise ValueError(
-            f"x is {x.dtype} of shape {tuple(x.shape)}; it must be float32, bfloat16 or float16 ({images}, {rows}, C)"
+            f"x is {x.dtype} of shape {tuple(x.shape)}; accepted: float32, bfloat16 or float16 ({images}, {rows}, C)"
         )
     if taps.dtype != torch.float32 or tuple(taps.shape) != (kernel_h * kernel_w, x.shape[2]):
         raise ValueError(
-            f"taps is {taps.dtype} of shape {tuple(taps.shape)}; it must be float32 {kernel_h * kernel_w, x.shape[2]}"
+            f"taps is {taps.dtype} of shape {tuple(taps.shape)}; accepted: float32 {kernel_h * kernel_w, x.shape[2]}"
         )
     if scale.dtype != torch.float32 or scale.shape[0] not in (1, images) or tuple(scale.shape[1:]) != (rows, 1):
         raise ValueError(
-            f"scale is {scale.dtype} of shape {tuple(scale.shape)}; it must be float32 ({images} or 1, {rows}, 1)"
+            f"scale is {scale.dtype} of shape {tuple(scale.shape)}; accepted: float32 ({images} or 1, {rows}, 1)"
         )
     if residual is not None and (residual.dtype not in DTYPES or residual.shape != x.shape):
         raise ValueError(
             f"residual is {residual.dtype} of shape {tuple(residual.shape)}; "
-            f"it must be float32, bfloat16 or float16 {tuple(x.shape)}"
+            f"accepted: float32, bfloat16 or float16 {tuple(x.shape)}"
         )
     n = neighbours
-    return _gather(x, taps, scale, residual, n.entries, n.counts, n.present, n.corners, n.size, n.extent, False)
+    return _gather(x, taps, scale, residual, n.entries, n.counts, n.present, n.corners, n.size, n.kernel_shape, False)
 
 
 def _entry_format(points: int, taps: int) -> tuple[int, torch.dtype]:
@@ -140,11 +140,11 @@ def _block_c(channels: int) -> int:
 
 @torch.library.custom_op("infty_diff::neighbour_list", mutates_args=())
 def _list(
-    index: torch.Tensor, size: Sequence[int], extent: Sequence[int]
+    index: torch.Tensor, size: Sequence[int], kernel_shape: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The tensors of `Neighbours`."""
-    (batch, points), (kernel_h, kernel_w) = index.shape, extent
-    entries, counts, present, corners = _list_shapes(index, size, extent)
+    (batch, points), (kernel_h, kernel_w) = index.shape, kernel_shape
+    entries, counts, present, corners = _list_shapes(index, size, kernel_shape)
     stride = size[1] + kernel_w - 1
     corners.copy_(index + index.div(size[1], rounding_mode="floor") * (kernel_w - 1))
     rows = torch.arange(points, dtype=torch.int32, device=index.device).expand(batch, -1)
@@ -162,9 +162,9 @@ def _list(
 
 @_list.register_fake
 def _list_shapes(
-    index: torch.Tensor, size: Sequence[int], extent: Sequence[int]
+    index: torch.Tensor, size: Sequence[int], kernel_shape: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    (batch, points), (kernel_h, kernel_w) = index.shape, extent
+    (batch, points), (kernel_h, kernel_w) = index.shape, kernel_shape
     taps = kernel_h * kernel_w
     entries = index.new_empty(batch, min(taps, points), points, dtype=_entry_format(points, taps)[1])
     counts = index.new_empty(batch, points, dtype=torch.int32)
@@ -183,7 +183,7 @@ def _gather(
     present: torch.Tensor | None,
     corners: torch.Tensor | None,
     size: Sequence[int],
-    extent: Sequence[int],
+    kernel_shape: Sequence[int],
     transposed: bool,
 ) -> torch.Tensor:
     """The convolution or its transpose. `present` and `corners` are for the gradient of taps only."""
@@ -201,10 +201,11 @@ def _gather(
             tile_w = sums // block_c // _TILE_H
             tiles = triton.cdiv(size[0], _TILE_H) * triton.cdiv(size[1], tile_w)
             lattice_kernel[(batch * tiles, triton.cdiv(channels, block_c))](
-                out, x, taps, scale, added, *size, *extent, stride,
+                out, x, taps, scale, added, *size, *kernel_shape, stride,
                 TILE_H=_TILE_H, TILE_W=tile_w, num_warps=warps, **flags,
             )  # fmt: skip
         else:
+            assert entries is not None
             sums, warps = _LIST_BLOCK
             block_p, bits = sums // block_c, _entry_format(points, len(taps))[0]
             gather_kernel[(batch * triton.cdiv(points, block_p), triton.cdiv(channels, block_c))](
@@ -215,7 +216,7 @@ def _gather(
 
 
 @_gather.register_fake
-def _(x, taps, scale, residual, entries, counts, present, corners, size, extent, transposed):
+def _(x, taps, scale, residual, entries, counts, present, corners, size, kernel_shape, transposed):
     return x.new_empty(x.shape)
 
 
@@ -227,11 +228,11 @@ def _taps_gradient(
     present: torch.Tensor | None,
     corners: torch.Tensor | None,
     size: Sequence[int],
-    extent: Sequence[int],
+    kernel_shape: Sequence[int],
 ) -> torch.Tensor:
     """Σ_p scale(p) · grad(p) · x(p + offset of the tap): float32 (K, C), as fixed partial sums, then their sum."""
     batch, points, channels = x.shape
-    taps = extent[0] * extent[1]
+    taps = kernel_shape[0] * kernel_shape[1]
     if x.numel() == 0:
         return x.new_zeros(taps, channels, dtype=torch.float32)
     x, grad, scale = x.contiguous(), grad.contiguous(), scale.contiguous()
@@ -239,24 +240,24 @@ def _taps_gradient(
     groups, blocks_c = triton.cdiv(taps, _TAPS), triton.cdiv(channels, block_c)
     chunk = max(_MIN_CHUNK, triton.next_power_of_2(triton.cdiv(batch * points * groups * blocks_c, _PROGRAMS)))
     partials = x.new_empty(batch * triton.cdiv(points, chunk), taps, channels, dtype=torch.float32)
-    stride = size[1] + extent[1] - 1
+    stride = size[1] + kernel_shape[1] - 1
     full = present is None
     with torch.cuda.device_of(x):
         taps_kernel[(len(partials), groups, blocks_c)](
-            partials, x, grad, scale, x if full else present, x if full else corners, points, chunk, *size, *extent,
-            (size[0] + extent[0] - 1) * stride, stride, _scale_stride(scale, points),
+            partials, x, grad, scale, x if full else present, x if full else corners, points, chunk,
+            *size, *kernel_shape, (size[0] + kernel_shape[0] - 1) * stride, stride, _scale_stride(scale, points),
             C=channels, FULL=full, TAPS=_TAPS, BLOCK_P=sums // block_c, BLOCK_C=block_c, num_warps=warps,
         )  # fmt: skip
     return partials.sum(0)
 
 
 @_taps_gradient.register_fake
-def _(x, grad, scale, present, corners, size, extent):
-    return x.new_empty(extent[0] * extent[1], x.shape[2], dtype=torch.float32)
+def _(x, grad, scale, present, corners, size, kernel_shape):
+    return x.new_empty(kernel_shape[0] * kernel_shape[1], x.shape[2], dtype=torch.float32)
 
 
 def _save(ctx, inputs, output):
-    x, taps, scale, residual, entries, counts, present, corners, ctx.size, ctx.extent, ctx.transposed = inputs
+    x, taps, scale, residual, entries, counts, present, corners, ctx.size, ctx.kernel_shape, ctx.transposed = inputs
     wants_taps = ctx.needs_input_grad[1]
     ctx.residual_type = None if residual is None else residual.dtype
     ctx.save_for_backward(x if wants_taps else None, taps, scale, entries, counts, present, corners)
@@ -267,11 +268,11 @@ def _backward(ctx, grad):
     grad_x = grad_taps = grad_residual = None
     if ctx.needs_input_grad[0]:
         grad_x = _gather(
-            grad, taps, scale, None, entries, counts, present, corners, ctx.size, ctx.extent, not ctx.transposed
+            grad, taps, scale, None, entries, counts, present, corners, ctx.size, ctx.kernel_shape, not ctx.transposed
         )
     if ctx.needs_input_grad[1]:
         read, weighted = (grad, x) if ctx.transposed else (x, grad)  # the scale always goes with the gathering side
-        grad_taps = _taps_gradient(read, weighted, scale, present, corners, ctx.size, ctx.extent)
+        grad_taps = _taps_gradient(read, weighted, scale, present, corners, ctx.size, ctx.kernel_shape)
     if ctx.needs_input_grad[3]:
         grad_residual = grad.to(ctx.residual_type)
     return grad_x, grad_taps, None, grad_residual, *[None] * 7

@@ -4,6 +4,10 @@ Letters: B batch, C channels, M points, H × W lattice, K = k'_h·k'_w taps. Axi
 blocks of their points, so that points close to one another, which share rows, run together. Rows are M or H·W of one
 image, counted from its first; everything multiplied by an image or by C is 64 bits wide, which costs nothing: the
 multiplication into an address is one instruction. Sums are float32 in a fixed order, hence bit-reproducible.
+
+Pointers: out, x, grad, residual (B, M, C), with M = H·W on a full lattice. taps: float32 (K, C). scale: float32 (B, M),
+or (M,) with scale_stride 0. entries: int32 or int64 (B, slots, M). counts, corners: int32 (B, M). present: int32
+(B, cells), cells = (H + k'_h − 1)·stride with stride = W + k'_w − 1. partials: float32 (chunks of all images, K, C).
 """
 
 from __future__ import annotations

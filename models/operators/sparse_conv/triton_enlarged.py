@@ -10,6 +10,9 @@ a row in between, serves them all. Sums are float32 in a fixed order, hence bit-
 C channels, H × W lattice, N = W·C, k kernel side, U (k, k'_h) and V (k, k'_w) the resampling along the axes.
 """
 
+# mypy: disable-error-code="assignment"
+# In the kernels, tuples grow by an element.
+
 from __future__ import annotations
 
 import torch
@@ -38,9 +41,13 @@ def _place(rows, length, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=_ROWS)
 def filter_kernel(
     ring, x, kernel, interpolation, segments, first_row, rows, slots, height, length, channels,
-    K: tl.constexpr, EXTENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Σ_j K[i, j] Σ_s V[j, s] x(y, · + s) for the rows y from first_row on: into slot y % slots of (B, slots, k, N)."""
+    """Σ_j K[i, j] Σ_s V[j, s] x(y, · + s) for the rows y from first_row on: into slot y % slots.
+
+    Pointers: ring float32 (B, slots, k, N). x: (B, H, N). kernel: float32 (k, k, C). interpolation: float32
+    (k, k'_w), V. segments: int32 (k,).
+    """
     image, group, lane = _place(rows, length, ROWS, BLOCK)
     start, end = first_row + group * ROWS, first_row + rows
     zero = tl.zeros((BLOCK,), tl.float32)
@@ -51,9 +58,9 @@ def filter_kernel(
         following = (zero,) * ROWS
         if j + 1 < K:
             for s in range(tl.load(segments + j), tl.load(segments + j + 1)):
-                near = tl.load(interpolation + j * EXTENT + s)
-                far = tl.load(interpolation + (j + 1) * EXTENT + s)
-                place = lane + (s - EXTENT // 2) * channels
+                near = tl.load(interpolation + j * TAPS + s)
+                far = tl.load(interpolation + (j + 1) * TAPS + s)
+                place = lane + (s - TAPS // 2) * channels
                 inside = (place >= 0) & (place < length)
                 new_here, new_following = (), ()
                 for r in tl.static_range(ROWS):
@@ -79,19 +86,21 @@ def filter_kernel(
 @triton.jit(do_not_specialize=_ROWS)
 def spread_kernel(
     out, ring, interpolation, segments, scale, residual, first_row, rows, start, end, slots, height, length, channels,
-    K: tl.constexpr, EXTENT: tl.constexpr, SCALED: tl.constexpr, RESIDUAL: tl.constexpr,
+    K: tl.constexpr, TAPS: tl.constexpr, SCALED: tl.constexpr, RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows start to end of out: Σ_i Σ_t U[i, t] · row t − k'_h // 2 below of the i-th in `ring`, scale, residual.
 
+    Pointers: out (B, rows, N). ring: float32 (B, slots, k, N). interpolation: float32 (k, k'_h + 2·(ROWS − 1)), U
+    flanked by zeros. segments: int32 (k,). scale: float32 (H, W). residual: (B, H, N).
     U is flanked by ROWS − 1 columns of zeros: a row of the ring that some rows of the program need is read for all.
     """
     image, group, lane = _place(end - start, length, ROWS, BLOCK)
     top = start + group * ROWS
-    above = top - EXTENT // 2
-    last = tl.minimum(end + EXTENT // 2, height)  # rows from here on are outside the lattice, or not in the ring
+    above = top - TAPS // 2
+    last = tl.minimum(end + TAPS // 2, height)  # rows from here on are outside the lattice, or not in the ring
     exists = lane < length
-    stride: tl.constexpr = EXTENT + 2 * (ROWS - 1)
+    stride: tl.constexpr = TAPS + 2 * (ROWS - 1)
     sums = (tl.zeros((BLOCK,), tl.float32),) * ROWS
     for i in tl.static_range(K):
         # Row i of U reaches over two segments; t is the tap that the uppermost row of the program takes.
@@ -133,18 +142,18 @@ def enlarged(
     The ring holds float32: rounding it to shorter types would triple the error of the result.
     """
     batch, height, width, channels = x.shape
-    (vertical, vertical_first), (horizontal, horizontal_first) = vertical, horizontal
-    (kernel_size, extent_h), extent_w, length = vertical.shape, horizontal.shape[1], width * channels
-    vertical_first, horizontal_first = vertical_first.int(), horizontal_first.int()
+    (u, u_first), (v, v_first) = vertical, horizontal
+    (kernel_size, kernel_h), kernel_w, length = u.shape, v.shape[1], width * channels
+    u_first, v_first = u_first.int(), v_first.int()
     x, kernel = x.contiguous(), weight.float().permute(1, 2, 0).contiguous()  # (k, k, C)
-    reach = extent_h // 2
+    reach = kernel_h // 2
     if band is None:
         band = max(_RING // (batch * kernel_size * length * 4), _SPREAD_ROWS, reach)
     band = min(band, rows)
     slots = min(band + 2 * reach, height)
     ring = x.new_empty(batch, slots, kernel_size, length, dtype=torch.float32)
     out = x.new_empty(batch, rows, width, channels)
-    padded = F.pad(vertical, (_SPREAD_ROWS - 1, _SPREAD_ROWS - 1))
+    padded = F.pad(u, (_SPREAD_ROWS - 1, _SPREAD_ROWS - 1))
     # A pointer is needed, and not read, in place of a scale or residual that is not given.
     scaled, added = (x if tensor is None else tensor.contiguous() for tensor in (scale, residual))
     filtered = max(first_row - reach, 0)
@@ -154,14 +163,14 @@ def enlarged(
             last = min(end + reach, height)
             if last > filtered:
                 filter_kernel[_grid(batch, last - filtered, length, _FILTER_ROWS, _FILTER_BLOCK)](
-                    ring, x, kernel, horizontal, horizontal_first, filtered, last - filtered, slots, height, length,
-                    channels, K=kernel_size, EXTENT=extent_w, ROWS=_FILTER_ROWS, BLOCK=_FILTER_BLOCK,
+                    ring, x, kernel, v, v_first, filtered, last - filtered, slots, height, length,
+                    channels, K=kernel_size, TAPS=kernel_w, ROWS=_FILTER_ROWS, BLOCK=_FILTER_BLOCK,
                 )  # fmt: skip
                 filtered = last
             spread_kernel[_grid(batch, end - start, length, _SPREAD_ROWS, _SPREAD_BLOCK)](
-                out, ring, padded, vertical_first, scaled, added, first_row, rows, start, end, slots, height, length,
+                out, ring, padded, u_first, scaled, added, first_row, rows, start, end, slots, height, length,
                 channels,
-                K=kernel_size, EXTENT=extent_h, SCALED=scale is not None, RESIDUAL=residual is not None,
+                K=kernel_size, TAPS=kernel_h, SCALED=scale is not None, RESIDUAL=residual is not None,
                 ROWS=_SPREAD_ROWS, BLOCK=_SPREAD_BLOCK,
             )  # fmt: skip
     return out

@@ -7,17 +7,18 @@ import torch
 import torch.nn.functional as F
 
 from diffusion.coordinates import Points, gather_points, image_to_points
-from models.operators import sparse_conv
-from models.operators.sparse_conv import AUTOMATIC, BACKENDS, get_backend
-from models.operators.sparse_conv.backend import kernel_extent, lattice_extent, resample_kernel, window_counts
+from models.operators import dispatch
+from models.operators.dispatch import AUTOMATIC, get_backend
+from models.operators.sparse_conv.backend import resample_kernel, resampled_shape, resampled_size, window_counts
+from networks import random_points
 
 CPU = torch.device("cpu")
 
 
-def convolve_in_loops(x, weight, points, extent, kernel_size, groups):
+def convolve_in_loops(x, weight, points, kernel_shape, kernel_size, groups):
     """k² / count · Σ over present pixels of the window, point by point."""
     height, width = points.size
-    weight = resample_kernel(weight, extent)
+    weight = resample_kernel(weight, kernel_shape)
     ids = points.ids().expand(x.shape[0], -1).tolist()
     c_out, per_group = weight.shape[0], weight.shape[1]
     out = torch.zeros(x.shape[0], points.count, c_out, dtype=x.dtype)
@@ -25,9 +26,9 @@ def convolve_in_loops(x, weight, points, extent, kernel_size, groups):
         position = {pixel: m for m, pixel in enumerate(item)}
         for m, pixel in enumerate(item):
             count = 0
-            for i in range(extent[0]):
-                for j in range(extent[1]):
-                    row, col = pixel // width + i - extent[0] // 2, pixel % width + j - extent[1] // 2
+            for i in range(kernel_shape[0]):
+                for j in range(kernel_shape[1]):
+                    row, col = pixel // width + i - kernel_shape[0] // 2, pixel % width + j - kernel_shape[1] // 2
                     there = position.get(row * width + col) if 0 <= row < height and 0 <= col < width else None
                     if there is None:
                         continue
@@ -55,14 +56,12 @@ def test_convolution_is_its_definition(name, depthwise, size, train_size, kernel
     torch.manual_seed(0)
     batch, channels = 2, 4
     groups = channels if depthwise else 1
-    total = size[0] * size[1]
-    index = None if count is None else torch.stack([torch.randperm(total)[:count] for _ in range(batch)])
-    points, extent = Points(size, index), lattice_extent(kernel_size, size, train_size)
+    points, kernel_shape = random_points(batch, size, count), resampled_shape(kernel_size, size, train_size)
     x = torch.randn(batch, points.count, channels, dtype=torch.float64)
     weight = torch.randn(channels, channels // groups, kernel_size, kernel_size, dtype=torch.float64)
     backend = get_backend(name)
-    plan = backend.plan(points, batch, extent, kernel_size, CPU)
-    expected = convolve_in_loops(x, weight, points, extent, kernel_size, groups)
+    plan = backend.plan(points, batch, kernel_shape, kernel_size, CPU)
+    expected = convolve_in_loops(x, weight, points, kernel_shape, kernel_size, groups)
     torch.testing.assert_close(backend.conv(x, weight, plan, groups), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(backend.conv(x, weight, plan, groups, residual=x), x + expected, rtol=1e-5, atol=1e-6)
 
@@ -71,13 +70,12 @@ def one_rounding(backend, dtype, autocast=False):
     """A kernel of a single 1 leaves the scaling alone: the result must be that of float64, rounded once."""
     torch.manual_seed(0)
     size, kernel_size, batch, channels = (9, 14), 7, 2, 4
-    index = torch.stack([torch.randperm(size[0] * size[1])[:70] for _ in range(batch)])
-    for points in (Points(size, index), Points(size)):
+    for points in (random_points(batch, size, 70), Points(size)):
         x = torch.randn(batch, points.count, channels).to(dtype)
         weight = torch.zeros(channels, 1, kernel_size, kernel_size)
         weight[:, :, kernel_size // 2, kernel_size // 2] = 1
         given = (x.float(), weight) if autocast else (x, weight.to(dtype))
-        if not getattr(backend, "depthwise", True):
+        if not backend.depthwise:
             given = given[0], torch.diag_embed(given[1].squeeze(1).permute(1, 2, 0)).permute(2, 3, 0, 1)
         plan = backend.plan(points, batch, (kernel_size, kernel_size), kernel_size, CPU)
         with torch.autocast("cpu", dtype=dtype, enabled=autocast):
@@ -94,34 +92,33 @@ def test_the_density_is_not_rounded_in_half_precision(name, dtype, autocast):
     one_rounding(get_backend(name), dtype, autocast)
 
 
-@pytest.mark.parametrize(("size", "extent"), [((5, 8), (3, 7)), ((4, 4), (13, 13)), ((1, 6), (3, 5))])
-def test_counts_are_a_convolution_of_ones(size, extent):
+@pytest.mark.parametrize(("size", "kernel_shape"), [((5, 8), (3, 7)), ((4, 4), (13, 13)), ((1, 6), (3, 5))])
+def test_counts_are_a_convolution_of_ones(size, kernel_shape):
     total = size[0] * size[1]
-    index = torch.stack([torch.randperm(total)[: max(total // 3, 1)] for _ in range(3)])
-    box, padding = torch.ones(1, 1, *extent), (extent[0] // 2, extent[1] // 2)
-    for points in (Points(size), Points(size, index)):
+    box, padding = torch.ones(1, 1, *kernel_shape), (kernel_shape[0] // 2, kernel_shape[1] // 2)
+    for points in (Points(size), random_points(3, size, max(total // 3, 1))):
         present = torch.zeros(3, total).scatter(1, points.ids().expand(3, -1), 1.0).view(3, 1, *size)
         counts = gather_points(F.conv2d(present, box, padding=padding), points).squeeze(2)
-        assert torch.equal(window_counts(points, extent, CPU).expand(3, -1).float(), counts)
+        assert torch.equal(window_counts(points, kernel_shape, CPU).expand(3, -1).float(), counts)
 
 
 def test_extents_follow_each_axis():
-    assert [kernel_extent(7, n, 32) for n in (16, 32, 64, 128)] == [3, 7, 13, 29]
-    assert [kernel_extent(3, n, 16) for n in (4, 16, 32, 64)] == [3, 3, 5, 13]
-    assert kernel_extent(1, 32, 32) == 1
-    assert lattice_extent(7, (64, 32), (32, 32)) == (13, 7)
-    assert lattice_extent(7, (32, 96), (32, 64)) == (7, 11)
+    assert [resampled_size(7, n, 32) for n in (16, 32, 64, 128)] == [3, 7, 13, 29]
+    assert [resampled_size(3, n, 16) for n in (4, 16, 32, 64)] == [3, 3, 5, 13]
+    assert resampled_size(1, 32, 32) == 1
+    assert resampled_shape(7, (64, 32), (32, 32)) == (13, 7)
+    assert resampled_shape(7, (32, 96), (32, 64)) == (7, 11)
     for n in range(1, 200):
-        assert kernel_extent(5, n, 40) % 2 == 1
+        assert resampled_size(5, n, 40) % 2 == 1
 
 
 def test_constant_functions_do_not_notice_thinning_or_resolution():
     """The result for a constant depends on the kernel alone, at the border too, whatever the points and the lattice."""
     backend, weight = get_backend("torch_dense"), torch.full((1, 1, 7, 7), 0.02)
     for size in ((16, 16), (32, 16), (24, 40)):
-        extent = lattice_extent(7, size, (16, 16))
+        kernel_shape = resampled_shape(7, size, (16, 16))
         for points in (Points(size), Points(size, torch.randperm(size[0] * size[1])[:60].unsqueeze(0))):
-            plan = backend.plan(points, 1, extent, 7, CPU)
+            plan = backend.plan(points, 1, kernel_shape, 7, CPU)
             out = backend.conv(torch.ones(1, points.count, 1), weight, plan, 1)
             torch.testing.assert_close(out, torch.full_like(out, 49 * 0.02))
 
@@ -134,16 +131,12 @@ def test_the_full_lattice_is_not_copied():
 
 
 def test_back_ends_by_name(monkeypatch, caplog):
-    def not_here():
-        raise ImportError("pip install no-such-package")
-
-    monkeypatch.setitem(BACKENDS, "torch_dense", BACKENDS["torch_dense"])
-    monkeypatch.setitem(BACKENDS, "elsewhere", not_here)
-    with pytest.raises(ValueError, match=r"model\.backend is 'nonsense'.*torch_dense"):
+    with pytest.raises(ValueError, match=r"model\.backend is 'nonsense'; accepted: auto, native, torch_dense"):
         get_backend("nonsense")
-    with pytest.raises(ValueError, match="not installed: pip install no-such-package"):
-        get_backend("elsewhere")
-    sparse_conv._announce.cache_clear()
+    monkeypatch.setitem(dispatch._BACKENDS, "spconv", "no_such_folder:no_such_class")
+    with pytest.raises(ValueError, match="'spconv', which is not installed: No module"):
+        get_backend("spconv")
+    dispatch._announce.cache_clear()
     with caplog.at_level(logging.INFO):
         for _ in range(3):
             assert get_backend("auto").name in AUTOMATIC

@@ -7,12 +7,13 @@ import torch
 
 from diffusion.coordinates import Points
 from fake_gpu import can_pretend
-from models.operators import compiled
+from models.operators import compiled, dispatch
 from models.operators.sparse_conv import backend as base
 from models.operators.sparse_conv import cpu, enlarged, native, pairs
-from models.operators.sparse_conv.backend import lattice_extent
+from models.operators.sparse_conv.backend import resampled_shape
 from models.operators.sparse_conv.native import NativeBackend
 from models.operators.sparse_conv.torch_dense import TorchDenseBackend
+from networks import random_points
 
 CPU = torch.device("cpu")
 SIZE, CHANNELS = (24, 20), 16
@@ -22,8 +23,8 @@ def chosen(ratio, size=SIZE, train_size=SIZE, k=7, device="cpu", wants=(True, Tr
     """The engine for part of a lattice; wants: which of features and kernel take gradients."""
     count = int(size[0] * size[1] * ratio)
     index = None if ratio == 1 else torch.arange(count, device=device).expand(2, -1)
-    points, extent = Points(size, index), lattice_extent(k, size, train_size)
-    plan = NativeBackend().plan(points, 2, extent, k, torch.device(device))
+    points, kernel_shape = Points(size, index), resampled_shape(k, size, train_size)
+    plan = NativeBackend().plan(points, 2, kernel_shape, k, torch.device(device))
     x = torch.empty(2, count, CHANNELS, device=device, dtype=dtype, requires_grad=wants[0])
     groups = groups or CHANNELS
     weight = torch.empty(CHANNELS, CHANNELS // groups, k, k, device=device, requires_grad=wants[1])
@@ -33,7 +34,7 @@ def chosen(ratio, size=SIZE, train_size=SIZE, k=7, device="cpu", wants=(True, Tr
 @can_pretend
 def test_engines_on_a_gpu(fake_gpu, monkeypatch):
     triton_conv = pytest.importorskip("models.operators.sparse_conv.triton_conv")
-    monkeypatch.setattr(native, "kernels", lambda operation, kind: triton_conv if kind == "cuda" else None)
+    monkeypatch.setattr(dispatch, "kernels", lambda operation, kind: triton_conv if kind == "cuda" else None)
     with fake_gpu():
         for size in (SIZE, (256, 256)):
             both = {"size": size, "train_size": size, "device": "cuda:0", "dtype": torch.bfloat16}
@@ -57,7 +58,7 @@ def test_engines_on_a_gpu(fake_gpu, monkeypatch):
 @can_pretend
 def test_the_lattice_kernel_is_called_without_a_list(fake_gpu, monkeypatch):
     triton_conv = pytest.importorskip("models.operators.sparse_conv.triton_conv")
-    monkeypatch.setattr(native, "kernels", lambda operation, kind: triton_conv if kind == "cuda" else None)
+    monkeypatch.setattr(dispatch, "kernels", lambda operation, kind: triton_conv if kind == "cuda" else None)
     calls, depthwise = [], triton_conv.depthwise
     monkeypatch.setattr(triton_conv, "depthwise", lambda *given: calls.append(given[3]) or depthwise(*given))
     with fake_gpu():
@@ -69,7 +70,7 @@ def test_the_lattice_kernel_is_called_without_a_list(fake_gpu, monkeypatch):
 
 
 def test_lists_take_the_bytes_they_are_said_to():
-    points = Points((40, 32), torch.stack([torch.randperm(1280)[:500] for _ in range(3)]))
+    points = random_points(3, (40, 32), 500)
     for engine, fields in ((cpu, ("rows", "taps")), (pairs, None)):
         if engine is cpu and compiled.library() is None:
             continue
@@ -91,13 +92,12 @@ def test_beyond_the_bound_the_lattice_is_computed(monkeypatch, count, kernel_gra
     for engine in (cpu, pairs):
         monkeypatch.setattr(engine, "neighbours", lambda *_: pytest.fail("a list was made"))
     torch.manual_seed(0)
-    index = None if count is None else torch.stack([torch.randperm(600)[:count] for _ in range(2)])
-    points, extent = Points((30, 20), index), lattice_extent(5, (30, 20), (10, 10))
+    points, kernel_shape = random_points(2, (30, 20), count), resampled_shape(5, (30, 20), (10, 10))
     x, residual = torch.randn(2, 2, points.count, CHANNELS, dtype=torch.float32)
     kernel = torch.randn(CHANNELS, 1, 5, 5)
     results = []
     for backend, dtype in ((NativeBackend(), torch.float32), (TorchDenseBackend(), torch.float64)):
-        plan = backend.plan(points, 2, extent, 5, CPU)
+        plan = backend.plan(points, 2, kernel_shape, 5, CPU)
         inputs = [t.to(dtype).requires_grad_() for t in (x, residual)]
         weight = kernel.to(dtype).requires_grad_(kernel_gradient)
         out = backend.conv(inputs[0], weight, plan, CHANNELS, inputs[1])
@@ -111,12 +111,11 @@ def test_every_engine_gives_the_same_numbers():
     torch.manual_seed(0)
     backend, dense = NativeBackend(), TorchDenseBackend()
     for ratio, size, k in ((1, (12, 9), 3), (0.3, (12, 9), 3), (1, (20, 30), 5), (0.5, (20, 30), 5)):
-        total = size[0] * size[1]
-        index = None if ratio == 1 else torch.stack([torch.randperm(total)[: int(ratio * total)] for _ in range(2)])
-        points, extent = Points(size, index), lattice_extent(k, size, (10, 10))
+        count = None if ratio == 1 else int(ratio * size[0] * size[1])
+        points, kernel_shape = random_points(2, size, count), resampled_shape(k, size, (10, 10))
         x, kernel = torch.randn(2, points.count, CHANNELS), torch.randn(CHANNELS, 1, k, k)
-        plan = backend.plan(points, 2, extent, k, CPU)
-        expected = dense.conv(x.double(), kernel.double(), dense.plan(points, 2, extent, k, CPU), CHANNELS)
+        plan = backend.plan(points, 2, kernel_shape, k, CPU)
+        expected = dense.conv(x.double(), kernel.double(), dense.plan(points, 2, kernel_shape, k, CPU), CHANNELS)
         with torch.no_grad():
             possible = native.engines(x, kernel, plan, CHANNELS)
         assert {"dense", "pairs"} <= possible.keys()
@@ -126,19 +125,19 @@ def test_every_engine_gives_the_same_numbers():
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize(("extent", "span"), [((7, 7), None), ((5, 9), None), ((9, 9), (8.0, 7.5))], ids=str)
-def test_windows_are_counted_once(monkeypatch, extent, span):
+@pytest.mark.parametrize(("kernel_shape", "span"), [((7, 7), None), ((5, 9), None), ((9, 9), (8.0, 7.5))], ids=str)
+def test_windows_are_counted_once(monkeypatch, kernel_shape, span):
     """By the list where there is one; where taps count in part, their area is no such count."""
     if compiled.library() is None:
         pytest.skip("needs a C compiler")
     counted, count = [], base.window_counts
     monkeypatch.setattr(base, "window_counts", lambda *given: counted.append(1) or count(*given))
     torch.manual_seed(0)
-    points = Points(SIZE, torch.stack([torch.randperm(480)[:90] for _ in range(2)]))
+    points = random_points(2, SIZE, 90)
     backend, x, kernel = NativeBackend(), torch.randn(2, 90, CHANNELS), torch.randn(CHANNELS, 1, 7, 7)
-    plan = backend.plan(points, 2, extent, 7, CPU, span)
+    plan = backend.plan(points, 2, kernel_shape, 7, CPU, span)
     first = backend.conv(x, kernel, plan, CHANNELS)
     assert torch.equal(backend.conv(x, kernel, plan, CHANNELS), first)
     assert not counted
-    assert torch.equal(plan.inverse_density, base.inverse_density(points, extent, 7, CPU, span))
+    assert torch.equal(plan.inverse_density, base.inverse_density(points, kernel_shape, 7, CPU, span))
     assert torch.equal(replace(plan, lattice=(9, 9)).inverse_density, plan.inverse_density)

@@ -6,26 +6,32 @@ from torch._subclasses import FakeTensorMode
 
 from diffusion.coordinates import CONVENTIONS, Points
 from models import interpolation
-from models.operators.knn import search as neighbours
+from models.operators import dispatch
+from models.operators.knn import search as knn
 from models.operators.knn.pixel_order import geometry_of
-from test_models_neighbours import random_index
+from networks import random_index
 
-triton_neighbours = pytest.importorskip("models.operators.knn.triton_search")
+triton_search = pytest.importorskip("models.operators.knn.triton_search")
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def take(monkeypatch, module):
+    """Have nearest points looked up by this module, or by PyTorch, on any device."""
+    monkeypatch.setattr(dispatch, "kernels", lambda operation, *_: module if operation == "nearest points" else None)
+
+
 def look_up(index, size, grid, k, length, convention):
     """By the kernel, and by the other look-up: ids, places, squared distances, shares and ends; on the CPU."""
     geometry = geometry_of(size, grid, convention, DEVICE)
-    table = neighbours._columns(size, grid, length, convention, DEVICE)
-    width = min(k - 1 + neighbours._MOST_TIED, index.shape[1]) if convention.shares_ties else k
-    found = triton_neighbours.nearest_present(index.to(DEVICE), *table, geometry.axes, geometry.denominator, k, width)
+    table = knn._columns(size, grid, length, convention, DEVICE)
+    width = min(k - 1 + knn._MOST_TIED, index.shape[1]) if convention.shares_ties else k
+    found = triton_search.nearest_present(index.to(DEVICE), *table, geometry.axes, geometry.denominator, k, width)
     geometry = geometry_of(size, grid, convention, CPU)
     nodes = torch.arange(len(index) * grid[0] * grid[1])
-    before, counts, entries = neighbours.search(nodes, index, k, width, geometry)
-    expected = neighbours._assembled(before, counts, k, entries)
+    before, counts, entries = knn.search(nodes, index, k, width, geometry)
+    expected = knn._assembled(before, counts, k, entries)
     image = (nodes // (grid[0] * grid[1])).repeat_interleave(counts)
     places = (index[image] == expected.pixels[:, None]).int().argmax(1)
     ids, there, squared, shares = (part.cpu().flatten(0, 1) for part in found)
@@ -44,7 +50,7 @@ def look_up(index, size, grid, k, length, convention):
         ((8, 8), (4, 4), 20, 3, 16),
         ((7, 5), (4, 6), 9, 5, 35),
         ((5, 9), (8, 8), 45, 3, 5),  # every pixel present; length is no multiple of the steps
-        ((1, 6), (2, 2), 3, 3, 6),  # no more points than neighbours
+        ((1, 6), (2, 2), 3, 3, 6),  # no more points than a node reads
         ((3, 3), (5, 7), 3, 3, 4),
         ((16, 12), (6, 5), 20, 3, 8),  # most tables run out
         ((20, 15), (3, 3), 270, 3, 0),  # no table; more points than are searched at a time
@@ -73,11 +79,11 @@ def test_takes_the_place_of_the_other_look_up(name, count, monkeypatch):
     arguments = (points, (8, 5), 3, CONVENTIONS[name], DEVICE)
     x = torch.randn(2, count, 6, device=DEVICE, requires_grad=True)
     results = []
-    for kernels in (None, triton_neighbours):
-        monkeypatch.setattr(neighbours, "_kernels", lambda *_, kernels=kernels: kernels)
+    for kernels in (None, triton_search):
+        take(monkeypatch, kernels)
         grid = interpolation.interpolate_to_grid(x, *arguments[:-1])
         dx = torch.autograd.grad(grid.square().sum(), x)[0]
-        found = [neighbours.nearest_points(*arguments), neighbours.nearest_rows(*arguments)]
+        found = [knn.nearest_points(*arguments), knn.nearest_rows(*arguments)]
         results.append([grid, dx, *(part[nearest.shares > 0] for nearest in found for part in nearest[:3])])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -85,19 +91,19 @@ def test_takes_the_place_of_the_other_look_up(name, count, monkeypatch):
 
 def test_is_opaque_to_the_compiler():
     geometry = geometry_of((6, 6), (3, 3), CONVENTIONS["cell_centred"], DEVICE)
-    table = neighbours._columns((6, 6), (3, 3), 16, CONVENTIONS["cell_centred"], DEVICE)
+    table = knn._columns((6, 6), (3, 3), 16, CONVENTIONS["cell_centred"], DEVICE)
     arguments = (random_index(2, (6, 6), 9).to(DEVICE), *table, geometry.axes, geometry.denominator, 3, 7)
     torch.library.opcheck(torch.ops.infty_diff.nearest_present.default, arguments)
 
 
 def test_nothing_is_read_back(monkeypatch):
     """Tensors without values refuse to be read."""
-    monkeypatch.setattr(neighbours, "_kernels", lambda *_: triton_neighbours)
+    take(monkeypatch, triton_search)
     size, grid, convention = (16, 10), (5, 4), CONVENTIONS["cell_centred"]
     arguments = (2, grid, 3, convention, CPU)
     geometry_of(size, grid, convention, CPU)
-    neighbours._most_tied(size, grid, 64, convention)
-    neighbours._columns(size, grid, 128, convention, CPU)  # all are kept from then on
+    knn._most_tied(size, grid, 64, convention)
+    knn._columns(size, grid, 128, convention, CPU)  # all are kept from then on
     with FakeTensorMode(allow_non_fake_inputs=True):
         points = Points(size, torch.zeros(2, 40, dtype=torch.int64))
         out = interpolation.points_to_grid(points, *arguments)(torch.zeros(2, 40, 6))

@@ -11,7 +11,7 @@ from models.operators.sparse_conv.enlarged import axis, enlarged, pays
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float64: 1e-12}
-CASES = [  # lattice, channels, k, extent
+CASES = [  # lattice, channels, k, kernel_shape
     ((20, 17), 3, 3, (5, 7)),
     ((21, 40), 64, 7, (29, 13)),
     ((16, 33), 16, 5, (9, 3)),  # shrunken along one axis
@@ -27,22 +27,22 @@ def draw(size, channels, k, dtype=torch.float32, batch=2):
     return x, torch.randn(channels, k, k), torch.rand(size) + 0.5, residual
 
 
-def overlaps_in_loops(k, extent, span):
-    """How much of `extent` pixels around a middle each of the k cells covers that `span` pixels are divided into."""
+def overlaps_in_loops(k, kernel_shape, span):
+    """How much of the pixels around a middle each of the k cells covers that `span` pixels are divided into."""
     return torch.tensor([
         [max(0.0, min(t + 0.5, (i - k / 2 + 1) * span / k) - max(t - 0.5, (i - k / 2) * span / k))
-         for t in range(-(extent // 2), extent // 2 + 1)] for i in range(k)
+         for t in range(-(kernel_shape // 2), kernel_shape // 2 + 1)] for i in range(k)
     ], dtype=torch.float64)  # fmt: skip
 
 
-def direct(x, weight, extent, scale=None, residual=None, span=None):
+def direct(x, weight, kernel_shape, scale=None, residual=None, span=None):
     kernel = weight.double().unsqueeze(1)
     if span is None:
-        kernel = F.interpolate(kernel, size=extent, mode="bilinear", align_corners=False)
+        kernel = F.interpolate(kernel, size=kernel_shape, mode="bilinear", align_corners=False)
     else:
-        u, v = (overlaps_in_loops(weight.shape[-1], side, covered) for side, covered in zip(extent, span))
+        u, v = (overlaps_in_loops(weight.shape[-1], side, covered) for side, covered in zip(kernel_shape, span))
         kernel = torch.einsum("ocij,it,js->octs", kernel, u, v)
-    padding = (extent[0] // 2, extent[1] // 2)
+    padding = (kernel_shape[0] // 2, kernel_shape[1] // 2)
     out = F.conv2d(x.double().permute(0, 3, 1, 2), kernel, padding=padding, groups=len(weight)).permute(0, 2, 3, 1)
     out = out if scale is None else out * scale.view(*x.shape[1:3], 1)
     return out if residual is None else out + residual
@@ -64,17 +64,17 @@ def engine(request, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_direct_convolution(case, dtype, engine):
-    size, channels, k, extent = case
+    size, channels, k, kernel_shape = case
     x, weight, scale, residual = draw(size, channels, k, dtype)
-    expected = direct(x, weight, extent, scale, residual)
+    expected = direct(x, weight, kernel_shape, scale, residual)
     for band in (None, 1, 3, size[0]):
-        assert_close(enlarged(x, weight, extent, scale, residual, band=band), expected, dtype)
-    assert_close(enlarged(x, weight, extent), direct(x, weight, extent), dtype)
+        assert_close(enlarged(x, weight, kernel_shape, scale, residual, band=band), expected, dtype)
+    assert_close(enlarged(x, weight, kernel_shape), direct(x, weight, kernel_shape), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    ("k", "extent", "span"),
+    ("k", "kernel_shape", "span"),
     [
         (3, (7, 7), (6.0, 6.0)),
         (7, (15, 29), (14.0, 28.0)),
@@ -84,15 +84,15 @@ def test_equals_the_direct_convolution(case, dtype, engine):
         (3, (1, 3), (0.75, 1.5)),
     ],
 )
-def test_cells_overlap_as_in_the_direct_convolution(k, extent, span, dtype, engine):
+def test_cells_overlap_as_in_the_direct_convolution(k, kernel_shape, span, dtype, engine):
     x, weight, scale, residual = draw((20, 18), 20, k, dtype)
     x.requires_grad_()
-    expected = direct(x, weight, extent, scale, residual, span)
-    found = enlarged(x, weight, extent, scale, residual, span=span)
+    expected = direct(x, weight, kernel_shape, scale, residual, span)
+    found = enlarged(x, weight, kernel_shape, scale, residual, span=span)
     assert_close(found, expected, dtype)
     dout = torch.randn_like(x)
     assert_close(*(torch.autograd.grad(out, x, dout.to(out.dtype))[0] for out in (found, expected)), dtype)
-    assert pays(k, extent, span) <= (min(span) >= k)
+    assert pays(k, kernel_shape, span) <= (min(span) >= k)
 
 
 @torch.no_grad()
@@ -128,10 +128,10 @@ def test_strides_do_not_matter(engine):
 
 @pytest.mark.parametrize("k", [3, 5, 7, 9])
 def test_segments_bound_the_support_of_the_resampling(k):
-    bilinear = [(extent, None) for extent in range(3, 60, 2)]
+    bilinear = [(kernel_shape, None) for kernel_shape in range(3, 60, 2)]
     overlaps = [(2 * math.ceil((span - 1) / 2) + 1, span) for span in (k * n / 24 for n in range(24, 200))]
-    for extent, span in bilinear + overlaps:
-        weights, first = axis(k, extent, span, CPU)
+    for kernel_shape, span in bilinear + overlaps:
+        weights, first = axis(k, kernel_shape, span, CPU)
         weights, first = weights.clone(), first.tolist()
         assert first == sorted(first) and len(first) == k
         for i in range(k - 1):
@@ -140,8 +140,8 @@ def test_segments_bound_the_support_of_the_resampling(k):
 
 
 def test_pays_where_kernels_are_enlarged():
-    assert all(pays(7, extent) for extent in [(11, 11), (13, 13), (29, 29), (7, 29)])
-    assert not any(pays(7, extent) for extent in [(3, 3), (7, 7), (3, 29)])
+    assert all(pays(7, kernel_shape) for kernel_shape in [(11, 11), (13, 13), (29, 29), (7, 29)])
+    assert not any(pays(7, kernel_shape) for kernel_shape in [(3, 3), (7, 7), (3, 29)])
     assert pays(7, (15, 15), (14.0, 14.0)) and not pays(7, (101, 5), (100.0, 4.0))
 
 
@@ -158,14 +158,14 @@ def test_is_opaque_to_the_compiler():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_are_those_of_the_direct_convolution(case, dtype, engine):
-    size, channels, k, extent = case
+    size, channels, k, kernel_shape = case
     x, weight, scale, residual = draw(size, channels, k, dtype)
     dout = torch.randn_like(x)
     for factor, added in ((scale, residual), (None, None)):
         inputs = [t.detach().clone().requires_grad_() for t in (x, added) if t is not None]
-        out = enlarged(inputs[0], weight, extent, factor, *inputs[1:])
+        out = enlarged(inputs[0], weight, kernel_shape, factor, *inputs[1:])
         exact = [t.detach().double().requires_grad_() for t in inputs]
-        expected = torch.autograd.grad(direct(exact[0], weight, extent, factor, *exact[1:]), exact, dout.double())
+        expected = torch.autograd.grad(direct(exact[0], weight, kernel_shape, factor, *exact[1:]), exact, dout.double())
         for found, wanted in zip(torch.autograd.grad(out, inputs, dout), expected):
             assert_close(found, wanted, dtype)
 
@@ -173,16 +173,16 @@ def test_gradients_are_those_of_the_direct_convolution(case, dtype, engine):
 def test_other_gradients_and_wrong_shapes_are_refused():
     x, weight, scale, residual = draw((6, 7), 4, 3)
     for arguments, rows in (((x, weight.clone().requires_grad_()), 6), ((x.clone().requires_grad_(), weight), 4)):
-        with pytest.raises(ValueError, match="no gradient of its kernel or of some rows"):
+        with pytest.raises(ValueError, match="weight requires a gradient, or x for some rows"):
             enlarged(*arguments, (5, 5), rows=rows)
         with torch.no_grad():
             enlarged(*arguments, (5, 5), rows=rows)
     for arguments, options, message in [
         ((x, weight[1:], (5, 5)), {}, "weight is of shape"),
-        ((x, weight, (4, 5)), {}, r"extent is \(4, 5\)"),
+        ((x, weight, (4, 5)), {}, r"kernel_shape is \(4, 5\)"),
         ((x, weight, (5, 5), scale[1:]), {}, "scale is of shape"),
         ((x, weight, (5, 5), scale, residual.double()), {}, "residual is torch.float64"),
-        ((x, weight, (5, 5)), {"first_row": 5, "rows": 2}, "rows 5 to 7"),
+        ((x, weight, (5, 5)), {"first_row": 5, "rows": 2}, "first_row is 5 and rows 2"),
         ((x, weight, (5, 5)), {"band": 0}, "band is 0"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -20,7 +20,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
-# Lattice, extent of the kernel, points (None: the full lattice), channels, images.
+# Lattice, kernel_shape of the kernel, points (None: the full lattice), channels, images.
 CASES = [
     ((9, 13), (7, 7), 29, 16, 2),
     ((12, 10), (7, 7), 100, 64, 1),
@@ -50,9 +50,9 @@ def _poison():
 class Case:
     """Random inputs: float64 on the CPU, values exact in `dtype`; points in random order."""
 
-    def __init__(self, size, extent, count, channels, batch, dtype=torch.float32):
+    def __init__(self, size, kernel_shape, count, channels, batch, dtype=torch.float32):
         generator = torch.Generator().manual_seed(0)
-        self.extent, self.dtype = extent, dtype
+        self.kernel_shape, self.dtype = kernel_shape, dtype
         index = None
         if count is not None:
             index = torch.rand(batch, size[0] * size[1], generator=generator).argsort(1)[:, :count]
@@ -63,13 +63,13 @@ class Case:
 
         rows = self.points.count
         self.x, self.residual, self.grad = (draw(batch, rows, channels) for _ in range(3))
-        self.taps = draw(extent[0] * extent[1], channels, dtype=torch.float32)
+        self.taps = draw(kernel_shape[0] * kernel_shape[1], channels, dtype=torch.float32)
         self.scale = draw(batch if index is not None else 1, rows, 1, dtype=torch.float32)
 
     def neighbours(self):
         index = None if self.points.index is None else self.points.index.to(DEVICE)
         points = Points(self.points.size, index)
-        return triton_conv.neighbours(points, len(self.x), self.extent, DEVICE)
+        return triton_conv.neighbours(points, len(self.x), self.kernel_shape, DEVICE)
 
     def inputs(self):
         """x, taps, residual that want gradients; scale; gradient of the output."""
@@ -85,8 +85,8 @@ class Case:
 
     def expected(self):
         x, taps, residual = (value.clone().requires_grad_() for value in (self.x, self.taps, self.residual))
-        weight = taps.t().unflatten(1, (1, *self.extent))  # (C, 1, k'_h, k'_w)
-        padding = (self.extent[0] // 2, self.extent[1] // 2)
+        weight = taps.t().unflatten(1, (1, *self.kernel_shape))  # (C, 1, k'_h, k'_w)
+        padding = (self.kernel_shape[0] // 2, self.kernel_shape[1] // 2)
         out = F.conv2d(scatter_points(x, self.points), weight, padding=padding, groups=x.shape[2])
         out = gather_points(out, self.points) * self.scale + residual
         return out, *torch.autograd.grad(out, (x, taps, residual), self.grad)
@@ -231,9 +231,9 @@ def test_operators_are_registered_properly(case):
     tensors = (n.entries, n.counts, n.present, n.corners)
     if n.counts is not None:
         index = case.points.index.to(DEVICE)
-        torch.library.opcheck(triton_conv._list, (index, n.size, n.extent))
-    torch.library.opcheck(triton_conv._gather, (x, taps, scale, residual, *tensors, n.size, n.extent, False))
-    torch.library.opcheck(triton_conv._taps_gradient, (x.detach(), grad, scale, *tensors[2:], n.size, n.extent))
+        torch.library.opcheck(triton_conv._list, (index, n.size, n.kernel_shape))
+    torch.library.opcheck(triton_conv._gather, (x, taps, scale, residual, *tensors, n.size, n.kernel_shape, False))
+    torch.library.opcheck(triton_conv._taps_gradient, (x.detach(), grad, scale, *tensors[2:], n.size, n.kernel_shape))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -245,7 +245,7 @@ def test_compiles_into_one_graph(case, dynamic):
     index = None if index is None else index.to(DEVICE)
 
     def convolve(x, taps, scale, residual, index):
-        neighbours = triton_conv.neighbours(Points(size, index), x.shape[0], case.extent, DEVICE)
+        neighbours = triton_conv.neighbours(Points(size, index), x.shape[0], case.kernel_shape, DEVICE)
         return triton_conv.depthwise(x.sin(), taps, scale, neighbours, residual)
 
     def outputs(function):
@@ -268,10 +268,10 @@ def test_nothing_depends_on_data(monkeypatch):
         x, taps, scale = (torch.zeros(*s, device=DEVICE) for s in ((2, 4096, 8), (35, 8), (2, 4096, 1)))
         out = triton_conv.depthwise(x.requires_grad_(), taps.requires_grad_(), scale, n)
         assert [g.shape for g in torch.autograd.grad(out.sum(), (x, taps))] == [x.shape, taps.shape]
-        triton_conv._list._init_fn(index, n.size, n.extent)
+        triton_conv._list._init_fn(index, n.size, n.kernel_shape)
         tensors = (n.entries, n.counts, n.present, n.corners)
-        triton_conv._gather._init_fn(x, taps, scale, None, *tensors, n.size, n.extent, False)
-        triton_conv._taps_gradient._init_fn(x, x, scale, *tensors[2:], n.size, n.extent)
+        triton_conv._gather._init_fn(x, taps, scale, None, *tensors, n.size, n.kernel_shape, False)
+        triton_conv._taps_gradient._init_fn(x, x, scale, *tensors[2:], n.size, n.kernel_shape)
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
@@ -283,7 +283,7 @@ def test_a_captured_step_replays():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = triton_conv.depthwise(
-            x, taps, scale, triton_conv.neighbours(points, len(x), case.extent, DEVICE), residual
+            x, taps, scale, triton_conv.neighbours(points, len(x), case.kernel_shape, DEVICE), residual
         )
         results = (out, *torch.autograd.grad(out, (x, taps, residual), grad))
     graph.replay()
@@ -317,9 +317,9 @@ def test_bad_inputs_are_named(change, message):
 
 
 def test_bad_windows_are_named():
-    with pytest.raises(ValueError, match=r"extent is \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"kernel_shape is \(4, 3\)"):
         triton_conv.neighbours(Points((2, 3)), 2, (4, 3), DEVICE)
-    with pytest.raises(ValueError, match="the batch is 2"):
+    with pytest.raises(ValueError, match="accepted: 2, those of the batch"):
         triton_conv.neighbours(Points((2, 3), torch.zeros(1, 2, dtype=torch.int64)), 2, (3, 3), DEVICE)
 
 

@@ -6,11 +6,11 @@ import torch
 from diffusion.coordinates import CONVENTIONS, Points
 from models.interpolation import _transposed, grid_to_points, points_to_grid
 from models.operators import compiled
-from models.operators.knn import cpu_search as cpu_neighbours
-from models.operators.knn import search as neighbours
+from models.operators.knn import cpu_search
+from models.operators.knn import search as knn
 from models.operators.knn.pixel_order import geometry_of, ordered_pixels
 from models.operators.knn.search import nearest_points, nearest_rows
-from test_models_neighbours import random_index
+from networks import random_index
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="needs a C compiler")
@@ -20,7 +20,7 @@ CASES = [
     ((9, 6), (3, 3), 40, 3),
     ((10, 6), (7, 5), 30, 4),
     ((16, 12), (8, 4), 192, 5),  # all pixels, in any order
-    ((4, 6), (2, 2), 5, 5),  # no more points than neighbours, whose table holds all pixels
+    ((4, 6), (2, 2), 5, 5),  # no more points than a node reads, whose table holds all pixels
     ((32, 32), (16, 16), 256, 3),
     ((6, 6), (6, 6), 20, 1),
 ]
@@ -37,14 +37,14 @@ def threads(request):
 @pytest.fixture
 def answers(monkeypatch):
     """Whether C gave an answer, call by call."""
-    told, ask = [], cpu_neighbours.first_present
+    told, ask = [], cpu_search.first_present
 
     def spy(*arguments):
         found = ask(*arguments)
         told.append(found is not None)
         return found
 
-    monkeypatch.setattr(cpu_neighbours, "first_present", spy)
+    monkeypatch.setattr(cpu_search, "first_present", spy)
     return told
 
 
@@ -71,9 +71,9 @@ def test_more_tied_points_than_are_taken(k):
     size, grid, convention = (16, 16), (4, 4), CONVENTIONS["cell_centred"]
     index, table = random_index(2, size, 200), ordered_pixels(size, grid, 64, convention, CPU)
     for width in (k, k + 1, k + 2):
-        *found, _ = cpu_neighbours.first_present(index, size, table, k, width)
+        *found, _ = cpu_search.first_present(index, size, table, k, width)
         geometry = geometry_of(size, grid, convention, CPU)
-        expected = neighbours._first_present(index, table, k, width, 256, geometry)
+        expected = knn._first_present(index, table, k, width, 256, geometry)
         assert expected.ends.diff().max() == width
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
@@ -87,7 +87,7 @@ def test_where_the_table_does_not_tell_pytorch_takes_over(answers):
     assert answers == [False] * 2
     index, table = random_index(1, (12, 9), 80), ordered_pixels((12, 9), (4, 3), 7, convention, CPU)
     assert bool((table.ends > 7).any())  # ties that end beyond the table
-    assert cpu_neighbours.first_present(index, (12, 9), table, 6, 20) is None
+    assert cpu_search.first_present(index, (12, 9), table, 6, 20) is None
 
 
 @needs_compiler

@@ -9,10 +9,12 @@ import torch
 
 from diffusion.coordinates import Points
 from models.operators import compiled
-from models.operators.sparse_conv import cpu, get_backend, pairs
-from models.operators.sparse_conv.backend import lattice_extent
+from models.operators.dispatch import get_backend
+from models.operators.sparse_conv import cpu, pairs
+from models.operators.sparse_conv.backend import resampled_shape
 from models.operators.sparse_conv.native import NativeBackend
 from models.operators.sparse_conv.torch_dense import TorchDenseBackend
+from networks import random_points
 
 CPU = torch.device("cpu")
 ENGINES = [
@@ -31,11 +33,9 @@ CASES = [  # size, training size, k, points, channels
 
 def draw(size, train_size, k, count, channels, batch=3):
     """Points in no order, features, kernel and residual, float32."""
-    total = size[0] * size[1]
-    index = None if count is None else torch.stack([torch.randperm(total)[:count] for _ in range(batch)])
-    points = Points(size, index)
+    points = random_points(batch, size, count)
     x, residual = torch.randn(2, batch, points.count, channels)
-    return points, lattice_extent(k, size, train_size), x, torch.randn(channels, 1, k, k), residual
+    return points, resampled_shape(k, size, train_size), x, torch.randn(channels, 1, k, k), residual
 
 
 def value_and_gradients(conv, *inputs):
@@ -45,13 +45,13 @@ def value_and_gradients(conv, *inputs):
     return [out, *torch.autograd.grad((out * weights).sum(), inputs)]
 
 
-def engine_conv(engine, points, extent, k, batch):
+def engine_conv(engine, points, kernel_shape, k, batch):
     """The back end's convolution with an engine of our choice."""
     backend = NativeBackend()
-    plan = backend.plan(points, batch, extent, k, CPU)
+    plan = backend.plan(points, batch, kernel_shape, k, CPU)
 
     def conv(x, weight, residual):
-        taps = torch.nn.functional.interpolate(weight, size=extent, mode="bilinear").flatten(1).t()
+        taps = torch.nn.functional.interpolate(weight, size=kernel_shape, mode="bilinear").flatten(1).t()
         return engine.depthwise(x, taps, plan.inverse_density, plan.neighbours(engine), residual)
 
     return conv
@@ -61,13 +61,13 @@ def engine_conv(engine, points, extent, k, batch):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_agree_with_dense_arithmetic_in_float64(engine, case):
     torch.manual_seed(0)
-    points, extent, x, weight, residual = draw(*case)
+    points, kernel_shape, x, weight, residual = draw(*case)
     dense = TorchDenseBackend()
-    plan = dense.plan(points, 3, extent, case[2], CPU)
+    plan = dense.plan(points, 3, kernel_shape, case[2], CPU)
     expected = value_and_gradients(
         lambda x, w, r: dense.conv(x, w, plan, case[4], r), x.double(), weight.double(), residual.double()
     )
-    found = value_and_gradients(engine_conv(engine, points, extent, case[2], 3), x, weight, residual)
+    found = value_and_gradients(engine_conv(engine, points, kernel_shape, case[2], 3), x, weight, residual)
     for a, b in zip(found, expected):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
@@ -76,9 +76,9 @@ def test_engines_agree_with_dense_arithmetic_in_float64(engine, case):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_half_precision_is_summed_in_float32(engine, dtype):
-    points, extent, x, weight, _ = draw(*CASES[0])
+    points, kernel_shape, x, weight, _ = draw(*CASES[0])
     x = x.to(dtype)
-    conv = engine_conv(engine, points, extent, 7, 3)
+    conv = engine_conv(engine, points, kernel_shape, 7, 3)
     out = conv(x, weight, None)
     assert out.dtype == dtype
     assert torch.equal(out, conv(x.float(), weight, None).to(dtype))
@@ -88,10 +88,10 @@ def test_the_choice_of_an_engine_changes_no_number():
     """Through `get_backend`: full lattices with and without gradients, depthwise and not, float64."""
     native, dense = get_backend("native"), get_backend("torch_dense")
     for case in CASES:
-        points, extent, x, weight, residual = draw(*case)
+        points, kernel_shape, x, weight, residual = draw(*case)
         channels = case[4]
         full = torch.randn(channels, channels, *weight.shape[2:])
-        plans = [backend.plan(points, 3, extent, case[2], CPU) for backend in (native, dense)]
+        plans = [backend.plan(points, 3, kernel_shape, case[2], CPU) for backend in (native, dense)]
         for kernel, groups in ((weight, channels), (full, 1)):
             for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
                 inputs = [value.to(dtype) for value in (x, kernel, residual)]
@@ -109,13 +109,13 @@ def test_the_choice_of_an_engine_changes_no_number():
 
 @pytest.mark.skipif(compiled.library() is None, reason="needs a C compiler")
 def test_results_are_the_same_bits_on_any_number_of_threads():
-    points, extent, x, weight, residual = draw((64, 64), (64, 64), 7, 2500, 24)
+    points, kernel_shape, x, weight, residual = draw((64, 64), (64, 64), 7, 2500, 24)
     results = []
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3, 1):
             torch.set_num_threads(count)
-            results.append(value_and_gradients(engine_conv(cpu, points, extent, 7, 3), x, weight, residual))
+            results.append(value_and_gradients(engine_conv(cpu, points, kernel_shape, 7, 3), x, weight, residual))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -124,8 +124,8 @@ def test_results_are_the_same_bits_on_any_number_of_threads():
 
 @pytest.mark.skipif(compiled.library() is None, reason="needs a C compiler")
 def test_custom_operators_are_registered_soundly_and_compile_whole():
-    points, extent, x, weight, residual = draw((8, 9), (8, 9), 3, 30, 17)
-    made = cpu.neighbours(points, 3, extent, CPU)
+    points, kernel_shape, x, weight, residual = draw((8, 9), (8, 9), 3, 30, 17)
+    made = cpu.neighbours(points, 3, kernel_shape, CPU)
     taps, scale = weight.flatten(1).t().contiguous(), torch.rand(3, 30, 1)
     lists = (made.ends, made.rows, made.taps)
     arguments = (x.requires_grad_(), taps.requires_grad_(), scale, *lists, residual.requires_grad_())
@@ -144,9 +144,9 @@ def test_counts_of_the_list_are_window_counts():
 
     if compiled.library() is None:
         pytest.skip("needs a C compiler")
-    points, extent, *_ = draw((13, 7), (13, 7), 5, 31, 4)
-    counts = cpu.neighbours(points, 3, extent, CPU).ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
-    assert torch.equal(counts.view(3, 31), window_counts(points, extent, CPU))
+    points, kernel_shape, *_ = draw((13, 7), (13, 7), 5, 31, 4)
+    counts = cpu.neighbours(points, 3, kernel_shape, CPU).ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
+    assert torch.equal(counts.view(3, 31), window_counts(points, kernel_shape, CPU))
 
 
 @pytest.mark.parametrize("name", ["native", "torch_dense"])
@@ -162,16 +162,16 @@ def test_unusable_input_is_refused(name):
             backend.conv(x, weight, plan, groups, residual)
 
     refused("M > 0", points=index[:, :0], x=torch.zeros(2, 0, 8))
-    refused(r"must be torch.int64", points=index.int())
-    refused(r"must be torch.int64 of shape \(3, M\)", batch=3)
+    refused(r"accepted: torch.int64", points=index.int())
+    refused(r"accepted: torch.int64 of shape \(3, M\)", batch=3)
     refused("on meta", points=index.to("meta"))
     refused("x has shape", x=torch.zeros(2, 4, 8))
     refused("x has shape", x=torch.zeros(2, 3, 8, 1))
     refused("weight has shape", weight=torch.zeros(7, 1, 3, 3))
     refused("residual has shape", residual=torch.zeros(2, 3, 7))
     refused("x is on meta", x=torch.zeros(2, 3, 8, device="meta"))
-    refused("must be floating point", x=torch.zeros(2, 3, 8, dtype=torch.int32))
-    refused("mixes with no other", x=torch.zeros(2, 3, 8, dtype=torch.float64))
+    refused("accepted: floating point", x=torch.zeros(2, 3, 8, dtype=torch.int32))
+    refused("accepted: both float64", x=torch.zeros(2, 3, 8, dtype=torch.float64))
 
 
 @pytest.mark.skipif(compiled.library() is None, reason="needs a C compiler")

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from diffusion.coordinates import Points
 from models.continuous_kernel import ContinuousKernel
-from models.operators.sparse_conv import get_backend
-from models.operators.sparse_conv.backend import lattice_extent, resample_kernel
+from models.operators.dispatch import get_backend, use_backend
+from models.operators.sparse_conv.backend import resample_kernel, resampled_shape
 from models.sparse_block import SparseBlock
-from test_models_networks import random_points, randomised
+from networks import random_points, randomised
 
 CPU = torch.device("cpu")
 BACKEND = get_backend("torch_dense")
@@ -19,19 +19,19 @@ BACKEND = get_backend("torch_dense")
 
 def block_and_inputs(size, train_size=(5, 6), **options):
     torch.manual_seed(0)
-    block = randomised(SparseBlock(4, 3, BACKEND, train_size=train_size, **options)).double()
+    block = randomised(use_backend(SparseBlock(4, 3, train_size=train_size, **options), BACKEND)).double()
     points = random_points(2, size, 14)
     x = torch.randn(2, 14, 4, dtype=torch.float64, requires_grad=True)
-    return block, x, BACKEND.plan(points, 2, lattice_extent(3, size, train_size), 3, CPU)
+    return block, x, BACKEND.plan(points, 2, resampled_shape(3, size, train_size), 3, CPU)
 
 
-def values_in_loops(kernel: ContinuousKernel, size, extent) -> torch.Tensor:
+def values_in_loops(kernel: ContinuousKernel, size, kernel_shape) -> torch.Tensor:
     """The network, one offset at a time, with its equations written out."""
     first, second, last = kernel.layers
-    out = torch.zeros(*kernel.shape, *extent)
-    for i in range(extent[0]):
-        for j in range(extent[1]):
-            offset = ((i - extent[0] // 2) / size[0], (j - extent[1] // 2) / size[1])  # in the unit square
+    out = torch.zeros(*kernel.shape, *kernel_shape)
+    for i in range(kernel_shape[0]):
+        for j in range(kernel_shape[1]):
+            offset = ((i - kernel_shape[0] // 2) / size[0], (j - kernel_shape[1] // 2) / size[1])  # in the unit square
             half = [kernel.kernel_size / (2 * n) for n in kernel.train_size]
             u = torch.tensor([offset[0] / half[0], offset[1] / half[1]])
             h = torch.sin(first.weight @ u + first.bias)
@@ -44,17 +44,19 @@ def values_in_loops(kernel: ContinuousKernel, size, extent) -> torch.Tensor:
 def test_continuous_kernel_by_its_equations(shape, size):
     torch.manual_seed(0)
     kernel = ContinuousKernel(shape, 5, (7, 6), 0.1)
-    extent = lattice_extent(5, size, (7, 6))
-    torch.testing.assert_close(kernel(size, extent), values_in_loops(kernel, size, extent), rtol=1e-4, atol=1e-5)
+    kernel_shape = resampled_shape(5, size, (7, 6))
+    torch.testing.assert_close(
+        kernel(size, kernel_shape), values_in_loops(kernel, size, kernel_shape), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_continuous_kernel_is_one_function_on_every_lattice():
     """Every third tap on a lattice three times as fine is a tap of the training lattice; a resampled table is not."""
     torch.manual_seed(0)
     kernel = ContinuousKernel((3, 1), 5, (8, 6), 0.1)
-    coarse, extent = kernel((8, 6), (5, 5)), lattice_extent(5, (24, 18), (8, 6))
-    assert extent == (15, 15)
-    fine = kernel((24, 18), extent)
+    coarse, kernel_shape = kernel((8, 6), (5, 5)), resampled_shape(5, (24, 18), (8, 6))
+    assert kernel_shape == (15, 15)
+    fine = kernel((24, 18), kernel_shape)
     torch.testing.assert_close(fine[:, :, 1::3, 1::3], coarse)
     steps = (fine[:, :, 1:] - fine[:, :, :-1]).abs().max()
     assert steps < (coarse[:, :, 1:] - coarse[:, :, :-1]).abs().max()  # it is smooth between them
@@ -75,7 +77,7 @@ def test_continuous_kernel_starts_as_spread_as_a_table():
 def test_block_with_a_continuous_kernel_is_one_with_its_values(size, depthwise):
     block, x, plan = block_and_inputs(size, kernel="continuous", depthwise=depthwise)
     c = BACKEND.conv(F.layer_norm(x, (4,), block.norm1.weight, block.norm1.bias),
-                     block.kernel(size, plan.extent), plan, 4 if depthwise else 1)  # fmt: skip
+                     block.kernel(size, plan.kernel_shape), plan, 4 if depthwise else 1)  # fmt: skip
     h = F.layer_norm(x + c, (4,), block.norm2.weight, block.norm2.bias)
     torch.testing.assert_close(block(x, plan), x + c + block.mlp(h))
 
@@ -105,24 +107,24 @@ def test_gradients(kernel, depthwise):
 
 
 def test_parameters_of_the_kernels():
-    plain = sum(p.numel() for p in SparseBlock(64, 7, BACKEND).parameters())
-    nonlinear = sum(p.numel() for p in SparseBlock(64, 7, BACKEND, kernel="nonlinear").parameters())
+    plain = sum(p.numel() for p in SparseBlock(64, 7).parameters())
+    nonlinear = sum(p.numel() for p in SparseBlock(64, 7, kernel="nonlinear").parameters())
     assert nonlinear - plain == 64 * 49
-    continuous = SparseBlock(64, 7, BACKEND, kernel="continuous", train_size=(8, 8))
+    continuous = SparseBlock(64, 7, kernel="continuous", train_size=(8, 8))
     assert sum(p.numel() for p in continuous.kernel.parameters()) == 3 * 32 + 33 * 32 + 33 * 64
 
 
 def test_options_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"model\.kernel is 'square'; it must be one of linear, nonlinear, continuous"):
-        SparseBlock(4, 3, BACKEND, kernel="square")
+    with pytest.raises(ValueError, match=r"model\.kernel is 'square'; accepted: linear, nonlinear, continuous"):
+        SparseBlock(4, 3, kernel="square")
     with pytest.raises(ValueError, match="train_size"):
-        SparseBlock(4, 3, BACKEND, kernel="continuous")
+        SparseBlock(4, 3, kernel="continuous")
 
 
 def test_full_lattice_and_all_points_agree():
     for kernel in ("nonlinear", "continuous"):
         block, _, _ = block_and_inputs((4, 7), kernel=kernel)
-        x, extent = torch.randn(2, 28, 4, dtype=torch.float64), lattice_extent(3, (4, 7), (5, 6))
+        x, kernel_shape = torch.randn(2, 28, 4, dtype=torch.float64), resampled_shape(3, (4, 7), (5, 6))
         indices = (None, torch.arange(28).repeat(2, 1))
-        full, listed = (BACKEND.plan(Points((4, 7), index), 2, extent, 3, CPU) for index in indices)
+        full, listed = (BACKEND.plan(Points((4, 7), index), 2, kernel_shape, 3, CPU) for index in indices)
         torch.testing.assert_close(block(x, full), block(x, listed))

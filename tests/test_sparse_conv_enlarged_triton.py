@@ -4,22 +4,22 @@ import pytest
 import torch
 
 from models.operators.sparse_conv.enlarged import axis
-from test_enlarged import assert_close, direct, draw
+from test_sparse_conv_enlarged import assert_close, direct, draw
 
 triton_enlarged = pytest.importorskip("models.operators.sparse_conv.triton_enlarged")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def run(x, weight, extent, scale=None, residual=None, first_row=0, rows=None, band=None, span=(None, None)):
-    axes = [axis(weight.shape[-1], *lengths, DEVICE) for lengths in zip(extent, span)]
+def run(x, weight, kernel_shape, scale=None, residual=None, first_row=0, rows=None, band=None, span=(None, None)):
+    axes = [axis(weight.shape[-1], *lengths, DEVICE) for lengths in zip(kernel_shape, span)]
     rows = x.shape[1] - first_row if rows is None else rows
     x, weight, scale, residual = (None if t is None else t.to(DEVICE) for t in (x, weight, scale, residual))
     return triton_enlarged.enlarged(x, weight, *axes, scale, residual, first_row, rows, band).cpu()
 
 
 @pytest.mark.parametrize(
-    ("size", "channels", "k", "extent", "dtype"),
+    ("size", "channels", "k", "kernel_shape", "dtype"),
     [
         ((11, 5), 16, 3, (5, 7), torch.float32),
         ((13, 4), 64, 7, (13, 9), torch.float32),
@@ -29,19 +29,19 @@ def run(x, weight, extent, scale=None, residual=None, first_row=0, rows=None, ba
         ((9, 4), 16, 3, (7, 5), torch.float16),
     ],
 )
-def test_equals_the_direct_convolution(size, channels, k, extent, dtype):
+def test_equals_the_direct_convolution(size, channels, k, kernel_shape, dtype):
     x, weight, scale, residual = draw(size, channels, k, dtype, batch=1)
-    expected = direct(x, weight, extent, scale, residual)
-    assert_close(run(x, weight, extent, scale, residual), expected, dtype)
+    expected = direct(x, weight, kernel_shape, scale, residual)
+    assert_close(run(x, weight, kernel_shape, scale, residual), expected, dtype)
 
 
 @pytest.mark.parametrize(
-    ("k", "extent", "span"), [(3, (7, 5), (6.0, 4.2)), (5, (11, 5), (9.5, 5.0)), (3, (9, 9), (9.0, 7.5))]
+    ("k", "kernel_shape", "span"), [(3, (7, 5), (6.0, 4.2)), (5, (11, 5), (9.5, 5.0)), (3, (9, 9), (9.0, 7.5))]
 )
-def test_cells_overlap_as_in_the_direct_convolution(k, extent, span):
+def test_cells_overlap_as_in_the_direct_convolution(k, kernel_shape, span):
     x, weight, scale, residual = draw((9, 6), 5, k, batch=1)
-    expected = direct(x, weight, extent, scale, residual, span)
-    assert_close(run(x, weight, extent, scale, residual, span=span), expected, torch.float32)
+    expected = direct(x, weight, kernel_shape, scale, residual, span)
+    assert_close(run(x, weight, kernel_shape, scale, residual, span=span), expected, torch.float32)
 
 
 @pytest.mark.parametrize("band", [1, 4])
@@ -66,9 +66,9 @@ def test_compiles_for_an_h100(tmp_path):
 import torch
 from models.operators.sparse_conv.enlarged import axis
 from models.operators.sparse_conv.triton_enlarged import enlarged
-for k, extent, channels, dtype in ((7, 29, 64, torch.float32), (5, 13, 3, torch.bfloat16)):
+for k, kernel_shape, channels, dtype in ((7, 29, 64, torch.float32), (5, 13, 3, torch.bfloat16)):
     x, scale = torch.empty(1, 64, 64, channels, dtype=dtype), torch.empty(64, 64)
-    u = axis(k, extent, extent - 0.5, x.device)
+    u = axis(k, kernel_shape, kernel_shape - 0.5, x.device)
     enlarged(x, torch.empty(channels, k, k), u, u, scale, x, 0, 64, None)
 """,
         tmp_path,

@@ -8,22 +8,21 @@ import torch
 
 import sparse_libraries as stand_ins
 from diffusion.coordinates import Points
-from models.operators.sparse_conv import get_backend
-from models.operators.sparse_conv.backend import lattice_extent
+from models.operators.dispatch import get_backend, use_backend
+from models.operators.sparse_conv.backend import resampled_shape
 from models.operators.sparse_conv.library import LibraryBackend, check_conventions
 from models.sparse_block import SparseBlock
-from test_models_operators import one_rounding
+from test_sparse_conv import one_rounding
 
 CPU = torch.device("cpu")
-LIBRARIES = ("torchsparse", "spconv", "warpconvnet")
+LIBRARIES = ("torchsparse", "spconv")
 STAND_INS = {
     "torchsparse 2.0": ("torchsparse", lambda: stand_ins.torchsparse_2_0(fork=False)),
     "torchsparse 2.0, fork": ("torchsparse", lambda: stand_ins.torchsparse_2_0(fork=True)),
     "torchsparse 2.1": ("torchsparse", stand_ins.torchsparse_2_1),
     "spconv": ("spconv", lambda: stand_ins.spconv_2_3(cpu_only=False)),
-    "warpconvnet": ("warpconvnet", stand_ins.warpconvnet_1_8),
 }
-DEPTHWISE = {"torchsparse 2.0, fork", "warpconvnet"}
+DEPTHWISE = {"torchsparse 2.0, fork"}
 CASES = [
     ((6, 5), (6, 5), 3, 12),
     ((6, 5), (6, 5), 7, None),
@@ -66,7 +65,7 @@ def both(backend, device, case, groups, c_out, *, gradients=True, dtype=torch.fl
     index = None
     if count is not None:
         index = torch.stack([torch.randperm(total, generator=generator)[:count] for _ in range(batch)])
-    extent = lattice_extent(kernel_size, size, train_size)
+    kernel_shape = resampled_shape(kernel_size, size, train_size)
     shapes = [
         (batch, count or total, channels),
         (c_out, channels // groups, kernel_size, kernel_size),
@@ -78,7 +77,7 @@ def both(backend, device, case, groups, c_out, *, gradients=True, dtype=torch.fl
     for who, where in ((backend, device), (get_backend("torch_dense"), CPU)):
         inputs = [tensor.to(where, copy=True).requires_grad_(gradients) for tensor in (x, weight, residual)]
         points = Points(size, None if index is None else index.to(where))
-        plan = who.plan(points, batch, extent, kernel_size, where)
+        plan = who.plan(points, batch, kernel_shape, kernel_size, where)
         out = None
         for _ in range(2):  # the second call finds the neighbours where the first left them
             out = who.conv(inputs[0], inputs[1], plan, groups, residual=inputs[2])
@@ -148,7 +147,7 @@ def test_neighbours_found_without_gradients_serve_with_them(stand_in):
 
 def test_a_block_trains_and_is_copied_with_its_back_end(stand_in):
     which, backend = stand_in
-    block = SparseBlock(4, 3, backend, depthwise=which in DEPTHWISE)
+    block = use_backend(SparseBlock(4, 3, depthwise=which in DEPTHWISE), backend)
     twin = copy.deepcopy(block)
     plan = backend.plan(Points((4, 5)), 2, (3, 3), 3, CPU)
     x = torch.randn(2, 20, 4)
@@ -163,6 +162,12 @@ def test_a_wrong_order_is_found_at_construction(install, order):
     install(stand_ins.torchsparse_2_1(**order))
     with pytest.raises(ValueError, match=r"model\.backend is 'torchsparse'.*order of its coordinates or taps"):
         get_backend("torchsparse")
+
+
+def test_conventions_are_checked_where_networks_are_built_without_memory(stand_in):
+    check_conventions.cache_clear()
+    with torch.device("meta"):
+        assert get_backend(stand_in[1].name) == stand_in[1]
 
 
 def test_a_library_that_fails_is_named(install):
@@ -194,17 +199,19 @@ def test_without_a_gpu_the_line_says_so(name, install, monkeypatch):
     install(next(make for key, make in STAND_INS.values() if key == name)())
     monkeypatch.setattr(LibraryBackend, "require_cuda", known)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=rf"'{name}', which computes on CUDA devices only"):
+    with pytest.raises(ValueError, match=rf"'{name}', which computes on CUDA only"):
         get_backend(name)
 
 
 def test_what_a_library_cannot_do_is_refused(install):
     install(stand_ins.torchsparse_2_1())
     backend = get_backend("torchsparse")
-    with pytest.raises(ValueError, match=r"run\.device is meta; model\.backend=torchsparse .* cpu only"):
+    with pytest.raises(ValueError, match=r"run\.device is meta; accepted: cpu, where model\.backend=torchsparse"):
         backend.plan(Points((3, 3)), 1, (3, 3), 3, torch.device("meta"))
     plan, x = backend.plan(Points((3, 3)), 1, (3, 3), 3, CPU), torch.randn(1, 9, 4)
-    with pytest.raises(ValueError, match=r"model\.depthwise_sparse is True; .*samb-t"):
+    with pytest.raises(ValueError, match=r"model\.depthwise_sparse is True; accepted: False .*torchsparse"):
+        use_backend(SparseBlock(4, 3), backend)
+    with pytest.raises(ValueError, match=r"groups is 4; accepted: 1, as model\.backend=torchsparse"):
         backend.conv(x, torch.randn(4, 1, 3, 3), plan, 4)
     with pytest.raises(ValueError, match="groups is 2, of 4 channels"):
         backend.conv(x, torch.randn(4, 2, 3, 3), plan, 2)
@@ -217,5 +224,5 @@ def test_the_cpu_wheel_of_spconv_has_no_gradients(install):
     weight = torch.randn(4, 4, 3, 3, requires_grad=True)
     with torch.no_grad():
         assert backend.conv(x, weight, plan, 1).shape == (1, 9, 4)
-    with pytest.raises(ValueError, match="computes no gradients on a cpu"):
+    with pytest.raises(ValueError, match="without gradients; accepted: native"):
         backend.conv(x, weight, plan, 1)

@@ -9,16 +9,12 @@ from scipy.spatial import cKDTree
 
 from diffusion.coordinates import CONVENTIONS, Points
 from models.interpolation import points_to_grid
-from models.operators.knn import search as neighbours
+from models.operators.knn import search as knn
 from models.operators.knn.pixel_order import geometry_of
 from models.operators.knn.search import Nearest, nearest_points
+from networks import random_index
 
 CPU = torch.device("cpu")
-
-
-def random_index(batch: int, size: tuple[int, int], count: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(size[0] * size[1], generator=generator)[:count] for _ in range(batch)])
 
 
 def coordinate(name: str, i: int, n: int) -> Fraction:
@@ -60,7 +56,7 @@ def as_rows(found: Nearest) -> list[list]:
         ((12, 12), (3, 3), 70, 6),
         ((7, 5), (4, 6), 9, 5),
         ((5, 9), (8, 8), 45, 3),
-        ((1, 6), (2, 2), 3, 3),  # no more points than neighbours
+        ((1, 6), (2, 2), 3, 3),  # no more points than a node reads
         ((6, 6), (6, 6), 36, 4),
         ((24, 24), (3, 3), 12, 3),  # tables run out
     ],
@@ -92,7 +88,7 @@ RATIOS = [((8, 8), (4, 4)), ((16, 16), (4, 4)), ((12, 12), (4, 4)), ((20, 12), (
 
 @pytest.mark.parametrize(("size", "grid"), RATIOS)
 def test_no_pixel_is_left_out_by_its_number(size, grid):
-    """Mirrored, the lattice has the same neighbours: nothing depends on how pixels are numbered."""
+    """Mirrored, the lattice has the same nearest pixels: nothing depends on how pixels are numbered."""
     pixels = torch.arange(size[0] * size[1]).view(size)
     found = nearest_points(Points(size), grid, 3, CONVENTIONS["cell_centred"], CPU)
     weights = torch.zeros(grid[0] * grid[1], size[0] * size[1])
@@ -143,10 +139,10 @@ def test_nodes_whose_table_runs_out_are_searched():
 def assert_searched(index, size, grid, found):
     geometry = geometry_of(size, grid, CONVENTIONS["cell_centred"], CPU)
     nodes = torch.arange(len(index) * grid[0] * grid[1])
-    before, counts, entries = neighbours.search(nodes, index, 3, 3 - 1 + neighbours._MOST_TIED, geometry)
+    before, counts, entries = knn.search(nodes, index, 3, 3 - 1 + knn._MOST_TIED, geometry)
     assert torch.equal(found.ends.diff(), counts)
     assert torch.equal(found.pixels, entries.ids)
-    assert all(torch.equal(a, b) for a, b in zip(found, neighbours._assembled(before, counts, 3, entries)))
+    assert all(torch.equal(a, b) for a, b in zip(found, knn._assembled(before, counts, 3, entries)))
 
 
 def test_more_tied_points_than_can_be_are_bounded():
@@ -184,10 +180,10 @@ def test_order_of_the_points_does_not_matter():
     assert torch.equal(nearest_points(Points(size, index), *args)[0], nearest_points(Points(size, shuffled), *args)[0])
 
 
-def test_fewer_points_than_neighbours_is_an_error():
-    with pytest.raises(ValueError, match=r"2 points.*knn_neighbours=3"):
+def test_fewer_points_than_a_node_reads_are_an_error():
+    with pytest.raises(ValueError, match="knn_neighbours is 3; accepted: 1 to 2, the number of points"):
         nearest_points(Points((4, 4), torch.tensor([[0, 1]])), (2, 2), 3, CONVENTIONS["cell_centred"], CPU)
-    with pytest.raises(ValueError, match="1 points"):
+    with pytest.raises(ValueError, match="accepted: 1 to 1"):
         nearest_points(Points((1, 1)), (2, 2), 3, CONVENTIONS["cell_centred"], CPU)
 
 

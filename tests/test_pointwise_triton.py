@@ -9,6 +9,7 @@ from torch import nn
 
 from models.grid_unet import GridBlock
 from models.layers import Modulation
+from models.operators import dispatch
 from models.operators.pointwise import norm_mlp as pointwise
 from triton_aot import compiled
 
@@ -159,7 +160,7 @@ def fused_everywhere(monkeypatch):
 
         return record
 
-    monkeypatch.setattr(pointwise, "_kernels", lambda x, plain: triton_pointwise)
+    monkeypatch.setattr(dispatch, "kernels", lambda *_: triton_pointwise)
     for name in ("norm_modulate", "norm_modulate_mlp"):
         monkeypatch.setattr(triton_pointwise, name, recorded(name))
     return calls
@@ -185,7 +186,7 @@ def test_dispatch_gives_the_same_either_way(channels, fused_everywhere, monkeypa
 
     fused = outputs()
     assert len(fused_everywhere) == 2
-    monkeypatch.setattr(pointwise, "_kernels", lambda x, plain: None)
+    monkeypatch.setattr(dispatch, "kernels", lambda *_: None)
     assert all(relative_error(a, b.double()) < 1e-5 for a, b in zip(fused, outputs()))
     assert len(fused_everywhere) == 2
 
@@ -215,7 +216,7 @@ def test_grid_blocks_are_fused_too(fused_everywhere, monkeypatch):
     e, z = torch.randn(2, 6, device=DEVICE), torch.randn(2, 5, device=DEVICE)
     fused = grid_block(x, e, z)
     assert len(fused_everywhere) == 2
-    monkeypatch.setattr(pointwise, "_kernels", lambda x, plain: None)
+    monkeypatch.setattr(dispatch, "kernels", lambda *_: None)
     torch.testing.assert_close(fused, grid_block(x, e, z))
 
 
