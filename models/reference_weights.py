@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from models.grid_unet import GridBlock, GridEncoder, GridLevel, GridSpec, GridUNet
+from models.grid_unet import GridBlock, GridEncoder, GridLevel, GridUNet
 from models.latent_mlp import MLPLayer, MLPSkipNet
 from models.layers import Attention
 from models.sparse_block import SparseBlock
 from models.sparse_encoder import SparseEncoder
-from models.sparse_unet import SparseDescent, SparseSpec, SparseUNet
+from models.sparse_unet import SparseDescent, SparseUNet
 
 LAYOUTS = {"torchsparse": "ts", "torch_dense": "td"}
-KINDS = ("sparse_unet", "sparse_encoder", "mlp_skip_net")
 
 # What their state holds and ours does not: constants, and parameters of parts that a network never uses.
 _LEFT_OUT = re.compile(r"(.*\.)?(uno_coords|normalising_conv\.\w+|(time_mlp|z_mlp|norm)[12]\..*|(time|z_mlp)\.\d\.\w+)")
@@ -102,7 +101,7 @@ _BLOCK_RULES: dict[str, list[_Rule]] = {
 }
 
 
-def _translate(module: nn.Module, name: str, layout: str) -> tuple[str, Callable] | None:
+def translate(module: nn.Module, name: str, layout: str) -> tuple[str, Callable] | None:
     """Their name for a parameter of a module, and what gives it their shape; None where they have no such parameter."""
     rules = _BLOCK_RULES[layout] if isinstance(module, SparseBlock) else _RULES.get(type(module), [])
     for rule in [*rules, _Rule(r"\w+", r"\g<0>")]:
@@ -114,7 +113,7 @@ def _translate(module: nn.Module, name: str, layout: str) -> tuple[str, Callable
         theirs, rest = match.expand(rule.theirs), name[match.end() + 1 :]
         if not rest:
             return theirs, rule.reshape
-        inner = _translate(module.get_submodule(match.group(0)), rest, layout)
+        inner = translate(module.get_submodule(match.group(0)), rest, layout)
         if inner is None:
             return None
         return f"{theirs}.{inner[0]}", inner[1] if rule.reshape is _same else rule.reshape
@@ -150,7 +149,7 @@ def state_from_reference(module: nn.Module, arrays: Mapping[str, torch.Tensor], 
     _check_grid(module, arrays)
     state, used = {}, set()
     for name, ours in module.state_dict().items():
-        translated = _translate(module, name, layout)
+        translated = translate(module, name, layout)
         if translated is None:
             state[name] = torch.zeros(ours.shape, dtype=ours.dtype)
             continue
@@ -178,71 +177,3 @@ def _check_grid(module: nn.Module, arrays: Mapping[str, torch.Tensor]) -> None:
         shape, side = tuple(arrays["uno_coords"].shape), module.grid_spec.resolution
         if shape != (1, side * side, 2):
             raise ValueError(f"'uno_coords' has shape {shape}; model.uno_res={side} needs {(1, side * side, 2)}")
-
-
-def gradients_to_reference(module: nn.Module, layout: str) -> dict[str, torch.Tensor]:
-    """Gradients of the module's parameters that have one, under the authors' names and in their shapes and layout."""
-    _check_layout(layout)
-    gradients = {}
-    for name, parameter in module.named_parameters():
-        translated = _translate(module, name, layout)
-        if translated is not None and parameter.grad is not None:
-            theirs, reshape = translated
-            gradients[theirs] = reshape(parameter.grad)
-    return gradients
-
-
-def network_from_reference(config: Mapping[str, Any], kind: str, convention: str = "reference") -> nn.Module:
-    """The network that an authors' configuration (constructor arguments by their names) describes, freshly initialised.
-
-    kind: "sparse_unet", "sparse_encoder" or "mlp_skip_net". convention: coordinates, the authors' by default.
-    """
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}; accepted: {', '.join(KINDS)}")
-    if kind == "mlp_skip_net":
-        return MLPSkipNet(
-            config["channels"],
-            hidden=config["hid_channels"],
-            num_layers=config["num_layers"],
-            time_dim=config["time_emb_channels"],
-            dropout=config["dropout"],
-        )
-    if config["conv_type"] != "conv":
-        raise ValueError(f"conv_type is {config['conv_type']!r}; accepted: 'conv'")
-    sparse = SparseSpec(
-        channels=config["nf"],
-        num_blocks=config["num_conv_blocks"],
-        kernel_size=config["kernel_size"],
-        depthwise=config["depthwise_sparse"],
-        nearest=config["knn_neighbours"],
-        convention=convention,
-    )
-    grid = GridSpec(
-        resolution=config["uno_res"],
-        base_channels=config["uno_base_nf"],
-        mults=tuple(config["uno_mults"]),
-        blocks_per_level=tuple(config["blocks_per_level"]),
-        attention_resolutions=tuple(config["attn_res"]),
-        dropout=config["dropout"],
-        dropout_resolution=config["dropout_res"],
-    )
-    channels, train_size = config["channels"], (config["img_size"], config["img_size"])
-    if kind == "sparse_encoder":
-        return SparseEncoder(
-            channels,
-            config["out_channels"],
-            train_size,
-            sparse,
-            grid,
-            stochastic=config["stochastic"],
-            block_norm=LAYOUTS[config["backend"]] == "td",
-        )
-    return SparseUNet(
-        channels,
-        config["out_channels"] or channels,
-        train_size,
-        sparse,
-        grid,
-        time_dim=config["time_emb_dim"],
-        z_dim=config["z_dim"],
-    )

@@ -22,14 +22,10 @@ from models.latent_mlp import MLPSkipNet
 from models.layers import Attention, latent_sinusoidal_features, sinusoidal_features
 from models.operators.dispatch import get_backend
 from models.operators.sparse_conv.backend import resampled_size
-from models.reference_weights import (
-    LAYOUTS,
-    gradients_to_reference,
-    network_from_reference,
-    state_from_reference,
-)
+from models.reference_weights import LAYOUTS, state_from_reference
 from models.sparse_block import SparseBlock
 from parity_vectors import END_TO_END, GRADIENTS, OUTPUTS, TIME_FEATURES, Vectors, assert_close
+from reference_networks import gradients_to_reference, network_from_reference
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import torch
 import micro
 from configs.schema import ImageConfig
 from models.factory import build_denoiser, build_encoder, build_latent_model
-from models.reference_weights import gradients_to_reference
+from reference_networks import gradients_to_reference
 
 SQUARE = {"data.img_width": 16, "train.ema_update_every": 10}
 THEIRS = {"model.coordinate_convention": "reference", "model.encoder_block_norm": False}

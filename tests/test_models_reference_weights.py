@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from models.reference_weights import gradients_to_reference, network_from_reference, state_from_reference
+from models.reference_weights import state_from_reference
 from models.sparse_block import SparseBlock
+from reference_networks import gradients_to_reference, network_from_reference
 
 UNET = {
     "channels": 3,
@@ -104,10 +105,3 @@ def test_states_that_do_not_fit():
         state_from_reference(network, {**state, "out_layer.bias": torch.zeros(2)}, "ts")
     with pytest.raises(ValueError, match="layout is 'spconv'"):
         state_from_reference(network, state, "spconv")
-
-
-def test_configurations_without_a_counterpart():
-    with pytest.raises(ValueError, match="kind is 'gan'"):
-        network_from_reference(UNET, "gan")
-    with pytest.raises(ValueError, match="conv_type is 'spectral'"):
-        network_from_reference({**UNET, "conv_type": "spectral"}, "sparse_unet")
