@@ -21,7 +21,7 @@ import torch
 from diffusion.coordinates import CoordinateConvention, Points
 from models.interpolation import WeightedGather, grid_to_points, points_to_grid
 from models.point_conv import Stencil, stencil_between
-from models.windows import Window
+from models.rectangles import Rectangle
 
 SUBSETS = ("random", "equidistant")
 NODES = ("grid", *SUBSETS)  # what model.downsampling may be
@@ -57,7 +57,7 @@ class GridNodes:
         gather = grid_to_points(*self._geometry, self._convention, self._device, self._plain)
         return gather(nodes.flatten(1, 2))
 
-    def enter_pieces(self, pieces: Iterable[tuple[Window, torch.Tensor]]) -> torch.Tensor:
+    def enter_pieces(self, pieces: Iterable[tuple[Rectangle, torch.Tensor]]) -> torch.Tensor:
         """`enter` for a full lattice in pieces: windows that cover it, and features (B, points, C) in each."""
         points, batch, grid = self._geometry
         geometry = (points, 1, grid, self._k, self._convention, self._device)

@@ -1,6 +1,6 @@
 """A convolution kernel that is a function: a small network of the offset (paper, section 5, discretisation invariance).
 
-Letters: k kernel side at the training lattice, k' at the lattice in use, H × W lattice.
+Letters: k kernel side at the training resolution, k' at the resolution in use, H × W lattice.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ContinuousKernel(nn.Module):
     u is the offset in the unit square divided by half the window, k/(2·n_train) per axis, so that the window is
     [−1, 1]² on every lattice: the kernel is evaluated where the pixels are, never resampled. At initialisation the
     values are spread as those of a table of k × k weights, and no frequency of the first layer exceeds what the k taps
-    of the training lattice can hold.
+    of the training resolution can hold.
 
     shape: (C_out, C_in/groups). kernel_size: k. train_size: lattice to which k refers. bound: of the uniform
     distribution from which a table would be drawn.
@@ -56,8 +56,8 @@ class ContinuousKernel(nn.Module):
     def forward(self, size: Size, kernel_shape: Size, span: Span | None = None) -> torch.Tensor:
         """Weights (C_out, C_in/groups, k'_h, k'_w) at the offsets of a window of k'_h × k'_w pixels of a lattice.
 
-        With a span, each is multiplied by the part of its pixel's cell that is in the window, as the density counts it;
-        a pixel whose centre is outside has the value at the edge.
+        With a span, each is multiplied by the fraction of its pixel's cell that is in the window. The density counts
+        the same. A pixel whose centre is outside has the value at the edge.
         """
         device = self.layers[2].weight.device
         axes = [self._offsets(axis, size, kernel_shape, device) for axis in (0, 1)]

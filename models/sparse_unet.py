@@ -134,7 +134,7 @@ class SparseDescent(BackendModule):
 class SparseUNet(SparseDescent):
     """Denoiser of functions known at any points of any lattice, conditioned on time and, given z_dim, on a latent.
 
-    in_channels, out_channels: of the function and of the prediction. train_size: (H, W) of the training lattice, to
+    in_channels, out_channels: of the function and of the prediction. train_size: (H, W) of the training resolution, to
     which kernel sizes refer. time_dim: width of the time embedding, even. z_dim: D, or None (or 0) for an
     unconditional denoiser.
     """

@@ -21,15 +21,15 @@ import torch.nn.functional as F
 from diffusion.coordinates import Points, Size
 from models.coarse_nodes import GridNodes
 from models.operators.sparse_conv.backend import kernel_window
+from models.rectangles import Rectangle, tiling
 from models.sparse_block import SparseBlock
-from models.windows import Window, tiling
 
 if TYPE_CHECKING:
     from models.sparse_unet import SparseDescent, SparseUNet
 
 
 def check(network: SparseUNet) -> None:
-    """Raise ValueError where the training lattice needs tiles, and `tile_points` are too few for one."""
+    """Raise ValueError where the training resolution needs tiles, and `tile_points` are too few for one."""
     if network.needs_tiles(Points(network.train_size)):
         tiling(network.train_size, _margin(network, network.train_size), network.sparse_spec.tile_points)
 
@@ -46,7 +46,7 @@ def descend(
     reach, blocks = _reach(network, lattice), len(network.down_blocks)
     margin = _times(blocks, reach)
 
-    def pieces() -> Iterator[tuple[Window, torch.Tensor]]:
+    def pieces() -> Iterator[tuple[Rectangle, torch.Tensor]]:
         for tile in tiling(lattice, margin, network.sparse_spec.tile_points):
             of_blocks = _down(network, x, lattice, tile.grown(margin, lattice), e, z)
             at, h = deque(of_blocks, maxlen=1).pop()
@@ -85,12 +85,12 @@ def _down(
     network: SparseDescent,
     x: torch.Tensor,
     lattice: Size,
-    at: Window,
+    at: Rectangle,
     e: torch.Tensor | None,
     z: torch.Tensor | None,
-) -> Iterator[tuple[Window, torch.Tensor]]:
+) -> Iterator[tuple[Rectangle, torch.Tensor]]:
     """What each block on the way in makes of a window of x, and the window in which that is known."""
-    whole = Window(0, lattice[0], 0, lattice[1])
+    whole = Rectangle(0, lattice[0], 0, lattice[1])
     h = network.linear_in(at.cut(x, whole))
     for block in network.down_blocks:
         h, at = _step(network, block, h, at, lattice, e=e, z=z)
@@ -98,8 +98,8 @@ def _down(
 
 
 def _step(
-    network: SparseDescent, block: SparseBlock, h: torch.Tensor, at: Window, lattice: Size, **others: Any
-) -> tuple[torch.Tensor, Window]:
+    network: SparseDescent, block: SparseBlock, h: torch.Tensor, at: Rectangle, lattice: Size, **others: Any
+) -> tuple[torch.Tensor, Rectangle]:
     spec = network.sparse_spec
     kernel_shape, span = kernel_window(spec.kernel_size, lattice, network.train_size, network.convention)
     plan = network.backend.plan(Points(at.size), h.shape[0], kernel_shape, spec.kernel_size, h.device, span)

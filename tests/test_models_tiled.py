@@ -9,9 +9,9 @@ import torch
 from diffusion.coordinates import Points
 from models.grid_unet import GridSpec
 from models.operators.dispatch import use_backend
+from models.rectangles import Rectangle, tiling
 from models.sparse_encoder import SparseEncoder
 from models.sparse_unet import SparseSpec, SparseUNet
-from models.windows import Window, tiling
 
 GRID = GridSpec(resolution=4, base_channels=6, mults=(1, 2), blocks_per_level=(1, 1))
 TRAIN = (32, 32)
@@ -78,7 +78,7 @@ def test_tiles_cover_the_lattice_once_and_fit(lattice, margin):
 
 
 def test_a_lattice_that_fits_is_one_tile():
-    assert tiling((20, 30), (5, 5), 600) == (Window(0, 20, 0, 30),)
+    assert tiling((20, 30), (5, 5), 600) == (Rectangle(0, 20, 0, 30),)
 
 
 def test_windows_larger_than_the_budget_are_an_error():
@@ -88,7 +88,7 @@ def test_windows_larger_than_the_budget_are_an_error():
 
 def test_cutting_a_window_is_slicing_the_image():
     image = torch.randn(2, 9, 11, 3)
-    outer, inner = Window(1, 8, 2, 11), Window(3, 7, 2, 9)
+    outer, inner = Rectangle(1, 8, 2, 11), Rectangle(3, 7, 2, 9)
     cut = inner.cut(image[:, 1:8, 2:11].flatten(1, 2), outer)
     assert torch.equal(cut, image[:, 3:7, 2:9].flatten(1, 2))
     assert torch.equal(image.flatten(1, 2)[:, inner.ids(11, torch.device("cpu"))], cut)

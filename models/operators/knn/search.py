@@ -40,7 +40,7 @@ class Nearest(NamedTuple):
 
     pixels: int64 (E,), their ids or their places in the list of points. squared: float32 (E,), squared distances in the
     unit square.
-    shares: float32 (E,), the part of its weight with which each counts: 1, or j / J at the K-th distance, or 0 for
+    shares: float32 (E,), the fraction of its weight with which each counts: 1, or j / J at the K-th distance, or 0 for
     padding, which repeats the nearest. Those of a node add up to K.
     ends: int64 (B·Q + 1,), where the entries of a node begin, and the end; B is 1 for a full lattice.
     """

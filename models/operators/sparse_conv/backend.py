@@ -13,10 +13,10 @@ every lattice: s = k·n/n_train pixels along an axis, its span. W is the smalles
 mean of the kernel over the cell of its pixel, zero beyond the span, and c is the part of the cell within the span. Away
 from borders Σ c = s_h·s_w and Σ weight = (s_h·s_w / k²) · Σ of the trained kernel on a full lattice, so that a constant
 keeps its gain at every size. Else the kernel is resampled bilinearly to a window of whole pixels, as published, and
-c = 1. At the training lattice both are the kernel itself.
+c = 1. At the training resolution both are the kernel itself.
 
-Letters: B batch, C channels, M points, H × W lattice, k kernel size at the training lattice, k'_h × k'_w shape of
-the kernel at the lattice in use, s span.
+Letters: B batch, C channels, M points, H × W lattice, k kernel size at the training resolution, k'_h × k'_w shape of
+the kernel at the resolution in use, s span.
 """
 
 from __future__ import annotations
@@ -269,6 +269,6 @@ class Backend(Protocol[P]):
     ) -> torch.Tensor:
         """out of the module's equation, plus `residual` if given: (B, M, C) to (B, M, C_out).
 
-        `weight` (C_out, C/groups, k, k) is the kernel of the training lattice; the back end resamples it as
+        `weight` (C_out, C/groups, k, k) is the kernel of the training resolution; the back end resamples it as
         `resample_kernel` does for `plan.kernel_shape` and `plan.span`.
         """

@@ -56,7 +56,7 @@ def enlarged(
 ) -> torch.Tensor:
     """out of the module's equation, with zeros outside the lattice: (B, rows, W, C) in the dtype of x.
 
-    x: (B, H, W, C). weight: (C, k, k), of the training lattice. kernel_shape: (k'_h, k'_w), odd, of any size. span: as
+    x: (B, H, W, C). weight: (C, k, k), of the training resolution. kernel_shape: (k'_h, k'_w), odd. span: as
     for `resample_kernel`. scale: float32 (H, W) or (H·W,); residual: like x; None for neither. first_row, rows: the
     rows of out to compute, by default all. band: how many at a time, by default what the device does well. Sums are
     taken in float32, for float64 in float64. Differentiable in x and residual where all rows are computed.

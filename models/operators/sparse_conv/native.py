@@ -28,9 +28,9 @@ from models.operators.sparse_conv.backend import (
 )
 from models.operators.sparse_conv.torch_dense import DensePlan, TorchDenseBackend
 
-# Up to these parts of a lattice gathering is faster than dense arithmetic. In C it always is; Triton's part follows
-# from counted instructions (a list costs as much as a lattice at about half) and awaits its measurement. Whoever
-# measures anew has every engine timed by benchmarks/operators.py --ops=engines.
+# Up to these fractions of a lattice, gathering is faster than dense arithmetic. In C it always is. That of Triton
+# follows from counted instructions (a list costs as much as a lattice at about half) and awaits its measurement.
+# benchmarks/operators.py --ops=engines times every engine.
 _UP_TO = {"cpu": 1, "cuda": 1 / 2}
 _PAIRS_UP_TO = 1 / 5
 # Most bytes of a list. What would need more, as an enlarged kernel on many points, is computed on the whole lattice.
@@ -41,7 +41,7 @@ _LIST_BYTES = 1 << 30
 class NativePlan(DensePlan):
     """`DensePlan` with the neighbour lists of the engines that computed with it.
 
-    kernel_size: at the training lattice.
+    kernel_size: at the training resolution.
     """
 
     kernel_size: int = field(kw_only=True)

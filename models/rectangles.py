@@ -11,7 +11,7 @@ from diffusion.coordinates import Size
 
 
 @dataclass(frozen=True)
-class Window:
+class Rectangle:
     """Rows top to bottom and columns left to right of a lattice."""
 
     top: int
@@ -23,21 +23,21 @@ class Window:
     def size(self) -> Size:
         return self.bottom - self.top, self.right - self.left
 
-    def grown(self, margin: Size, lattice: Size) -> Window:
+    def grown(self, margin: Size, lattice: Size) -> Rectangle:
         """With `margin` rows and columns more on each side, as far as the lattice goes."""
         top, left = max(self.top - margin[0], 0), max(self.left - margin[1], 0)
-        return Window(top, min(self.bottom + margin[0], lattice[0]), left, min(self.right + margin[1], lattice[1]))
+        return Rectangle(top, min(self.bottom + margin[0], lattice[0]), left, min(self.right + margin[1], lattice[1]))
 
-    def shrunk(self, margin: Size, lattice: Size) -> Window:
+    def shrunk(self, margin: Size, lattice: Size) -> Rectangle:
         """Without the rows and columns within `margin` of an edge that is not the lattice's."""
-        return Window(
+        return Rectangle(
             self.top + margin[0] * (self.top > 0),
             self.bottom - margin[0] * (self.bottom < lattice[0]),
             self.left + margin[1] * (self.left > 0),
             self.right - margin[1] * (self.right < lattice[1]),
         )
 
-    def cut(self, values: torch.Tensor, outer: Window) -> torch.Tensor:
+    def cut(self, values: torch.Tensor, outer: Rectangle) -> torch.Tensor:
         """This window of features (B, points of `outer`, C): (B, points, C)."""
         if outer == self:
             return values
@@ -53,7 +53,7 @@ class Window:
 
 
 @lru_cache(maxsize=16)
-def tiling(lattice: Size, margin: Size, budget: int) -> tuple[Window, ...]:
+def tiling(lattice: Size, margin: Size, budget: int) -> tuple[Rectangle, ...]:
     """Tiles, row by row, whose windows with this margin hold at most `budget` pixels, of the least pixels in all.
 
     Raises ValueError where even the window around a single pixel is larger.
@@ -72,7 +72,7 @@ def tiling(lattice: Size, margin: Size, budget: int) -> tuple[Window, ...]:
         )
     rows, cols = min(choices)[1]
     return tuple(
-        Window(top, min(top + rows, lattice[0]), left, min(left + cols, lattice[1]))
+        Rectangle(top, min(top + rows, lattice[0]), left, min(left + cols, lattice[1]))
         for top in range(0, lattice[0], rows)
         for left in range(0, lattice[1], cols)
     )
