@@ -1,4 +1,4 @@
-"""The convolution of `operators.base` between two sets of points, for wide windows with few points in them.
+"""The convolution of `sparse_conv.backend` between two sets of points, for wide windows with few points in them.
 
 It computes, at the target points p, with S the source points and W the window of 3 × 3 pixels of an s × s lattice,
 
