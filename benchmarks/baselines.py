@@ -1,4 +1,4 @@
-"""What the operators are measured against: dense arithmetic on masked lattices, and searches through all points.
+"""What the operators are measured against: dense arithmetic on masked grids, and searches through all points.
 
 The masked block is written twice: with the fused norms and channels-last products of this repository, and the way the
 published code computes it, on images with a norm of elementary operations and 1 × 1 convolutions.
@@ -39,14 +39,14 @@ def convolutions(cudnn: bool) -> Iterator[None]:
 
 
 def masked_convolution(x: torch.Tensor, weight: torch.Tensor, plan: Plan, layout: torch.memory_format) -> torch.Tensor:
-    """The depthwise convolution at the points: onto a lattice of zeros in `layout`, `conv2d`, back; (B, M, C)."""
+    """The depthwise convolution at the points: onto a grid of zeros in `layout`, `conv2d`, back; (B, M, C)."""
     image = scatter_points(x, plan.points).contiguous(memory_format=layout)
     out = F.conv2d(image, weight.to(x.dtype), padding=weight.shape[-1] // 2, groups=x.shape[2])
     return gather_points(out, plan.points) * plan.inverse_density.to(x.dtype)
 
 
 class MaskedBlock:
-    """A `SparseBlock` on whole lattices that hold zeros where no point is.
+    """A `SparseBlock` on whole grids that hold zeros where no point is.
 
     block: whose weights are used. plan: of the points.
     """

@@ -17,8 +17,8 @@ def engine_calls(
 ) -> tuple[Callable[[int], list[torch.Tensor]], dict[str, Callable[[int], list[torch.Tensor]]], float]:
     """A depthwise convolution by the engine that is chosen, by each that can compute it, and the largest error of all.
 
-    points: of the training lattice. x: (B, M, C). backward: with both gradients, else without any. Errors are relative
-    to the largest value in float64.
+    points: of the training resolution. x: (B, M, C). backward: with both gradients, else without any. Errors are
+    relative to the largest value in float64.
     """
     (batch, _, channels), native, dense = x.shape, NativeBackend(), TorchDenseBackend()
     setting = (points, batch, (kernel_size, kernel_size), kernel_size, x.device)

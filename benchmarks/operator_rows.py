@@ -187,7 +187,7 @@ def knn_row(setting: Setting, size: int, ratio: float) -> Row | None:
 
 def mollifier_row(setting: Setting, size: int, ratio: float) -> Row | None:
     if ratio != 1:
-        return None  # smooths whole lattices
+        return None  # smooths whole grids
     mollifier = Mollifier(1.0, (size, size))
     images = [torch.randn(setting.batch, 3, size, size, device=setting.device) for _ in range(_INPUT_SETS)]
     cosine = baselines.smoothing_by_cosine_transforms(mollifier, (size, size), setting.device)

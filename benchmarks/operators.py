@@ -4,9 +4,9 @@
 
 A row compares one operator with one baseline on random data, results having been checked first:
 
-    conv         depthwise convolution at the points, forward and backward, against `conv2d` on masked lattices in
+    conv         depthwise convolution at the points, forward and backward, against `conv2d` on masked grids in
                  every layout (and with and without cuDNN): the fastest counts; points in the list's making apart
-    block        residual block, forward and backward, against the block on masked lattices: with the fused norms and
+    block        residual block, forward and backward, against the block on masked grids: with the fused norms and
                  channels-last products of this repository, and as the published code computes it; and against
                  the same block on the back end torch_dense, "slower" where that wins by more than a tenth
     knn          the nearest points of a grid of half the side, against all distances and, on a CPU, a k-d tree
@@ -109,8 +109,8 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--ops", type=_names, default=USUAL, help=f"any of {','.join(OPERATORS)}")
-    parser.add_argument("--sizes", type=_sizes, default=[64, 128], help="sides of the lattice, e.g. 64,128")
-    parser.add_argument("--ratios", type=_ratios, default=[1, 0.5, 0.25, 0.125], help="parts of the lattice seen")
+    parser.add_argument("--sizes", type=_sizes, default=[64, 128], help="sides of the grid, e.g. 64,128")
+    parser.add_argument("--ratios", type=_ratios, default=[1, 0.5, 0.25, 0.125], help="fractions of the grid seen")
     parser.add_argument("--batch", type=_positive, help="images; default: 32 on a GPU, 4 on a CPU")
     parser.add_argument("--channels", type=_positive, default=64)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=None, help="of the features")
@@ -121,7 +121,7 @@ def _parse() -> argparse.Namespace:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: no CUDA device is visible to PyTorch; accepted: cpu")
     if arguments.json and (arguments.json.is_dir() or not arguments.json.parent.is_dir()):
-        parser.error(f"argument --json: {arguments.json}: accepted: a file in a folder that exists")
+        parser.error(f"--json is {arguments.json}; accepted: a file in a folder that exists")
     arguments.dtype = arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32")
     return arguments
 
@@ -129,28 +129,28 @@ def _parse() -> argparse.Namespace:
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: accepted: integers from 1")
+        raise argparse.ArgumentTypeError(f"{text}; accepted: integers from 1")
     return value
 
 
 def _sizes(text: str) -> list[int]:
     sizes = [int(part) for part in text.split(",")]
     if min(sizes) < 2 * NEIGHBOURS:
-        raise argparse.ArgumentTypeError(f"{text}: accepted: sides from {2 * NEIGHBOURS}")
+        raise argparse.ArgumentTypeError(f"{text}; accepted: sides from {2 * NEIGHBOURS}")
     return sizes
 
 
 def _ratios(text: str) -> list[float]:
     ratios = [float(part) for part in text.split(",")]
     if not all(0 < ratio <= 1 and not math.isnan(ratio) for ratio in ratios):
-        raise argparse.ArgumentTypeError(f"{text}: accepted: numbers above 0 and up to 1")
+        raise argparse.ArgumentTypeError(f"{text}; accepted: numbers above 0 and up to 1")
     return ratios
 
 
 def _names(text: str) -> list[str]:
     names = text.split(",")
     if unknown := set(names) - set(OPERATORS):
-        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: accepted: {', '.join(OPERATORS)}")
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}; accepted: {', '.join(OPERATORS)}")
     return names
 
 

@@ -1,8 +1,8 @@
 """A training step as the published code computes it, expressed with the modules and weights of this repository.
 
-Features are images of whole lattices with zeros where no point is. Norms are elementary operations, pointwise layers
+Features are images of whole grids with zeros where no point is. Norms are elementary operations, pointwise layers
 1 × 1 convolutions, and the nearest points come from all distances. NumPy draws the coordinates, image by image. Adam
-and averages go parameter by parameter. In the convention `reference` the networks give the numbers of `SparseUNet` and
+and EMA go parameter by parameter. In the convention `reference` the networks give the numbers of `SparseUNet` and
 `SparseEncoder`.
 """
 

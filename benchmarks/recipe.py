@@ -89,8 +89,8 @@ CANDIDATES = {
     "ratio_2": Candidate("half of the points seen", ("mc_integral.ratio=0.5",)),
     "ratio_1": Candidate("all points seen", ("mc_integral.ratio=1.0",)),
     "sigma_half": Candidate("mollifier of half a pixel", ("diffusion.gaussian_filter_std=0.5",)),
-    "ema_99": Candidate("a short average of weights", ("train.ema_decay=0.99",)),
-    "ema_9995": Candidate("a long average of weights", ("train.ema_decay=0.9995",)),
+    "ema_99": Candidate("a short EMA of weights", ("train.ema_decay=0.99",)),
+    "ema_9995": Candidate("a long EMA of weights", ("train.ema_decay=0.9995",)),
     "latent_256": Candidate("a latent four times as large", ("model.z_dim=256",)),
 }  # fmt: skip
 
@@ -307,9 +307,9 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpar
             parser.error(f"--only: {name!r} is no candidate; accepted: {', '.join(CANDIDATES)}")
     for name, least in (("latent_steps", 1), ("num_samples", 2), ("num_recons", 1), ("threads", 1)):
         if getattr(options, name) < least:
-            parser.error(f"--{name}={getattr(options, name)}: accepted: whole numbers from {least}")
+            parser.error(f"--{name} is {getattr(options, name)}; accepted: whole numbers from {least}")
     if not options.budget_s > 0:
-        parser.error(f"--budget_s={options.budget_s:g}: accepted: a number > 0")
+        parser.error(f"--budget_s is {options.budget_s:g}; accepted: a number > 0")
     return parser, options
 
 

@@ -133,7 +133,7 @@ def sampling_table(result: dict[str, Any]) -> str:
     lines = [
         _circumstances_line(result, f"{result['precision']}, one {guided}evaluation"),
         "",
-        f"{'lattice':<12}{'batch':>6}  {'backend':<14}{'ms':>10}{'MB':>9}  {'baseline':<14}{'ms':>10}{'MB':>9}"
+        f"{'size':<12}{'batch':>6}  {'backend':<14}{'ms':>10}{'MB':>9}  {'baseline':<14}{'ms':>10}{'MB':>9}"
         f"{'speedup':>9}{'max error':>11}",
     ]
     for row in result["rows"]:

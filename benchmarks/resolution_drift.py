@@ -3,18 +3,18 @@
     python benchmarks/resolution_drift.py --json=benchmarks/results/resolution_drift.json
     python benchmarks/resolution_drift.py --quick
 
-Two ways to take the networks from the training lattice to another, each with models of its own, trained with
+Two ways to take the networks from the training resolution to another, each with models of its own, trained with
 configs/tiny_config.py from several seeds:
 
     published  kernels interpolated bilinearly to windows of whole pixels; the first K points at a node of the grid
     overlap    kernels averaged over the cells of the pixels; points tied at the K-th distance share its weight
 
 Both have the coordinates of cell_centred. One latent and one noise function a seed give an image at every size. drift
-is ‖a − b‖ / ‖b‖ of the mollified image a at a size and that of the training lattice b, the finer read at the pixels of
+is ‖a − b‖ / ‖b‖ of the mollified image a at a size and that at the training size b, the finer read at the pixels of
 the coarser by its cosine series, over all seeds of images.
 
 A constant through the first trained kernels of the denoiser is multiplied by a gain for each channel. inside, border
-and thinned are root mean squares over pixels and channels of its difference from that of the training lattice, over the
+and thinned are root mean squares over pixels and channels of its difference from that at the training size, over the
 gain inside: away from borders by half a kernel, nearer than that (from the training pixel that holds the pixel), and at
 a random quarter of the points (from the gain inside; at the training size thinning alone).
 
@@ -64,7 +64,7 @@ COLUMNS = ("drift", "inside", "border", "thinned")
 
 @contextlib.contextmanager
 def way_of(name: str) -> Iterator[None]:
-    """Let networks go between lattices in one of `WAYS`."""
+    """Let networks go between resolutions in one of `WAYS`."""
     with mock.patch.dict(CONVENTIONS, {NAME: dataclasses.replace(CONVENTIONS[NAME], **WAYS[name])}):
         yield
 
@@ -106,7 +106,7 @@ def drifts(model: InftyDiff, sizes: list[int], steps: str) -> list[float]:
 
 
 def read_at(x: torch.Tensor, n: int) -> torch.Tensor:
-    """Images (B, C, m, m) at the n × n pixels of a coarser lattice, by their cosine series."""
+    """Images (B, C, m, m) at the n × n pixels of a coarser grid, by their cosine series."""
     m = x.shape[-1]
     k, place = torch.arange(m, dtype=torch.float64), (torch.arange(n, dtype=torch.float64) + 0.5) / n
     basis = torch.cos(math.pi * place[:, None] * k) * math.sqrt(2 / m)
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a model after 5 steps of training, at three sizes")
     arguments = parser.parse_args()
     if arguments.json and (arguments.json.is_dir() or not arguments.json.parent.is_dir()):
-        parser.error(f"--json={arguments.json}: accepted: a file in a folder that exists")
+        parser.error(f"--json is {arguments.json}; accepted: a file in a folder that exists")
     quick = {"models": 1, "training_steps": 5, "sampling_steps": "ddim3"}
     settings = quick if arguments.quick else {"models": 4, "training_steps": 400, "sampling_steps": "ddim25"}
     result = {"benchmark": "resolution_drift", **machine(CPU), "train_size": get_config().data.img_size, **settings}

@@ -1,8 +1,8 @@
-"""Time one evaluation of the denoiser on whole lattices, as samplers make them, at and above the training resolution.
+"""Time one evaluation of the denoiser on whole grids, as samplers make them, at and above the training resolution.
 
     python benchmarks/sampling.py --config configs/ffhq_256_config.py --sizes=256,512,1024 --json=PATH
 
-Above it every depthwise kernel is enlarged with the lattice. A row compares the network on model.backend with the same
+Above it every depthwise kernel is enlarged with the grid. A row compares the network on model.backend with the same
 network on --baseline, which by default convolves with the enlarged kernel directly. With --guided an evaluation is one
 of guided inpainting, which computes the gradient of the state too. Weights are random: times do not depend on them.
 Both sides take turns; times are medians; peak memory is what one evaluation needs beside the network and its input,
@@ -35,7 +35,9 @@ from runtime.files import write_json
 from runtime.precision import Precision, pick_device
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list("sizes", None, "lattices, e.g. 256,512,768x1024; default: that of training, twice and four times it")
+flags.DEFINE_list(
+    "sizes", None, "resolutions, e.g. 256,512,768x1024; default: that of training, twice and four times it"
+)
 flags.DEFINE_string("baseline", "torch_dense", "back end to compare with; empty = none")
 flags.DEFINE_bool("guided", False, "evaluate as guided inpainting does, with the gradient of the state")
 flags.DEFINE_integer("batch", 1, "images", lower_bound=1)
@@ -62,7 +64,7 @@ def networks(config: ImageConfig, backends: list[str], device: torch.device) -> 
 def evaluation(
     network: SparseUNet, config: ImageConfig, size: tuple[int, int], batch: int, precision: Precision, guided: bool
 ) -> Callable[[int], torch.Tensor]:
-    """An evaluation as samplers make it, halfway through 100 steps, at random states and latents of the lattice."""
+    """An evaluation as samplers make it, halfway through 100 steps, at random states and latents of that size."""
     device, generator = precision.device, stream(0, Purpose.BENCHMARK)
     x = torch.randn(batch, config.data.channels, *size, generator=generator).to(device)
     z = torch.randn(batch, config.model.z_dim, generator=generator).to(device)
@@ -92,7 +94,7 @@ def measure(
     repeats: int,
     guided: bool = False,
 ) -> list[dict[str, Any]]:
-    """One row per lattice. Raises ArithmeticError when the two networks disagree."""
+    """One row per resolution. Raises ArithmeticError when the two networks disagree."""
     device = precision.device
     pair = networks(config, [config.model.backend, baseline][: 2 if baseline else 1], device)
     rows = []
@@ -144,7 +146,7 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
             sizes = [parse_size(text, "sizes") for text in FLAGS.sizes]
         path = Path(FLAGS.json) if FLAGS.json else None
         if path and (path.is_dir() or not path.parent.is_dir()):
-            raise ValueError(f"--json={path}: accepted: a file in a folder that exists")
+            raise ValueError(f"--json is {path}; accepted: a file in a folder that exists")
         precision = Precision.create(pick_device(config.run.device), config.train.amp, config.train.amp_dtype)
         result = {"benchmark": "sampling", **circumstances(config, precision)}
         result["rows"] = measure(config, precision, sizes, FLAGS.baseline, FLAGS.batch, FLAGS.repeats, FLAGS.guided)

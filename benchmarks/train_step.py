@@ -4,7 +4,7 @@
 
 Everything takes turns in one process, so that drifts of the machine hit all alike; times are medians. Data are random
 images in memory: reading images is not measured. The step is what `Trainer.train_step` takes, from an idle device to an
-idle device. A step that updates the averaged weights counts once in train.ema_update_every.
+idle device. A step that updates the EMA weights counts once in train.ema_update_every.
 
     as published    benchmarks/published.py: the authors' computation with copies of the same networks
     rate            multiply-adds of convolutions and linear layers (attention and sparse convolutions are not counted),
@@ -43,7 +43,7 @@ from training.image_stage import ImageStage
 from training.trainer import Trainer
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("ratios", None, "parts of the lattice seen, e.g. 1,0.5,0.25; default: mc_integral.q_sample points")
+flags.DEFINE_string("ratios", None, "fractions of the grid seen, e.g. 1,0.5,0.25; default: mc_integral.q_sample points")
 flags.DEFINE_integer("repeats", 20, "timed steps of each kind; at least train.ema_update_every", lower_bound=1)
 flags.DEFINE_integer("warmup", 8, "steps before, for each ratio", lower_bound=1)
 flags.DEFINE_bool("published", True, "time the step as published too")
@@ -137,7 +137,7 @@ class StepTimer:
         """Step `number` with `count` points per image."""
         integral = dataclasses.replace(self.config.mc_integral, q_sample=count)
         self.trainer.stage.config = dataclasses.replace(self.config, mc_integral=integral)
-        self.trainer.step = number  # of which coordinates, times, noise and the update of the averages follow
+        self.trainer.step = number  # of which coordinates, times, noise and the update of the EMA weights follow
         self.trainer.train_step(self.batch(number))
 
     def milliseconds(self, call: Callable[[], object]) -> float:
@@ -264,7 +264,7 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         counts = point_counts(config, FLAGS.ratios)
         path = Path(FLAGS.json) if FLAGS.json else None
         if path and (path.is_dir() or not path.parent.is_dir()):
-            raise ValueError(f"--json={path}: accepted: a file in a folder that exists")
+            raise ValueError(f"--json is {path}; accepted: a file in a folder that exists")
         precision = Precision.create(pick_device(config.run.device), config.train.amp, config.train.amp_dtype)
         result = {"benchmark": "train_step", **circumstances(config, precision), "warmup": FLAGS.warmup}
         result["rows"] = measure(config, precision, counts, FLAGS.warmup, FLAGS.repeats, FLAGS.published)

@@ -12,7 +12,9 @@ Beside the distance it has its floor, that of as many real images. Under torchru
 
 --protocol=clean (default) takes the PNGs as they are, and the images of the training split unmirrored.
 --protocol=reference does what the authors do: mollified samples (--save_raw) as float16, Wiener-filtered here and
-cut to 8 bit; reference images mirrored at random; for FFHQ the training and the validation images.
+cut to 8 bit; reference images mirrored at random; for FFHQ the training and the validation images. Where the network
+predicts x_0, the PNGs hold its own estimate, which no filter touched. Its raw files are mollified all the same, so
+--protocol=reference scores their filtered form, as for any other model, and --protocol=clean the network's estimate.
 """
 
 import json
@@ -30,26 +32,24 @@ from absl import flags
 from configs.schema import ImageConfig
 from data.datasets import SPLITS
 from diffusion.factory import build_image_process
-from experiments.support.sample_flags import compare, define_flags
+from experiments.support.comparing import compare, define_flags, encoder_of_run
+from experiments.support.options import define
 from infty_diff.folder import parse_size
 from metrics.evaluation import evaluate, table
-from metrics.extractors import EXTRACTORS, open_extractor
+from metrics.extractors import open_extractor
 from metrics.features import Extraction
 from metrics.images import DatasetImages, ImageFolder, ImageSet, Mirrored, MollifiedSamples, config_digest
 from runtime.command import Command
 from runtime.files import write_json
 
 FLAGS = flags.FLAGS
-define_flags("reference")
-flags.DEFINE_enum("model", "clip_vit_b_32", EXTRACTORS, "feature extractor")
-flags.DEFINE_string("weights", None, "file of the extractor's weights; default: the usual cache, else a download")
-flags.DEFINE_string("encoder_run", None, "folder of the stage-one run whose encoder --model=encoder takes")
-flags.DEFINE_integer("num_samples", None, "number of samples, the first by name; default: all", lower_bound=2)
+define_flags("reference", "--model=encoder takes")
+define("model", "num_samples", "inv_snr", num_samples=", the first by name; default: all",
+       inv_snr=", with --protocol=reference")  # fmt: skip
 flags.DEFINE_integer("patches", 0, "patches an image for patch FID; 0 = no patch FID", lower_bound=0)
 flags.DEFINE_enum("protocol", "clean", ("clean", "reference"), "how images are prepared; reference = the authors' way")
 flags.DEFINE_enum("split", None, SPLITS, "part of the data set of --config; default: train (see also --protocol)")
 flags.DEFINE_string("reference_size", None, "size of the images of --config, 256 or 192x320; default: that of training")
-flags.DEFINE_float("inv_snr", 0.05, "inverse signal-to-noise ratio of the Wiener filter of --protocol=reference")
 flags.DEFINE_integer("eval_batch_size", 64, "images in the network at once", lower_bound=1)
 flags.DEFINE_string("json", None, "file of the report; default: fid_MODEL[_reference].json beside the samples")
 _FLIP_SEED = 0
@@ -61,7 +61,9 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
 
 def score(config: ImageConfig | None, folder: Path, device: torch.device) -> str:
     """Write the report of the samples in a folder or zip; return its table."""
-    extractor = open_extractor(FLAGS.model, device, FLAGS.weights, FLAGS.encoder_run)
+    if (FLAGS.model == "encoder") != bool(FLAGS.encoder_run):
+        raise ValueError(f"--encoder_run is {FLAGS.encoder_run}; accepted: a stage-one run, with --model=encoder alone")
+    extractor = encoder_of_run(device) if FLAGS.encoder_run else open_extractor(FLAGS.model, device, FLAGS.weights)
     samples, reference = image_sets(config, extractor.channels)
     how = Extraction(FLAGS.eval_batch_size, os.cpu_count() or 1, Path(FLAGS.cache_dir), device)
     report = evaluate(samples, reference, extractor, how, FLAGS.patches)
@@ -78,7 +80,7 @@ def image_sets(config: ImageConfig | None, channels: int) -> tuple[ImageSet, Ima
     """The samples and the reference images that the command line names."""
     authors = FLAGS.protocol == "reference"
     if authors and config is None:
-        raise ValueError("--protocol=reference: accepted: with --config, which says how samples were mollified")
+        raise ValueError("--protocol is reference; accepted: with --config, which says how samples were mollified")
     if authors:
         mollifier = build_image_process(config).mollifier
         samples = MollifiedSamples(FLAGS.samples, mollifier, FLAGS.inv_snr, channels, FLAGS.num_samples)
@@ -86,7 +88,7 @@ def image_sets(config: ImageConfig | None, channels: int) -> tuple[ImageSet, Ima
         samples = ImageFolder(FLAGS.samples, channels, "--samples", FLAGS.num_samples)
     if config is None:
         if FLAGS.reference_size:
-            raise ValueError(f"--reference_size={FLAGS.reference_size}: accepted: with --config")
+            raise ValueError(f"--reference_size is {FLAGS.reference_size}; accepted: with --config")
         return samples, ImageFolder(FLAGS.reference, channels, "--reference")
     if FLAGS.reference_size:
         height, width = parse_size(FLAGS.reference_size, "reference_size")

@@ -1,4 +1,4 @@
-"""Table 3: quality, speed and memory against the part of the coordinates that training sees.
+"""Table 3: quality, speed and memory against the fraction of the coordinates that training sees.
 
     python experiments/coordinate_sparsity.py --config configs/ffhq_latent_config.py \\
         --decoder_config configs/ffhq_128_config.py --decoder_config.data.root_dir=ffhq.zip --out_dir=table3
@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import flags
 
 from configs.schema import ImageConfig
-from experiments.support.pipeline import define_scoring_flags, metric_name, require_extractor, run, sample, score
+from experiments.support.commands import define_scoring_flags, metric_name, require_extractor, run, sample, score
+from experiments.support.options import define
 from experiments.support.plots import bar_plots, require_matplotlib
 from experiments.support.run_log import log_lines, median_speed, training_memory
 from experiments.support.sparsity import RatioResult, parse_ratios, rows, table
@@ -30,10 +31,11 @@ from runtime.files import write_atomic, write_json
 
 FLAGS = flags.FLAGS
 define_scoring_flags(num_samples=10_000)
-flags.DEFINE_string("ratios", "1,1/2,1/4,1/8", "parts of the coordinates seen in training; speeds refer to the first")
-flags.DEFINE_string("sampling_steps", "100", "step subset of the images")
+flags.DEFINE_string(
+    "ratios", "1,1/2,1/4,1/8", "fractions of the coordinates seen in training; speeds refer to the first"
+)
+define("sampling_steps=100", "out_dir=coordinate_sparsity")
 flags.DEFINE_bool("skip_fid", False, "measure speed and memory alone: train stage one, and nothing else")
-flags.DEFINE_string("out_dir", "coordinate_sparsity", "folder of the sweep")
 _STATED = ("mc_integral.ratio", "mc_integral.q_sample")
 
 
@@ -44,10 +46,10 @@ def main(command: Command, configs: dict[str, Any]) -> None:
         require_matplotlib()
         ratios = parse_ratios(FLAGS.ratios)
         if image == "config" and not FLAGS.skip_fid:
-            raise ValueError("--decoder_config: missing; accepted: stage one there, with --config of stage two, or "
+            raise ValueError("--decoder_config is missing; accepted: stage one there, with --config of stage two, or "
                              "--config of stage one with --skip_fid")  # fmt: skip
         for path in set(_STATED) & set(command.overridden[image]):
-            raise ValueError(f"--{image}.{path}: accepted: nothing; --ratios says it")
+            raise ValueError(f"--{image}.{path} is given; accepted: not here, --ratios says it")
         if not FLAGS.skip_fid:
             require_extractor()
         results = [measure(command, image, ratio, out_dir) for ratio in ratios]
@@ -97,7 +99,7 @@ def report(results: list[RatioResult], stem: Path) -> str:
     panels = {} if FLAGS.skip_fid else {metric: [row["fid"] for row in found]}
     panels |= {"Training speed-up": [row["speedup"] for row in found]}
     panels |= {"Training memory (GB)": [row["memory_gb"] for row in found]}
-    bar_plots(stem.with_suffix(".png"), [row["ratio"] for row in found], panels, "Part of the coordinates")
+    bar_plots(stem.with_suffix(".png"), [row["ratio"] for row in found], panels, "Fraction of the coordinates")
     return text
 
 

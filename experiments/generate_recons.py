@@ -12,6 +12,7 @@ again, only what is missing is made.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import flags
 
 from configs.schema import ImageConfig
-from experiments.support import edit_flags as edit
-from experiments.support.sampling_flags import sampling_options
-from infty_diff.results import digest
+from experiments.support import editing as edit
+from experiments.support.options import define, requested_size, sampling_options
+from experiments.support.results import digest
+from experiments.support.tables import aligned
 from metrics.similarity import LPIPS_NETS, load_lpips
 from runtime.command import Command, readable_errors
 
 FLAGS = flags.FLAGS
-edit.define_flags(8, "images and reconstructions; default: the training size")
-flags.DEFINE_integer("seed", 0, "seed of the noise of the first image; later ones follow", lower_bound=0)
+edit.define_flags(8)
+define("seed", "weights", weights=", of the backbone of --lpips")
 flags.DEFINE_bool("stochastic_codes", True, "decode from stochastic codes too")
+_WAYS = {"random": "random noise", "code": "its stochastic code"}
+_TITLES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}
 flags.DEFINE_enum("lpips", None, tuple(LPIPS_NETS), "measure LPIPS with this backbone; default: not")
-flags.DEFINE_string("lpips_weights", None, "torchvision's file of that backbone; default: torch's cache, or a download")
 
 
 def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
@@ -39,17 +42,17 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
     with readable_errors():
         if FLAGS.stochastic_codes and (FLAGS.sampler != "ddim" or FLAGS.eta):
             raise ValueError(
-                f"--sampler={FLAGS.sampler}, --eta={FLAGS.eta:g}: stochastic codes belong to DDIM without noise; "
+                f"--sampler is {FLAGS.sampler}, --eta is {FLAGS.eta:g}: stochastic codes belong to DDIM without noise; "
                 "accepted: ddim and 0, or --nostochastic_codes"
             )
         sampling = sampling_options()
-        distance = load_lpips(FLAGS.lpips, FLAGS.lpips_weights) if FLAGS.lpips else None
+        distance = load_lpips(FLAGS.lpips, FLAGS.weights) if FLAGS.lpips else None
         model = edit.open_model(config, sampling)
-        inputs = edit.open_images(model, edit.requested_size() or model.config.size)
+        inputs = edit.open_images(model, requested_size() or model.config.size)
         size = tuple(inputs.images.shape[-2:])
-        settings = {"size": list(size), "seed": FLAGS.seed, "lpips": FLAGS.lpips, "lpips_weights": FLAGS.lpips_weights}
-        results = edit.open_results("recons", config, sampling, settings)
-        ways = ("random", "code") if FLAGS.stochastic_codes else ("random",)
+        settings = {"size": list(size), "seed": FLAGS.seed, "lpips": FLAGS.lpips, "weights": FLAGS.weights}
+        results = edit.open_results("generate_recons", config, sampling, settings)
+        ways = list(_WAYS)[: 1 + FLAGS.stochastic_codes]
         names = {(i, way): f"{inputs.stem(i)}_{way}" for i in range(len(inputs.images)) for way in ways}
         missing = [key for key, name in names.items() if results.lacks(name, digest(inputs.images[key[0]]))]
         steps = sum(edit.step_count(model, sampling, encoded=way == "code") for _, way in missing)
@@ -69,9 +72,17 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
                 row = {"image": inputs.names[i], **{f"{way}_{key}": value for key, value in measures}}
                 results.add(names[i, way], digest(image[0]), decoded[0], row)
         for i, image in enumerate(inputs.images):
-            results.show([image], [names[i, way] for way in ways])
-        means = results.finish(1 + len(ways))
-    print(f"{means}; {len(missing)} made, {len(names) - len(missing)} were there: {results.folder}")
+            results.show(inputs.names[i], [image], [names[i, way] for way in ways])
+        means = results.finish(["image", *(f"from {_WAYS[way]}" for way in ways)])
+    print(f"{table(means, ways)}\n{edit.summary(results, len(missing), len(names), inputs)}")
+
+
+def table(means: dict[str, float], ways: Sequence[str]) -> str:
+    """The means of what was measured, a line for each way of decoding."""
+    measures = [name for name in ("psnr", "ssim", "lpips") if f"{ways[0]}_{name}" in means]
+    lines = [["decoded from", *(_TITLES[name] for name in measures)]]
+    lines += [[_WAYS[way], *(f"{means[f'{way}_{name}']:.4f}" for name in measures)] for way in ways]
+    return aligned(lines)
 
 
 if __name__ == "__main__":

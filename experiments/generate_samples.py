@@ -18,8 +18,8 @@ from absl import flags
 
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.process import DiffusionProcess, Prediction
-from experiments.support import sampling_flags
-from infty_diff.folder import FolderOptions, draw_folder, parse_seeds, parse_size
+from experiments.support.options import define, requested_size, sampling_options, settings_name
+from infty_diff.folder import FolderOptions, draw_folder, parse_seeds
 from infty_diff.model import InftyDiff, SamplingOptions
 from runtime.command import Command, readable_errors
 from runtime.files import file_digest
@@ -28,23 +28,23 @@ from runtime.run_dir import run_path
 from runtime.stored import WEIGHTS
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("sample_img_size", None, "side, or height x width as in 192x320; default: the training size")
-sampling_flags.define_flags()
-flags.DEFINE_string("latent_sampling_steps", None, "step subset of the latent model; default: all steps")
-flags.DEFINE_integer("num_samples", None, "number of images, seeds 0 to N-1; default: data.fid_samples", lower_bound=1)
-flags.DEFINE_string("seeds", None, "seeds instead of num_samples: 0-99 or 3,7,10-12")
-flags.DEFINE_integer("sample_batch_size", 16, "images drawn together on a GPU", lower_bound=1)
+define(
+    "sample_img_size", "sampling_steps", "latent_sampling_steps", "num_samples", "seeds", "sampler", "eta", "inv_snr",
+    "sample_batch_size", "out_dir",
+    sample_img_size="; default: the training size",
+    num_samples=", of seeds 0 to N-1; default: data.fid_samples",
+    seeds="; instead of --num_samples",
+    out_dir="; default: samples/SETTINGS in the latent run",
+)  # fmt: skip
 flags.DEFINE_bool("save_raw", False, "keep the mollified images too, float32 .npy under raw/")
-flags.DEFINE_string("out_dir", None, "folder of the samples; default: samples/SETTINGS in the latent run")
 
 
 def main(configs: dict[str, Any], _: dict[str, list[str]], processes: Processes) -> None:
     config: LatentConfig = configs["config"]
     latent_run, image_run = run_path(config), run_path(configs["decoder_config"])
     with readable_errors():
-        sampling = sampling_flags.sampling_options()
+        sampling, size = sampling_options(), requested_size()
         seeds = parse_seeds(FLAGS.seeds) if FLAGS.seeds else list(range(FLAGS.num_samples or config.data.fid_samples))
-        size = parse_size(FLAGS.sample_img_size) if FLAGS.sample_img_size else None
         given = configs["decoder_config"], config
         model = InftyDiff.from_runs(image_run, latent_run, config.run.device, *given)
         options = FolderOptions(
@@ -60,7 +60,7 @@ def main(configs: dict[str, Any], _: dict[str, list[str]], processes: Processes)
 def folder_name(options: FolderOptions, process: DiffusionProcess) -> str:
     """Name a folder of samples after its settings, e.g. 192x320_ddim100."""
     sampling = options.sampling
-    name = f"{options.size[0]}x{options.size[1]}_{sampling.sampler}{sampling.steps.replace(',', '-')}"
+    name = settings_name(options.size, sampling.steps, sampling.sampler)
     name += f"_eta{sampling.eta:g}" if sampling.eta else ""
     name += f"_snr{sampling.inv_snr:g}" if sampling.inv_snr != SamplingOptions.inv_snr else ""
     name += "_filter" if process.prediction is Prediction.X0 and not process.keep_sharp else ""

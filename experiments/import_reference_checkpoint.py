@@ -37,7 +37,7 @@ flags.DEFINE_string("checkpoint", None, "the authors' autoencoder, with --config
 flags.DEFINE_string("latent_checkpoint", None, "their latent model, with --latent_config: latent_checkpoint.pkl, "
                     "best_latent_checkpoint.pkl, or the folder of the first")  # fmt: skip
 flags.DEFINE_string("latents", None, "their latents.pkl, for its mean and deviation; default: beside the latent model")
-flags.DEFINE_enum("weights", "auto", CHOICES, "of denoiser and latent model: their average, the last step, or by auto "
+flags.DEFINE_enum("weights_from", "auto", CHOICES, "those of denoiser and latent model: average, last step, or by auto "
                   "the average, unless a denoiser's still holds much of its random start")  # fmt: skip
 _STAGES = {"config": "checkpoint", "latent_config": "latent_checkpoint"}
 _FROM_CHECKPOINT = ("model.coordinate_convention", "model.encoder_block_norm")
@@ -49,16 +49,16 @@ def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
         refuse_existing(list(configs.values()))  # before gigabytes are read
         runs: list[ReferenceRun] = []
         if "config" in configs:
-            runs.append(read_image_run(Path(FLAGS.checkpoint), configs["config"], FLAGS.weights))
+            runs.append(read_image_run(Path(FLAGS.checkpoint), configs["config"], FLAGS.weights_from))
             check_overrides(configs["config"], overridden["config"], runs[0].config)
         if "latent_config" in configs:
             latents = Path(FLAGS.latents) if FLAGS.latents else None
             config: LatentConfig = configs["latent_config"]
-            runs.append(read_latent_run(Path(FLAGS.latent_checkpoint), latents, config, FLAGS.weights))
+            runs.append(read_latent_run(Path(FLAGS.latent_checkpoint), latents, config, FLAGS.weights_from))
         if len(runs) == 2 and len(runs[1].tensors["mean"]) != runs[0].config.model.z_dim:
             raise ValueError(
-                f"--latent_checkpoint={FLAGS.latent_checkpoint}: draws latents of size {len(runs[1].tensors['mean'])}; "
-                f"accepted: {runs[0].config.model.z_dim}, as --checkpoint decodes"
+                f"--latent_checkpoint is {FLAGS.latent_checkpoint}: draws latents of size "
+                f"{len(runs[1].tensors['mean'])}; accepted: {runs[0].config.model.z_dim}, as --checkpoint decodes"
             )
         write_runs(runs)
     for run in runs:
@@ -68,12 +68,12 @@ def main(configs: dict[str, Any], overridden: dict[str, list[str]]) -> None:
 def check_flags(configs: dict[str, Any]) -> None:
     """A stage needs both its configuration and its checkpoint."""
     if not configs and not any(FLAGS[flag].value for flag in _STAGES.values()):
-        raise ValueError("--checkpoint, --latent_checkpoint: missing; accepted: one of them, or both")
+        raise ValueError("--checkpoint, --latent_checkpoint; accepted: one of them, or both")
     for name, flag in _STAGES.items():
         if (name in configs) != bool(FLAGS[flag].value):
-            raise ValueError(f"--{name}, --{flag}: accepted: both, or neither")
+            raise ValueError(f"--{name}, --{flag}; accepted: both, or neither")
     if FLAGS.latents and "latent_config" not in configs:
-        raise ValueError(f"--latents={FLAGS.latents}: accepted: with --latent_checkpoint only")
+        raise ValueError(f"--latents is {FLAGS.latents}; accepted: with --latent_checkpoint only")
 
 
 def check_overrides(given: ImageConfig, overridden: list[str], imported: ImageConfig) -> None:
@@ -82,7 +82,7 @@ def check_overrides(given: ImageConfig, overridden: list[str], imported: ImageCo
         name = path.split(".")[1]
         value, needed = getattr(given.model, name), getattr(imported.model, name)
         if value != needed:
-            raise ValueError(f"--config.{path}={value}: accepted: {needed}, for this checkpoint")
+            raise ValueError(f"--config.{path} is {value}; accepted: {needed}, for this checkpoint")
 
 
 if __name__ == "__main__":

@@ -26,22 +26,22 @@ from absl import flags
 
 from configs.schema import ImageConfig
 from diffusion.conditioning import check_mask
-from experiments.support import edit_flags as edit
+from experiments.support import editing as edit
 from experiments.support.inputs import Inputs, parse_box, parse_step, read_mask
-from experiments.support.sampling_flags import sampling_options
+from experiments.support.options import define, requested_size, sampling_options
+from experiments.support.results import digest
 from infty_diff.editing import InpaintOptions
 from infty_diff.folder import parse_seeds
-from infty_diff.results import digest
 from runtime.command import Command, readable_errors
 
 FLAGS = flags.FLAGS
-edit.define_flags(4, "the results; default: the training size")
+edit.define_flags(4)
 flags.DEFINE_string("mask", None, "image of the size of the input, white where pixels are unknown")
 flags.DEFINE_string("box", None, "top,left,height,width of the unknown pixels, in pixels of the working size")
-flags.DEFINE_string("seeds", "0-2", "one result per seed: 0-3 or 3,7,10-12")
+define("seeds=0-2")
 flags.DEFINE_float("guidance", None, "λ, 0 for none; default: 0.4, or 0.003 with --plain_guidance")
 flags.DEFINE_bool("plain_guidance", False, "guide by the gradient as the paper prints it")
-flags.DEFINE_string("start_step", None, "t_s, a step 0 … T-1 or a part 0.0 … 1.0 of them; default: the last")
+flags.DEFINE_string("start_step", None, "t_s, a step 0 … T-1 or a fraction 0.0 … 1.0 of them; default: the last")
 flags.DEFINE_bool("see_hole", False, "encode the whole image, what is in the hole included, as in the paper")
 flags.DEFINE_bool("follow", False, "hold known pixels also to the path of DDIM inversion")
 flags.DEFINE_bool("paste", True, "put the known pixels back into the results")
@@ -52,11 +52,13 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
     with readable_errors():
         sampling, seeds = sampling_options(), parse_seeds(FLAGS.seeds)
         if (FLAGS.mask is None) == (FLAGS.box is None):
-            raise ValueError("--mask, --box: accepted: exactly one of them")
+            raise ValueError("--mask, --box; accepted: exactly one of them")
         if FLAGS.see_hole and len(seeds) > 1 and not sampling.draws_noise:
-            raise ValueError(f"--seeds={FLAGS.seeds}: all equal with --see_hole; accepted: one seed, or --eta above 0")
+            raise ValueError(
+                f"--seeds is {FLAGS.seeds}: all equal with --see_hole; accepted: one seed, or --eta above 0"
+            )
         model = edit.open_model(config, sampling)
-        size = edit.requested_size() or model.config.size
+        size = requested_size() or model.config.size
         start = parse_step(FLAGS.start_step, model.process.schedule.num_steps)
         options = InpaintOptions(sampling, FLAGS.guidance, FLAGS.plain_guidance, start, FLAGS.see_hole, FLAGS.follow)
         inputs = edit.open_images(model, size)
@@ -78,12 +80,12 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
                         row = {"image": inputs.names[i], "seed": seed, **fidelity(picture, image, mask)}
                         shown = torch.where(mask, image, picture) if FLAGS.paste else picture
                         results.add(f"{inputs.stem(i)}_seed{seed}", given[i], shown, row)
-        for image, mask, row in zip(inputs.images, masks, names):
-            results.show([image, torch.where(mask, image, 1.0)], row)
-        means = results.finish(2 + len(seeds))
-    made = sum(map(len, missing))
-    print(f"before known pixels are put back, in dB: {means}; {made} made, "
-          f"{len(masks) * len(seeds) - made} were there: {results.folder}")  # fmt: skip
+        for name, image, mask, row in zip(inputs.names, inputs.images, masks, names):
+            results.show(name, [image, with_hole(image, mask)], row)
+        means = results.finish(["image", "what is known", *(f"seed {seed}" for seed in seeds)])
+    print(f"PSNR of known pixels {means['psnr_known']:.2f} dB, of the hole {means['psnr_hole']:.2f} dB "
+          "(before known pixels are put back)")  # fmt: skip
+    print(edit.summary(results, sum(map(len, missing)), len(masks) * len(seeds), inputs))
 
 
 def hole(inputs: Inputs, i: int) -> torch.Tensor:
@@ -93,8 +95,16 @@ def hole(inputs: Inputs, i: int) -> torch.Tensor:
     try:
         check_mask(known, size)
     except ValueError as error:
-        raise ValueError(f"--box={FLAGS.box}: {error}" if FLAGS.box else f"--mask={FLAGS.mask}: {error}") from None
+        raise ValueError(
+            f"--box is {FLAGS.box}: {error}" if FLAGS.box else f"--mask is {FLAGS.mask}: {error}"
+        ) from None
     return known
+
+
+def with_hole(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The image (C, H, W) as RGBA, transparent where it is unknown."""
+    alpha = image[3:] if len(image) == 4 else torch.ones_like(image[:1])
+    return torch.cat([image[:3].expand(3, -1, -1), torch.where(mask, alpha, -1.0)])
 
 
 def fidelity(result: torch.Tensor, image: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Blend one image into another, or one sample into another.
 
     python experiments/interpolate.py --config configs/ffhq_256_config.py \\
-        --config.run.experiment="ffhq_mollified_256" --input=two_faces/ --steps=9 --animation=apng
+        --config.run.experiment="ffhq_mollified_256" --input=two_faces/ --frames=9 --animation=apng
 
 Without --seeds the first two images of --input, or of the split, are encoded: their latents are joined by a straight
 line, and the noises that DDIM inversion finds for them by a great circle, so that the ends are the images themselves.
@@ -11,7 +11,7 @@ two samples are joined; configurations are then given as for sampling:
     python experiments/interpolate.py --config configs/ffhq_latent_config.py \\
         --decoder_config configs/ffhq_256_config.py --seeds=3,7
 
-Writes every picture as PNG, sheet.png (the way in one row), result.json and, with --animation, the way there and back.
+Writes every picture as PNG, sheet.png, result.json and, with --animation, the way there and back.
 Run again, only what is missing is made.
 """
 
@@ -26,25 +26,25 @@ from absl import flags
 from PIL import Image
 
 from configs.schema import ImageConfig
-from experiments.support import edit_flags as edit
-from experiments.support.inputs import Inputs
-from experiments.support.sampling_flags import sampling_options
+from experiments.support import editing as edit
+from experiments.support.options import define, requested_size, sampling_options
+from experiments.support.results import digest
 from infty_diff.editing import require_no_noise
 from infty_diff.folder import parse_seeds
-from infty_diff.results import digest
 from runtime.command import Command, readable_errors, stages
 from runtime.files import write_atomic
 from runtime.run_dir import run_path
 
 FLAGS = flags.FLAGS
-edit.define_flags(2, "the pictures; default: the training size")
-flags.DEFINE_string("seeds", None, "two seeds of samples to join, 3,7, instead of images; with --decoder_config")
-flags.DEFINE_integer("steps", 9, "pictures of the way, both ends included", lower_bound=2)
+edit.define_flags(None)
+define("seeds", "seed", seeds="; here two, of samples to join instead of images, with --decoder_config",
+       seed=" (with --noise=random)")  # fmt: skip
+flags.DEFINE_integer("frames", 9, "pictures of the way, both ends included", lower_bound=2)
 flags.DEFINE_enum("noise", "code", ("code", "random"), "of images: joined stochastic codes, or one random noise")
-flags.DEFINE_integer("seed", 0, "seed of the noise with --noise=random", lower_bound=0)
 flags.DEFINE_enum("latents", "lerp", ("lerp", "slerp"), "join latents by a line or by a great circle")
 flags.DEFINE_enum("animation", None, ("apng", "gif"), "write animation.png or animation.gif too")
 flags.DEFINE_integer("frame_ms", 120, "duration of a picture in it", lower_bound=10)
+_PER_ROW = 12  # pictures of the sheet
 
 
 def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
@@ -56,30 +56,34 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         sampling = sampling_options()
         require_no_noise(sampling)
         if (FLAGS.seeds is None) != (latent_run is None):
-            raise ValueError("--seeds, --decoder_config: accepted: both, with --config of the sampler, or neither")
+            raise ValueError("--seeds, --decoder_config; accepted: both, with --config of the sampler, or neither")
         model = edit.open_model(config, sampling, latent)
-        size = edit.requested_size() or model.config.size
-        inputs = None if FLAGS.seeds else two_images(edit.open_images(model, size))
-        names = [f"seed {seed}" for seed in two_seeds()] if inputs is None else inputs.names[:2]
-        made_from = digest(names) if inputs is None else digest(inputs.images[:2])
-        settings = {"ends": names, "size": list(size), "steps": FLAGS.steps, "noise": FLAGS.noise,
+        size = requested_size() or model.config.size
+        inputs = None if FLAGS.seeds else edit.open_images(model, size, count=2)
+        if inputs is not None and len(inputs.names) < 2:
+            raise ValueError(f"--input is {FLAGS.input}, which holds one image; accepted: two images")
+        names = [f"seed {seed}" for seed in two_seeds()] if inputs is None else inputs.names
+        made_from = digest(names) if inputs is None else digest(inputs.images)
+        source = f"samples of {' and '.join(names)}" if inputs is None else None
+        settings = {"ends": names, "size": list(size), "frames": FLAGS.frames, "noise": FLAGS.noise,
                     "latents": FLAGS.latents, "seed": FLAGS.seed}  # fmt: skip
-        results = edit.open_results("interpolation", config, sampling, settings, latent_run)
-        pictures = [f"{i:03d}" for i in range(FLAGS.steps)]
+        results = edit.open_results("interpolate", config, sampling, settings, latent_run, source)
+        pictures = [f"{i:03d}" for i in range(FLAGS.frames)]
         missing = [i for i, picture in enumerate(pictures) if results.lacks(picture, made_from)]
         encoded = inputs is not None and FLAGS.noise == "code" and bool(missing)
         steps = len(missing) * edit.step_count(model, sampling)
         steps += encoded * (edit.step_count(model, sampling, encoded=True) - edit.step_count(model, sampling))
         with edit.steps_bar(steps, "interpolating") as bar:
-            weights = torch.linspace(0, 1, FLAGS.steps)[missing].tolist()
+            weights = torch.linspace(0, 1, FLAGS.frames).tolist()
 
             def keep(i: int, image: torch.Tensor) -> None:
-                results.add(pictures[missing[i]], made_from, image.cpu().clamp(-1, 1), {"weight": weights[i]})
+                row = {"weight": weights[missing[i]]}
+                results.add(pictures[missing[i]], made_from, image.cpu().clamp(-1, 1), row)
 
             if missing:
                 model.interpolate(
-                    two_seeds() if inputs is None else inputs.images[:2],
-                    weights,
+                    two_seeds() if inputs is None else inputs.images,
+                    [weights[i] for i in missing],
                     sampling,
                     size=size,
                     noise=FLAGS.seed if FLAGS.noise == "random" else "code",
@@ -87,27 +91,23 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
                     done=keep,
                     callback=lambda *_: bar.update(),
                 )
-        results.show([], pictures)
-        results.finish(FLAGS.steps)
+        for start in range(0, FLAGS.frames, _PER_ROW):
+            label = "" if start else f"from {names[0]} to {names[1]}"
+            some = slice(start, start + _PER_ROW)
+            results.show(label, [], pictures[some], [f"{weight:.2f}" for weight in weights[some]])
+        results.finish()
         if FLAGS.animation:
             animate(results.folder, pictures)
-    print(f"{FLAGS.steps} pictures from {names[0]} to {names[1]}; {len(missing)} made, "
-          f"{FLAGS.steps - len(missing)} were there: {results.folder}")  # fmt: skip
+    print(f"{FLAGS.frames} pictures from {names[0]} to {names[1]}; {len(missing)} made, "
+          f"{FLAGS.frames - len(missing)} were there: {results.folder}")  # fmt: skip
 
 
 def two_seeds() -> list[int]:
     """The seeds of --seeds."""
     seeds = parse_seeds(FLAGS.seeds)
     if len(seeds) != 2:
-        raise ValueError(f"--seeds={FLAGS.seeds}: accepted: two different seeds, e.g. 3,7")
+        raise ValueError(f"--seeds is {FLAGS.seeds}; accepted: two different seeds, e.g. 3,7")
     return seeds
-
-
-def two_images(inputs: Inputs) -> Inputs:
-    """The images, of which there must be two."""
-    if len(inputs.images) < 2:
-        raise ValueError(f"--input={FLAGS.input}, --num_images={FLAGS.num_images}: one image; accepted: two")
-    return inputs
 
 
 def animate(folder: Path, pictures: list[str]) -> None:

@@ -4,7 +4,7 @@
         --config.run.experiment="ffhq_mollified_256_sampler" --decoder_config configs/ffhq_256_config.py \\
         --decoder_config.run.experiment="ffhq_mollified_256" --sizes=64,128,256,512,1024 --seeds=0-3
 
-draws every seed at every size and puts the pictures together: above at their true relative scale, below at one width.
+draws every seed at every size and puts the pictures together: above in proportion, below at one height.
 With --figure=7 (and --decoder_config.data.root_dir=ffhq.zip, the reference) it draws --num_samples images for each of
 --sizes and --steps, scores them and plots the result. Both continue where they were. In --out_dir: the samples, and
 resolutions.png or steps_and_resolutions.png, with JSON beside it.
@@ -21,25 +21,25 @@ from PIL import Image
 
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.coordinates import Size
-from experiments.support.pipeline import define_scoring_flags, metric_name, require_extractor, sample, score
+from experiments.support.commands import define_scoring_flags, metric_name, require_extractor, sample, score
+from experiments.support.options import define, settings_name
 from experiments.support.plots import line_plot, require_matplotlib
-from experiments.support.scale_picture import scale_picture
 from infty_diff.folder import parse_seeds, parse_size
 from metrics.evaluation import SCORES
+from metrics.resize import by
 from runtime.command import Command, readable_errors
-from runtime.files import write_atomic, write_json
+from runtime.files import write_json
 from runtime.run_dir import run_path
+from runtime.sheet import Row, save_sheet
 
 FLAGS = flags.FLAGS
 define_scoring_flags(num_samples=10_000)
 flags.DEFINE_enum("figure", "2", ("2", "7"), "which figure of the paper")
 flags.DEFINE_string("sizes", None, "sizes, 64,128 or 48x80,96x160; default: the training size times 1/4 (1/2) to 4 (2)")
-flags.DEFINE_string("seeds", "0-3", "the functions shown in figure 2")
-flags.DEFINE_string("sampling_steps", "100", "step subset of the images in figure 2")
+define("seeds=0-3", "sampling_steps=100", "inv_snr", "out_dir", seeds=", of figure 2", sampling_steps=", of figure 2",
+       out_dir="; default: resolution_sweep in the latent run")  # fmt: skip
 flags.DEFINE_string("steps", "20,40,60,80,100", "numbers of sampling steps in figure 7")
-flags.DEFINE_float("inv_snr", 0.05, "inverse signal-to-noise ratio of the Wiener filter that undoes the mollifier")
 flags.DEFINE_bool("reference_at_size", False, "score against the data at the size of the samples, not of training")
-flags.DEFINE_string("out_dir", None, "folder of the sweep; default: resolutions in the latent run")
 _FACTORS = {"2": (0.25, 0.5, 1, 2, 4), "7": (0.5, 1, 2)}
 
 
@@ -47,7 +47,7 @@ def main(command: Command, configs: dict[str, Any]) -> None:
     with readable_errors():
         train_size = configs["decoder_config"].size
         sizes = parse_sizes(FLAGS.sizes, train_size, _FACTORS[FLAGS.figure])
-        out_dir = Path(FLAGS.out_dir) if FLAGS.out_dir else run_path(configs["config"]) / "resolutions"
+        out_dir = Path(FLAGS.out_dir) if FLAGS.out_dir else run_path(configs["config"]) / "resolution_sweep"
         model = [*command.arguments("config", "config", {}), *command.arguments("decoder_config", "decoder_config", {})]
         if FLAGS.figure == "2":
             figure, found = resolutions(model, sizes, train_size, out_dir)
@@ -62,12 +62,16 @@ def resolutions(model: list[str], sizes: list[Size], train_size: Size, out_dir: 
     """Figure 2: draw every seed at every size, and put them together."""
     seeds, folders = parse_seeds(FLAGS.seeds), {}
     for size in sizes:
-        folders[size] = out_dir / f"{by(size)}_ddim{FLAGS.sampling_steps.replace(',', '-')}"
+        folders[size] = out_dir / settings_name(size, FLAGS.sampling_steps)
         sample(folders[size], model, f"--seeds={FLAGS.seeds}", f"--sample_img_size={by(size)}",
                f"--sampling_steps={FLAGS.sampling_steps}", f"--inv_snr={FLAGS.inv_snr}")  # fmt: skip
-    rows = [[Image.open(folders[size] / f"{seed:06d}.png").convert("RGB") for size in sizes] for seed in seeds]
+    names = [f"{by(size)} (training)" if size == train_size else by(size) for size in sizes]
+    framed = [i for i, size in enumerate(sizes) if size == train_size]
+    pictures = [[Image.open(folders[size] / f"{seed:06d}.png") for size in sizes] for seed in seeds]
+    rows = [Row(pictures[0], f"seed {seeds[0]}, sizes in proportion", names, framed, true_sizes=True)]
+    rows += [Row(row, f"seed {seed}", framed=framed) for seed, row in zip(seeds, pictures)]
     figure = out_dir / "resolutions.png"
-    write_atomic(figure, lambda path: scale_picture(rows, train_size).save(path, format="png"))
+    save_sheet(figure, rows, names)
     return figure, {"seeds": seeds, "sampling_steps": FLAGS.sampling_steps}
 
 
@@ -80,7 +84,7 @@ def steps_and_resolutions(
     reports: dict[str, dict[int, dict[str, Any]]] = {by(size): {} for size in sizes}
     for steps in parse_steps(FLAGS.steps):
         for size in sizes:
-            folder = out_dir / f"{by(size)}_ddim{steps}_scored"
+            folder = out_dir / f"{settings_name(size, str(steps))}_scored"
             sample(folder, model, f"--num_samples={FLAGS.num_samples}", f"--sample_img_size={by(size)}",
                    f"--sampling_steps={steps}", f"--inv_snr={FLAGS.inv_snr}")  # fmt: skip
             reference, report = command.arguments("decoder_config", "config", {}), f"{folder.name}_fid.json"
@@ -107,13 +111,8 @@ def parse_sizes(text: str | None, train_size: Size, factors: tuple[float, ...]) 
 def parse_steps(text: str) -> list[int]:
     """ "20,40" -> ascending numbers of steps."""
     if not all(part.strip().isdigit() and int(part) for part in text.split(",")):
-        raise ValueError(f"--steps={text}: accepted: numbers of steps, e.g. 20,40,60,80,100")
+        raise ValueError(f"--steps is {text}; accepted: numbers of steps, e.g. 20,40,60,80,100")
     return sorted({int(part) for part in text.split(",")})
-
-
-def by(size: Size) -> str:
-    """(192, 320) -> "192x320"."""
-    return f"{size[0]}x{size[1]}"
 
 
 if __name__ == "__main__":

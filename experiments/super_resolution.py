@@ -23,21 +23,21 @@ from torch.nn.functional import interpolate
 
 from configs.schema import ImageConfig
 from diffusion.coordinates import Size
-from experiments.support import edit_flags as edit
+from experiments.support import editing as edit
 from experiments.support.inputs import parse_step
-from experiments.support.sampling_flags import sampling_options
+from experiments.support.options import define, requested_size, sampling_options
+from experiments.support.results import digest
 from infty_diff.editing import enlarged
 from infty_diff.folder import parse_size
-from infty_diff.results import digest
 from runtime.command import Command, readable_errors
 
 FLAGS = flags.FLAGS
-edit.define_flags(4, "the results; default: --factor times --input_size")
+edit.define_flags(4, "--factor times --input_size")
 flags.DEFINE_string("input_size", None, "size that images are reduced to before; default: the training size")
 flags.DEFINE_float("factor", 4.0, "how many times --input_size the results are", lower_bound=1.0)
-flags.DEFINE_integer("seed", 0, "seed of the noise of the first image; later ones follow", lower_bound=0)
+define("seed")
 flags.DEFINE_bool("ddim_encoding", False, "start from the encoding of the image by DDIM")
-flags.DEFINE_string("start_step", None, "with it: step 0 … T-1, or part 0.0 … 1.0 of them; default: the last")
+flags.DEFINE_string("start_step", None, "with it: step 0 … T-1, or fraction 0.0 … 1.0 of them; default: the last")
 
 
 def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
@@ -45,12 +45,12 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
     with readable_errors():
         sampling = sampling_options()
         if FLAGS.start_step and not FLAGS.ddim_encoding:
-            raise ValueError(f"--start_step={FLAGS.start_step}: accepted: with --ddim_encoding")
+            raise ValueError(f"--start_step is {FLAGS.start_step}; accepted: with --ddim_encoding")
         model = edit.open_model(config, sampling)
         low = parse_size(FLAGS.input_size, "input_size") if FLAGS.input_size else model.config.size
-        size = edit.requested_size() or tuple(round(n * FLAGS.factor) for n in low)
+        size = requested_size() or tuple(round(n * FLAGS.factor) for n in low)
         if size[0] < low[0] or size[1] < low[1]:
-            raise ValueError(f"--sample_img_size={FLAGS.sample_img_size}: accepted: at least {low[0]}x{low[1]}")
+            raise ValueError(f"--sample_img_size is {FLAGS.sample_img_size}; accepted: at least {low[0]}x{low[1]}")
         last = model.process.schedule.num_steps - 1
         start = parse_step(FLAGS.start_step or str(last), last + 1) if FLAGS.ddim_encoding else None
         inputs = edit.open_images(model, low)
@@ -66,19 +66,15 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
                 row = {"image": inputs.names[i], **edit.similarity(reduced(fine, low), image[None])}
                 results.add(inputs.stem(i), digest(image), fine[0], row)
         for i, image in enumerate(inputs.images):
-            results.show([*nearest(image[None], size), *enlarged(image[None], size)], [inputs.stem(i)])
-        means = results.finish(3)
-    print(f"reduced again, against the input: {means}; {len(missing)} made, "
-          f"{len(inputs.names) - len(missing)} were there: {results.folder}")  # fmt: skip
-
-
-def nearest(images: Tensor, size: Size) -> Tensor:
-    """Images on a finer lattice with their pixels as they are."""
-    return interpolate(images, size, mode="nearest-exact")
+            results.show(inputs.names[i], [image, *enlarged(image[None], size)], [inputs.stem(i)])
+        means = results.finish(["low resolution", "bicubic", "ours"])
+    ssim = f", SSIM {means['ssim']:.4f}" if "ssim" in means else ""
+    print(f"PSNR {means['psnr']:.2f} dB{ssim} (reduced again, against the input)")
+    print(edit.summary(results, len(missing), len(inputs.names), inputs))
 
 
 def reduced(images: Tensor, size: Size) -> Tensor:
-    """Images on a coarser lattice by an antialiased bicubic filter."""
+    """Images at a lower resolution by an antialiased bicubic filter."""
     return interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from data.pixels import to_float, to_pictures, to_uint8
+from data.pixels import to_pictures, to_uint8
 from diffusion.coordinates import Size
 from diffusion.process import DiffusionProcess
 from diffusion.samplers import LastEstimate
@@ -24,10 +24,9 @@ from infty_diff.model import InftyDiff
 from infty_diff.sampling import SamplingOptions
 from runtime.files import plain, write_atomic, write_json
 from runtime.processes import ALONE, Processes
-from runtime.run_dir import save_grid
+from runtime.sheet import WIDTH, Row, save_sheet
 
 _SHEET_IMAGES = 64  # images on the contact sheet
-_SHEET_SIDE = 2048  # its largest width in pixels, about
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def draw_folder(
             bar.update(len(batch))
     processes.agree()  # all images are there
     if processes.is_first:
-        contact_sheet(out_dir, options.size)
+        contact_sheet(out_dir)
     return len(missing)
 
 
@@ -178,18 +177,22 @@ def claim_folder(out_dir: Path, name: str, wanted: dict[str, Any]) -> None:
     write_json(path, wanted)
 
 
-def contact_sheet(out_dir: Path, size: Size) -> None:
-    """Write `contact_sheet.png` with the first images of the folder, reduced where it would be very large."""
+def contact_sheet(out_dir: Path) -> None:
+    """Write `contact_sheet.png` with the first images of the folder, their seeds below them."""
     files = sorted(path for path in out_dir.glob("*.png") if re.fullmatch(r"\d{6,}\.png", path.name))[:_SHEET_IMAGES]
     per_row = math.ceil(math.sqrt(len(files)))
-    scale = min(1.0, _SHEET_SIDE / (per_row * size[1]))
-    width, height = max(1, round(size[1] * scale)), max(1, round(size[0] * scale))
-    tiles = []
+    pictures = []
     for file in files:
         with Image.open(file) as image:
-            shown = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-        tiles.append(to_float(torch.from_numpy(np.array(shown)).permute(2, 0, 1)))
-    save_grid(out_dir / "contact_sheet.png", torch.stack(tiles), per_row)
+            image.thumbnail((WIDTH // per_row, image.height))  # no more than the sheet shows is held
+            pictures.append(image.copy())
+    save_sheet(
+        out_dir / "contact_sheet.png",
+        [
+            Row(pictures[start : start + per_row], captions=[f"seed {int(f.stem)}" for f in files[start:][:per_row]])
+            for start in range(0, len(files), per_row)
+        ],
+    )
 
 
 def parse_size(text: str, flag: str = "sample_img_size") -> Size:

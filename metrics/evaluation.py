@@ -12,6 +12,7 @@ from metrics.features import Extraction, cached_features, features, patch
 from metrics.frechet import frechet_distance, gaussian_of, kernel_distance
 from metrics.images import ImageSet
 from metrics.manifold import precision_recall
+from metrics.resize import by
 
 SCORES = ("fid", "floor", "kid", "precision", "recall")  # what every table of a report gives
 NEIGHBOURS = 3  # k of precision and recall, as published
@@ -31,9 +32,9 @@ def evaluate(
     Raises:
         ValueError: for fewer than two images on either side, or damaged ones.
     """
-    for name, images in (("--samples", samples), ("reference", reference)):
+    for name, images in (("samples", samples), ("reference", reference)):
         if len(images) < 2:
-            raise ValueError(f"{name}: {images.path} holds {len(images)} image; accepted: at least 2")
+            raise ValueError(f"{name} is {images.path}, which holds {len(images)} images; accepted: at least 2")
         if patches:
             patch(images, extractor, patches, 0)  # refuses small images now, not after an hour
     sizes = [tuple(images[0].shape[:2]) for images in (samples, reference)]
@@ -100,11 +101,11 @@ def _warnings(
                 "distance is too large; compare only with values of the same numbers"
             )
     if sizes[0] != sizes[1]:
-        found.append(f"samples are {_by(sizes[0])}, reference images {_by(sizes[1])}")
+        found.append(f"samples are {by(sizes[0])}, reference images {by(sizes[1])}")
     if not patches and min(a - b for a, b in zip(sizes[0], extractor.input_size)) > 0:
         found.append(
-            f"samples of {_by(sizes[0])} are reduced to {_by(extractor.input_size)}, which hides their finest detail; "
-            "--patches=1 measures it"
+            f"samples of {by(sizes[0])} are reduced to {by(extractor.input_size)}, which hides their finest detail; "
+            "the distance of patches measures it"
         )
     return found
 
@@ -123,7 +124,7 @@ def table(report: dict[str, Any]) -> str:
         value = "needs more images" if report[name] is None else f"{report[name]:.4f}"
         rows.append((f"{name} (k = {NEIGHBOURS}, {report['precision_recall_images']} images)", value))
     for name, count in (("samples", report["num_samples"]), ("reference", report["num_reference"])):
-        rows.append((name, f"{count} images of {_by(report[name]['size'])}, {report[name]['path']}"))
+        rows.append((name, f"{count} images of {by(report[name]['size'])}, {report[name]['path']}"))
     rows.append(("extractor", f"{report['extractor']['name']}, {report['feature_dimension']} dimensions"))
     rows.append(("resize", report["extractor"]["resize"]))
     if "protocol" in report:
@@ -136,7 +137,3 @@ def table(report: dict[str, Any]) -> str:
 def _shown(distance: float) -> str:
     """Four digits, without the minus sign that rounding can leave of a distance of zero."""
     return f"{round(distance, 4) + 0.0:.4f}"
-
-
-def _by(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"

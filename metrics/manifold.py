@@ -11,8 +11,8 @@ def precision_recall(reference: torch.Tensor, generated: torch.Tensor, k: int = 
     """Improved precision and recall (Kynkäänniemi et al. 2019, equations (1) and (2)).
 
     The manifold of a set is the union of the balls around its features that reach to the k-th nearest other feature
-    of the set. Precision is the part of the generated features in the manifold of the reference, recall the part of
-    the reference features in that of the generated.
+    of the set. Precision is the fraction of the generated features that lie in the manifold of the reference. Recall is
+    the fraction of the reference features that lie in that of the generated.
 
     Args:
         reference, generated: features (N, D), (M, D); equal numbers make the two comparable.
@@ -42,7 +42,7 @@ def _radii(x: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _covered(queries: torch.Tensor, centres: torch.Tensor, radii: torch.Tensor) -> float:
-    """Part of the queries that lies in some closed ball."""
+    """Fraction of the queries that lies in some closed ball."""
     inside = sum(int((distances <= radii).any(dim=1).sum()) for _, distances in _distances(queries, centres))
     return inside / len(queries)
 

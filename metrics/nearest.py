@@ -1,4 +1,4 @@
-"""The training images nearest to samples (Figures 13 to 15 of the paper), and their picture."""
+"""The training images nearest to samples (Figures 13 to 15 of the paper)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from data.pixels import to_float
@@ -18,7 +17,6 @@ from metrics.resize import clean_resize
 from metrics.similarity import PairDistance
 
 _BATCH = 32  # pairs compared at once
-_GAP, _LABEL, _TILE = 6, 14, 128  # pixels of the picture
 
 
 @dataclass(frozen=True)
@@ -104,23 +102,3 @@ def random_features_distance(device: torch.device) -> PairDistance:
         return sum((unit(x) - unit(y)).square().sum(dim=1).mean(dim=(1, 2)) for x, y in levels).cpu()
 
     return distance
-
-
-def sheet(samples: ImageSet, training: Sequence[ImageSet], found: list[list[Neighbour]]) -> Image.Image:
-    """Samples on the left; on the right their neighbours with the distances, nearest first."""
-    height, width = samples[0].shape[:2]
-    tile = max(1, round(width * _TILE / height)), _TILE
-    columns = 1 + max(len(row) for row in found)
-    picture = Image.new("RGB", (columns * (tile[0] + _GAP) + 2 * _GAP, len(found) * (tile[1] + _LABEL) + _GAP), "white")
-    draw = ImageDraw.Draw(picture)
-    for i, row in enumerate(found):
-        top = _GAP + i * (tile[1] + _LABEL)
-        shown = [(samples[i], "sample")]
-        shown += [(training[n.view][n.index], f"{n.distance:.4f}") for n in row]
-        for column, (image, label) in enumerate(shown):
-            left = _GAP + column * (tile[0] + _GAP) + (_GAP if column else 0)
-            enlarged = image.shape[0] < tile[1]  # then every pixel shall be seen as it is
-            filtering = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
-            picture.paste(Image.fromarray(image).resize(tile, filtering), (left, top))
-            draw.text((left, top + tile[1]), label, fill="black")
-    return picture

@@ -10,6 +10,11 @@ from torchvision.transforms import functional as transforms
 Size = tuple[int, int]
 
 
+def by(size: Size) -> str:
+    """(192, 320) -> "192x320"."""
+    return f"{size[0]}x{size[1]}"
+
+
 def clean_resize(image: np.ndarray, size: Size) -> np.ndarray:
     """Antialiased bicubic resize in floating point, as clean-fid's mode "clean".
 

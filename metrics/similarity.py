@@ -14,17 +14,16 @@ from metrics.weights import cached_or_downloaded, hub_folder, read_state_dict
 
 LPIPS_NETS = {"alex": ("AlexNet_Weights", 31), "vgg": ("VGG16_Weights", 16), "squeeze": ("SqueezeNet1_1_Weights", 17)}
 SSIM_WINDOW, _WINDOW_SIGMA = 11, 1.5  # pixels; Wang et al. 2004, section III.B
-_K1, _K2 = 0.01, 0.03
+_K1, _K2, _RANGE = 0.01, 0.03, 2.0  # of values from −1 to 1
 
 PairDistance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def psnr(a: torch.Tensor, b: torch.Tensor, data_range: float = 2.0) -> torch.Tensor:
-    """Peak signal-to-noise ratio, 10·log₁₀(R² / mean (a − b)²).
+def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio, 10·log₁₀(R² / mean (a − b)²), R = 2.
 
     Args:
         a, b: (B, C, H, W), floating point.
-        data_range: R, the distance from the smallest to the largest possible value.
     Returns:
         (B,) in decibel, float64; infinite for equal images.
     Raises:
@@ -32,18 +31,17 @@ def psnr(a: torch.Tensor, b: torch.Tensor, data_range: float = 2.0) -> torch.Ten
     """
     _check_pair(a, b)
     error = (a.double() - b.double()).square().mean(dim=(1, 2, 3))
-    return 10 * torch.log10(data_range**2 / error)
+    return 10 * torch.log10(_RANGE**2 / error)
 
 
-def ssim(a: torch.Tensor, b: torch.Tensor, data_range: float = 2.0) -> torch.Tensor:
+def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Structural similarity of Wang et al. 2004, equation (13), averaged over places and channels.
 
     Means, variances and covariance are taken in an 11×11 Gaussian window of σ = 1.5 pixels, at the places where it
-    lies within the image; C₁ = (0.01 R)², C₂ = (0.03 R)².
+    lies within the image; C₁ = (0.01 R)², C₂ = (0.03 R)², R = 2.
 
     Args:
         a, b: (B, C, H, W), floating point, H and W at least 11.
-        data_range: R, the distance from the smallest to the largest possible value.
     Returns:
         (B,) in [−1, 1], float64; 1 for equal images.
     Raises:
@@ -57,7 +55,7 @@ def ssim(a: torch.Tensor, b: torch.Tensor, data_range: float = 2.0) -> torch.Ten
     var_a = _window_mean(a * a) - mean_a * mean_a
     var_b = _window_mean(b * b) - mean_b * mean_b
     covariance = _window_mean(a * b) - mean_a * mean_b
-    c1, c2 = (_K1 * data_range) ** 2, (_K2 * data_range) ** 2
+    c1, c2 = (_K1 * _RANGE) ** 2, (_K2 * _RANGE) ** 2
     luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
     structure = (2 * covariance + c2) / (var_a + var_b + c2)
     return (luminance * structure).mean(dim=(1, 2, 3))

@@ -53,7 +53,7 @@ def existing_file(path: str | Path) -> Path:
     """`path` with ~ expanded; ValueError unless it is a file."""
     path = Path(path).expanduser()
     if not path.is_file():
-        raise ValueError(f"--weights={path}: no such file")
+        raise ValueError(f"{path}: no such file; accepted: a file of weights")
     return path
 
 
@@ -87,7 +87,7 @@ def cached_or_downloaded(
             reasons.append(f"{url} ({_first_line(error)})")
     raise ValueError(
         f"weights of {what}: not in {path}, not to be had from {' nor from '.join(reasons)}; "
-        f"accepted: --weights=PATH{f', {otherwise}' if otherwise else ''}"
+        f"accepted: a file of weights{f', {otherwise}' if otherwise else ''}"
     )
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.utils import save_image
 
 from configs.schema import ImageConfig, LatentConfig
+from data.pixels import to_pictures
 from runtime.files import plain, to_json, write_atomic, write_json
+from runtime.sheet import Row, save_sheet
 from runtime.stored import CONFIG, changes, differences, run_path
 
 log = logging.getLogger(__name__)
@@ -116,14 +117,13 @@ class RunDir:
             self._wandb.log(metrics, step=metrics["step"])
 
     def save_images(self, step: int, rows: dict[str, torch.Tensor]) -> Path:
-        """Write `images/step_XXXXXXXX.png`: one row a kind of picture.
+        """Write `images/step_XXXXXXXX.png`: a labelled row for each kind.
 
         Args:
-            rows: name -> (N, C, H, W) in [−1, 1]; all of one size.
+            rows: name -> (N, C, H, W) in [−1, 1].
         """
         path = self.path / "images" / f"step_{step:08d}.png"
-        per_row = max(len(images) for images in rows.values())
-        save_grid(path, torch.cat(list(rows.values())), per_row)
+        save_sheet(path, [Row(to_pictures(images), name) for name, images in rows.items()])
         if self._wandb is not None:
             import wandb
 
@@ -135,14 +135,3 @@ class RunDir:
             self._metrics.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def save_grid(path: Path, images: torch.Tensor, per_row: int) -> None:
-    """Write images (N, C, H, W) in [−1, 1] as one PNG with `per_row` in a row; of 4 channels 3 are shown."""
-    shown = images[:, :3].float().cpu() if images.shape[1] == 4 else images.float().cpu()
-    write_atomic(
-        path,
-        lambda temporary: save_image(
-            shown, temporary, nrow=per_row, normalize=True, value_range=(-1, 1), padding=2, pad_value=1.0, format="png"
-        ),
-    )

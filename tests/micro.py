@@ -1,12 +1,17 @@
 """The smallest configurations that still have every part: shared by the tests of training, sampling and commands."""
 
+from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from ml_collections import ConfigDict
 
 from configs.defaults import image_config, latent_config
 from configs.schema import ImageConfig, LatentConfig
 from configs.validate import freeze
+from models.factory import build_denoiser, build_encoder
+from runtime.checkpoint import save_weights
+from runtime.stored import WEIGHTS, run_path
 
 IMAGE = {
     "data.name": "functions", "data.img_size": 16, "data.img_width": 12, "data.num_images": 24,
@@ -54,3 +59,18 @@ def latent(root: Path, changes: dict | None = None) -> LatentConfig:
     """A frozen stage-two configuration for it."""
     fields = overrides(root, LATENT, {"run.experiment": "micro_sampler", **(changes or {})})
     return freeze(_built(latent_config(), fields), LatentConfig)
+
+
+def networks(config: ImageConfig) -> dict[str, torch.nn.Module]:
+    """Encoder and denoiser, untrained, from one seed."""
+    torch.manual_seed(0)
+    parts = {"encoder": build_encoder, "denoiser": build_denoiser}
+    return {name: build(config.model, config.data.channels, config.size) for name, build in parts.items()}
+
+
+def write_run(config: ImageConfig) -> Path:
+    """The weights of `networks` as those of the run; returns its folder."""
+    parts = networks(config).items()
+    tensors = {f"{name}.{key}": value for name, part in parts for key, value in part.state_dict().items()}
+    save_weights(run_path(config) / WEIGHTS, tensors, {"step": 0, "config": asdict(config)})
+    return run_path(config)

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from metrics.images import ImageFolder
+
 
 def noise(size: tuple[int, int], seed: int, channels: int = 3) -> np.ndarray:
     """Smooth random pixels, uint8 (H, W, C)."""
@@ -22,6 +24,11 @@ def folder(path: Path, count: int, size: tuple[int, int] = (20, 24), first_seed:
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noise(size, first_seed + i)).save(file)
     return path
+
+
+def images_of(path: Path, limit: int | None = None) -> ImageFolder:
+    """Them, as metrics take them."""
+    return ImageFolder(str(path), 3, "--samples", limit)
 
 
 def zipped(path: Path, target: Path) -> Path:

@@ -147,7 +147,7 @@ def test_engines_are_timed_beside_the_one_that_is_chosen():
     [
         ("--ratios=0,1", "accepted: numbers above 0 and up to 1"),
         ("--sizes=2", "accepted: sides from 6"),
-        ("--ops=conv,fft", "fft: accepted: conv, block"),
+        ("--ops=conv,fft", "fft; accepted: conv, block"),
         ("--json=nowhere/rows.json", "a file in a folder that exists"),
         ("--backend=cuda", "invalid choice"),
     ],

@@ -1,6 +1,7 @@
 """The commands that edit given images, as users type them: their files, going on, and wrong input in one line."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 import micro
-from models.factory import build_denoiser, build_encoder, build_latent_model
+from models.factory import build_latent_model
 from runtime.checkpoint import save_weights
 from test_commands import ROOT, fails, run
 from test_editing import photo
@@ -28,11 +29,7 @@ def root(tmp_path_factory) -> Path:
     """Both stages of an untrained model, and two pictures."""
     root = tmp_path_factory.mktemp("edit")
     image, latent = micro.image(root), micro.latent(root)
-    torch.manual_seed(0)
-    networks = {"encoder": build_encoder(image.model, 3, image.size),
-                "denoiser": build_denoiser(image.model, 3, image.size)}  # fmt: skip
-    tensors = {f"{name}.{key}": v for name, network in networks.items() for key, v in network.state_dict().items()}
-    save_weights(root / "micro" / "weights.safetensors", tensors, {"step": 0, "config": asdict(image)})
+    micro.write_run(image)
     prior = build_latent_model(latent.model, image.model.z_dim).state_dict()
     tensors = {**{f"latent_model.{key}": v for key, v in prior.items()}, "mean": torch.zeros(6), "std": torch.ones(6)}
     save_weights(root / "micro_sampler" / "weights.safetensors", tensors, {"step": 0, "config": asdict(latent)})
@@ -102,7 +99,7 @@ def test_inpaint(root, tmp_path):
     known = np.ones((20, 15), bool)
     known[5:15, 5:10] = False
     assert np.array_equal(made[known], given[known]) and not np.array_equal(made[~known], given[~known])
-    assert Image.open(out / "sheet.png").size == (4 * 17 + 2, 2 * 22 + 2)
+    assert Image.open(out / "sheet.png").width == 4 * 15 * 7 + 3 * 8 + 32
 
 
 def test_pictures_change_with_the_mask_of_the_same_name(root, tmp_path):
@@ -144,7 +141,7 @@ def test_super_resolution(root, tmp_path):
     assert list(shapes(tmp_path).values()) == [(32, 24, 3)] * 3
     assert result["start_step"] == 999 and result["size"] == [32, 24] and result["input_size"] == [16, 12]
     assert result["mean"].keys() == {"psnr", "ssim"}
-    assert Image.open(tmp_path / "sheet.png").size == (3 * 26 + 2, 3 * 34 + 2)
+    assert Image.open(tmp_path / "sheet.png").width == 3 * 24 * 5 + 2 * 8 + 32
     goes_on("super_resolution", root, tmp_path, *extra)
 
 
@@ -161,13 +158,17 @@ def test_by_default_other_settings_go_to_another_folder(root):
         done = run([*command("generate_recons", root, "--num_images=1"), f"--sampling_steps={steps}"])
         assert done.returncode == 0, done.stderr
     assert "0 made, 2 were there" in done.stdout
-    folders = sorted((root / "micro" / "recons").glob("val-*"))
+    assert re.search(r"\n1 of (\d+) images; --num_images=\1 for all\n", done.stdout)
+    title, *lines = done.stdout.splitlines()[:3]
+    assert title.split() == ["decoded", "from", "PSNR", "(dB)", "SSIM"]
+    assert [len(line.split()) for line in lines] == [4, 5] and lines[0].startswith("random noise")
+    folders = sorted((root / "micro" / "generate_recons").glob("val-*"))
     steps = {json.loads((folder / "result.json").read_text())["sampling"]["steps"] for folder in folders}
     assert len(folders) == 2 and steps == {"2", "3"}
 
 
 def test_interpolation_of_images(root, tmp_path):
-    extra = (f"--input={root / 'pictures'}", "--steps=4", "--animation=gif")
+    extra = (f"--input={root / 'pictures'}", "--frames=4", "--animation=gif")
     result = succeeds("interpolate", root, tmp_path, *extra)
     assert len(shapes(tmp_path)) == 4 and result["ends"] == ["0.png", "1.png"]
     with Image.open(tmp_path / "animation.gif") as animation:
@@ -183,12 +184,13 @@ def test_interpolation_of_samples(root, tmp_path):
         for flag in micro.arguments(name, {"run.root_dir": root, "run.experiment": of, "run.device": "cpu"})
     ]
     given = ["experiments/interpolate.py", "--config=configs/tiny_latent_config.py", f"--decoder_config={CONFIG}",
-             *stages, *FAST, f"--out_dir={tmp_path}", "--seeds=3,7", "--steps=2", "--sampler=dpmpp",
+             *stages, *FAST, f"--out_dir={tmp_path}", "--seeds=3,7", "--frames=2", "--sampler=dpmpp",
              "--latents=slerp", "--animation=apng"]  # fmt: skip
     fails([*given, "--config.diffusion.steps=7"], "diffusion.steps=7")
     done = run(given)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
+    assert result["input"] == "samples of seed 3 and seed 7"
     assert result["sampling"]["steps"] == "logsnr3" and len(shapes(tmp_path)) == 2
     assert (tmp_path / "animation.png").stat().st_size > 0
 
@@ -196,13 +198,13 @@ def test_interpolation_of_samples(root, tmp_path):
 @pytest.mark.parametrize(
     ("script", "extra", "part"),
     [
-        ("inpaint", ["--input=none.png", "--box=1,1,2,2"], "--input=none.png: nothing there"),
+        ("inpaint", ["--input=none.png", "--box=1,1,2,2"], "--input is none.png: nothing there"),
         ("inpaint", ["--box=1,1,3,3", "--config.model.nf=24"], "model.nf=24"),
         ("inpaint", ["--box=1,1,3,3", "--see_hole"], "all equal with --see_hole"),
         ("super_resolution", ["--start_step=3"], "accepted: with --ddim_encoding"),
         ("generate_recons", ["--sampler=dpmpp"], "stochastic codes belong to DDIM"),
-        ("interpolate", ["--seeds=1,2"], "--seeds, --decoder_config: accepted: both"),
-        ("inpaint", ["--box=0,0,16,12"], "--box=0,0,16,12: mask has only unknown pixels"),
+        ("interpolate", ["--seeds=1,2"], "--seeds, --decoder_config; accepted: both"),
+        ("inpaint", ["--box=0,0,16,12"], "--box is 0,0,16,12: mask has only unknown pixels"),
         ("super_resolution", ["--sampling_steps=1001"], "--sampling_steps: sampling steps are '1001'"),
     ],
 )

@@ -11,12 +11,11 @@ from PIL import Image
 import micro
 from data.pixels import to_float
 from diffusion.conditioning import Known
-from experiments.support.edit_flags import step_count
+from experiments.support.editing import step_count
 from experiments.support.inputs import open_inputs, parse_box, parse_step, read_mask
 from infty_diff.editing import InpaintOptions, enlarged, inpaint, lerp, slerp, super_resolve
 from infty_diff.model import InftyDiff, SamplingOptions
 from metrics.images import ImageFolder
-from models.factory import build_denoiser, build_encoder
 from test_generation import Optimal
 
 FAST = SamplingOptions("5")
@@ -25,8 +24,7 @@ FAST = SamplingOptions("5")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> InftyDiff:
     config = micro.image(tmp_path_factory.mktemp("editing"))
-    torch.manual_seed(0)
-    return InftyDiff(config, *(make(config.model, 3, config.size) for make in (build_encoder, build_denoiser)))
+    return InftyDiff(config, **micro.networks(config))
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +165,7 @@ def test_damage_in_an_archive_is_one_line(model, tmp_path):
         stored[200:220] = bytes(20)
         (tmp_path / "damaged.zip").write_bytes(stored)
         path = str(tmp_path / "damaged.zip")
-        with pytest.raises(ValueError, match=r"--input=.*damaged.zip: a.png cannot be read .*; accepted: undamaged"):
+        with pytest.raises(ValueError, match=r"--input is .*damaged.zip: a.png cannot be read .*; accepted: undamaged"):
             open_inputs(path, model.config.data, (16, 16), 4)
         with pytest.raises(ValueError, match=r"--samples: .*damaged.zip: a.png cannot be read"):
             ImageFolder(path, 3, "--samples")[0]
@@ -219,11 +217,11 @@ def test_faults_of_masks_boxes_and_steps_are_one_line(model, tmp_path):
         inpaint(model, torch.zeros(3, 20, 30), read_mask(str(tmp_path / "mask.png"), (20, 30), (20, 30)), [0],
                 InpaintOptions(FAST))  # fmt: skip
     for text in ("", "1,2,3", "1,2,3,4,5", "a,b,c,d", "-1,0,2,2", "0,0,0,5", "10,0,7,2", "0,10,2,3"):
-        with pytest.raises(ValueError, match=f"--box={text}: accepted"):
+        with pytest.raises(ValueError, match=f"--box is {text}; accepted"):
             parse_box(text, (16, 12))
     assert [parse_step(text, 1000) for text in (None, "0", "999", "0.0", "1.0", ".5")] == [None, 0, 999, 0, 999, 500]
     for text in ("1000", "-1", "1.5", "x", ""):
-        with pytest.raises(ValueError, match=f"--start_step={text}: accepted: 0 to 999"):
+        with pytest.raises(ValueError, match=f"--start_step is {text}; accepted: 0 to 999"):
             parse_step(text, 1000)
     for guidance in (-0.1, 1.0):
         with pytest.raises(ValueError, match="guidance is"):

@@ -22,7 +22,7 @@ from infty_diff.encodings import load_or_encode
 from infty_diff.folder import FolderOptions, contact_sheet, draw_folder, parse_seeds, parse_size
 from infty_diff.latent_prior import LatentPrior
 from infty_diff.model import InftyDiff, SamplingOptions
-from models.factory import build_denoiser, build_encoder, build_latent_model
+from models.factory import build_latent_model
 from models.operators.sparse_conv import native
 from runtime.checkpoint import save_weights
 from runtime.precision import Precision
@@ -33,8 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def build(root, changes=None) -> InftyDiff:
     image, latent = micro.image(root, changes), micro.latent(root)
-    torch.manual_seed(0)
-    networks = [make(image.model, image.data.channels, image.size) for make in (build_encoder, build_denoiser)]
+    networks = micro.networks(image).values()
     prior_model = build_latent_model(latent.model, image.model.z_dim)
     generator = torch.Generator().manual_seed(1)
     mean, std = (torch.rand(image.model.z_dim, generator=generator, dtype=torch.float64) + 0.5 for _ in range(2))
@@ -240,7 +239,7 @@ def test_grey_and_alpha_are_written(tmp_path, channels):
 def test_large_contact_sheets_are_reduced(tmp_path):
     for seed in range(3):
         Image.new("RGB", (1600, 400), (seed * 80, 0, 0)).save(tmp_path / f"{seed:06d}.png")
-    contact_sheet(tmp_path, (400, 1600))
+    contact_sheet(tmp_path)
     assert max(Image.open(tmp_path / "contact_sheet.png").size) < 2200
 
 

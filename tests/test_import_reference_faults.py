@@ -154,8 +154,8 @@ def test_an_error_while_writing_leaves_nothing(theirs, tmp_path, monkeypatch):
 def test_wrong_commands_end_in_one_line_and_write_nothing(theirs, tmp_path):
     there = tmp_path / "runs"
     image, latent = image_arguments(there, theirs / "image"), latent_arguments(there, theirs / "latent")
-    fails([COMMAND], "--checkpoint, --latent_checkpoint: missing; accepted: one of them, or both")
-    fails([COMMAND, *image[:-1]], "--config, --checkpoint: accepted: both, or neither")
+    fails([COMMAND], "--checkpoint, --latent_checkpoint; accepted: one of them, or both")
+    fails([COMMAND, *image[:-1]], "--config, --checkpoint; accepted: both, or neither")
     fails([COMMAND, *image_arguments(there, tmp_path / "none.pkl")], "none.pkl: no such file")
     fails([COMMAND, *image, "--config.model.coordinate_convention=cell_centred"], "accepted: reference, for this")
     # One stage that is right does not save the other.

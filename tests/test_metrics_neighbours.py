@@ -9,17 +9,13 @@ from PIL import Image
 
 from metrics.extractors import pixels_extractor
 from metrics.features import Extraction
-from metrics.images import ImageFolder, Mirrored
-from metrics.nearest import nearest, pixel_distance, random_features_distance, sheet
-from pictures import folder, noise
+from metrics.images import Mirrored
+from metrics.nearest import nearest, pixel_distance, random_features_distance
+from pictures import folder, images_of, noise
 from test_commands import fails, run
 
 CPU = torch.device("cpu")
 SCRIPT = "experiments/nearest_neighbours.py"
-
-
-def images_of(path, limit=None) -> ImageFolder:
-    return ImageFolder(str(path), 3, "--samples", limit)
 
 
 @pytest.fixture
@@ -63,8 +59,6 @@ def test_samples_of_another_size(training, tmp_path):
     Image.fromarray(images[4]).resize((72, 60), Image.Resampling.BICUBIC).save(enlarged / "a.png")
     (row,) = search(images_of(enlarged), [images], random_features_distance(CPU), tmp_path)
     assert row[0].index == 4
-    picture = sheet(images_of(enlarged), [images], [row])
-    assert picture.width > 4 * picture.height > 0
 
 
 def test_the_command_writes_picture_and_table(training, tmp_path):
@@ -75,11 +69,11 @@ def test_the_command_writes_picture_and_table(training, tmp_path):
     common = [SCRIPT, f"--samples={samples}", f"--cache_dir={tmp_path / 'cache'}", "--device=cpu"]
     done = run([*common, f"--reference={training}", "--metric=random_features", "--neighbours=4"])
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "samples_neighbours_random_features.json").read_text())
+    report = json.loads((tmp_path / "samples_nearest_neighbours/random_features.json").read_text())
     first, second = report["nearest"]
     assert first["sample"] == "copy.png" and first["neighbours"][0] == {"image": "part1/0003.png", "distance": 0.0}
     assert len(second["neighbours"]) == 4 and second["neighbours"][0]["distance"] > 0.01
     assert [part["images"] for part in report["training"]] == [12, 12]
-    with Image.open(tmp_path / "samples_neighbours_random_features.png") as picture:
+    with Image.open(tmp_path / "samples_nearest_neighbours/random_features.png") as picture:
         assert picture.height > 2 * 128
-    fails([*common, f"--reference={training}", "--metric=pixels", "--num_samples=3"], "--num_samples=3")
+    fails([*common, f"--reference={training}", "--metric=pixels", "--num_samples=3"], "num_samples is 3")

@@ -33,7 +33,6 @@ def slow_ssim(a: np.ndarray, b: np.ndarray) -> float:
 def test_psnr_of_a_constant_difference():
     a = torch.zeros(2, 3, 4, 5)
     assert psnr(a, a + 0.2).tolist() == pytest.approx([20.0, 20.0])
-    assert psnr(a, a + 25.5, data_range=255).tolist() == pytest.approx([20.0, 20.0])
     assert psnr(a, a).tolist() == [float("inf")] * 2
 
 
@@ -110,6 +109,6 @@ def test_weights_that_cannot_be_had_are_one_line(monkeypatch, tmp_path):
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    with pytest.raises(ValueError, match=r"alex backbone.*not in .*no network.*--weights=PATH") as caught:
+    with pytest.raises(ValueError, match=r"alex backbone.*not in .*no network.*a file of weights") as caught:
         load_lpips("alex")
     assert "\n" not in str(caught.value)

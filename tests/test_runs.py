@@ -12,7 +12,6 @@ from PIL import Image
 import micro
 from configs.schema import ImageConfig, LatentConfig
 from data.splits import place
-from models.factory import build_denoiser, build_encoder
 from pictures import noise
 from runtime.checkpoint import save_weights
 from runtime.stored import stored_config
@@ -32,11 +31,7 @@ def root(tmp_path_factory) -> Path:
             Image.fromarray(noise((20, 16), i)).save(file)
     config = micro.image(root, {"data.name": "folder", "data.root_dir": str(root / "clothing"),
                                 "data.random_flip": False, "diffusion.gaussian_filter_std": 0.5})  # fmt: skip
-    torch.manual_seed(0)
-    networks = {"encoder": build_encoder(config.model, 3, config.size),
-                "denoiser": build_denoiser(config.model, 3, config.size)}  # fmt: skip
-    tensors = {f"{name}.{key}": v for name, network in networks.items() for key, v in network.state_dict().items()}
-    save_weights(root / "micro" / "weights.safetensors", tensors, {"step": 0, "config": asdict(config)})
+    micro.write_run(config)
     return root
 
 
@@ -62,9 +57,9 @@ def test_metrics_compare_with_the_data_of_the_run(root, tmp_path):
     done = run(command("calculate_fid", root, *fid, "--reference_size=18x14"))
     assert json.loads((tmp_path / "fid.json").read_text())["reference"]["size"] == [18, 14], done.stderr
 
-    done = run(command("nearest_neighbours", root, "--metric=pixels", f"--out={tmp_path / 'near.png'}"))
+    done = run(command("nearest_neighbours", root, "--metric=pixels", f"--out_dir={tmp_path}"))
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "near.json").read_text())
+    report = json.loads((tmp_path / "pixels.json").read_text())
     assert [entry["images"] for entry in report["training"]] == [len(training_images(root))]  # and not mirrored
     names = {neighbour["image"] for row in report["nearest"] for neighbour in row["neighbours"]}
     assert names <= set(training_images(root))

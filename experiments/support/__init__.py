@@ -1,0 +1,1 @@
+"""What the commands have in common; each module says what it holds."""

@@ -16,15 +16,20 @@ from data.datasets import open_dataset
 from data.images import ImageSource, fitted, is_image_name, open_source, read_image, stored_bytes
 from data.pixels import to_float
 from diffusion.coordinates import Size
+from metrics.resize import by
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Images (N, C, H, W) in [−1, 1], where each comes from, and its size before it was fitted to (H, W)."""
+    """Images (N, C, H, W) in [−1, 1], where each comes from, and its size before it was fitted to (H, W).
+
+    total: how many images there are; these are the first.
+    """
 
     images: torch.Tensor
     names: list[str]
     own_sizes: list[Size]
+    total: int
 
     def stem(self, i: int) -> str:
         """A file name for what is made of image i: its number and the last part of its name."""
@@ -62,27 +67,29 @@ def open_inputs(path: str | None, data: DataConfig, size: Size, count: int, spli
         dataset = open_dataset(replace(data, img_size=size[0], img_width=size[1], in_memory="never"), split)
         indices = range(min(count, len(dataset)))
         images = torch.stack([dataset[i] for i in indices])
-        return Inputs(to_float(images), [dataset.item_name(i) for i in indices], [size] * len(images))
+        return Inputs(to_float(images), [dataset.item_name(i) for i in indices], [size] * len(images), len(dataset))
     source = _open_source(path)
     images, sizes = [], []
     for i in range(min(count, len(source.names))):
         try:
             image = read_image(stored_bytes(source, i), data.channels)
         except ValueError as error:
-            raise ValueError(f"--input={path}: {source.names[i]} {error}; accepted: undamaged images") from error
+            raise ValueError(f"--input is {path}: {source.names[i]} {error}; accepted: undamaged images") from error
         try:
             fit = torch.from_numpy(np.array(fitted(image, size)))
         except ValueError as error:
-            raise ValueError(f"--input={path}: {source.names[i]} {error}; accepted: that, or a smaller size") from error
+            raise ValueError(
+                f"--input is {path}: {source.names[i]} {error}; accepted: that, or a smaller size"
+            ) from error
         images.append(fit[None] if data.channels == 1 else fit.permute(2, 0, 1))
         sizes.append(image.size[::-1])
-    return Inputs(to_float(torch.stack(images)), source.names[: len(images)], sizes)
+    return Inputs(to_float(torch.stack(images)), source.names[: len(images)], sizes, len(source.names))
 
 
 def _open_source(path: str) -> ImageSource:
     where = Path(path).expanduser()
     if not path or not where.exists():
-        raise ValueError(f"--input={path}: nothing there; accepted: an image, a folder or a zip of images")
+        raise ValueError(f"--input is {path}: nothing there; accepted: an image, a folder or a zip of images")
     return _File(where) if where.is_file() and is_image_name(where.name) else open_source(where, "--input")
 
 
@@ -101,11 +108,11 @@ def read_mask(path: str, own_size: Size, size: Size) -> torch.Tensor:
     try:
         mask = read_image(Path(path).expanduser().read_bytes(), 1)
     except OSError as error:
-        raise ValueError(f"--mask={path}: cannot be read ({error.strerror}); accepted: an image file") from error
+        raise ValueError(f"--mask is {path}: cannot be read ({error.strerror}); accepted: an image file") from error
     except ValueError as error:
-        raise ValueError(f"--mask={path}: {error}") from error
+        raise ValueError(f"--mask is {path}: {error}") from error
     if mask.size[::-1] != tuple(own_size):
-        raise ValueError(f"--mask={path}: {_shown(mask.size[::-1])}; accepted: {_shown(own_size)}, as its image")
+        raise ValueError(f"--mask is {path}: {_shown(mask.size[::-1])}; accepted: {_shown(own_size)}, as its image")
     unknown = mask.point(lambda value: 255 * (value > 127))
     return torch.from_numpy(np.array(fitted(unknown, size, Image.Resampling.BOX))) == 0
 
@@ -119,14 +126,14 @@ def parse_box(text: str, size: Size) -> torch.Tensor:
     match = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*", text)
     top, left, height, width = map(int, match.groups()) if match else (0, 0, 0, 0)
     if min(height, width) < 1 or top + height > size[0] or left + width > size[1]:
-        raise ValueError(f"--box={text}: accepted: top,left,height,width of a box within {_shown(size)}")
+        raise ValueError(f"--box is {text}; accepted: top,left,height,width of a box within {_shown(size)}")
     known = torch.ones(size, dtype=torch.bool)
     known[top : top + height, left : left + width] = False
     return known
 
 
 def parse_step(text: str | None, steps: int) -> int | None:
-    """A step of the process: a whole number "300" from 0 to steps − 1, or a part "0.3" of the way there.
+    """A step of the process: a whole number "300" from 0 to steps − 1, or a fraction "0.3" of the way there.
 
     Raises:
         ValueError: for anything else.
@@ -137,8 +144,8 @@ def parse_step(text: str | None, steps: int) -> int | None:
         return int(text)
     if re.fullmatch(r"\d*\.\d+", text) and float(text) <= 1:
         return round(float(text) * (steps - 1))
-    raise ValueError(f"--start_step={text}: accepted: 0 to {steps - 1}, or a part of the way there, 0.0 to 1.0")
+    raise ValueError(f"--start_step is {text}; accepted: 0 to {steps - 1}, or a fraction of the way there, 0.0 to 1.0")
 
 
 def _shown(size: Size) -> str:
-    return f"{size[0]}x{size[1]} (HxW)"
+    return f"{by(size)} (HxW)"

@@ -27,7 +27,7 @@ def median_speed(lines: list[dict[str, Any]]) -> float:
 
 
 def training_memory(lines: list[dict[str, Any]], pictures_every: int) -> float | None:
-    """Largest GPU memory in GB before the first sample picture, whose full lattices are no part of training.
+    """Largest GPU memory in GB before the first previews, whose full grids are no part of training.
 
     None for runs on a CPU, whose memory is not logged.
     """

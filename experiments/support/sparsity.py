@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
+from experiments.support.tables import aligned
 from metrics.evaluation import SCORES
 
 
@@ -14,7 +15,7 @@ from metrics.evaluation import SCORES
 class RatioResult:
     """What was measured at one ratio.
 
-    ratio: part of the coordinates. points: their number. images_per_second: in training. memory_gb: in training.
+    ratio: fraction of the coordinates. points: their number. images_per_second: in training. memory_gb: in training.
     report: what `metrics.evaluation` found of the samples, None if not computed.
     """
 
@@ -36,7 +37,7 @@ def parse_ratios(text: str) -> list[Fraction]:
     except (ValueError, ZeroDivisionError):
         ratios = []
     if not ratios or not all(0 < ratio <= 1 for ratio in ratios) or len(set(ratios)) < len(ratios):
-        raise ValueError(f"--ratios={text}: accepted: distinct fractions above 0 and up to 1, e.g. 1,1/2,1/4,1/8")
+        raise ValueError(f"--ratios is {text}; accepted: distinct fractions above 0 and up to 1, e.g. 1,1/2,1/4,1/8")
     return ratios
 
 
@@ -62,5 +63,4 @@ def table(results: Sequence[RatioResult], metric: str) -> str:
         scores = ["-" if row[name] is None else f"{scale * row[name]:.2f}" for name, scale in scales.items()]
         lines.append((row["ratio"], str(row["points"]), *scores, f"{row['images_per_second']:.1f}",
                       f"{row['speedup']:.2f}x", f"{row['memory_gb']:.2f} GB"))  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
+    return aligned(lines)

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
-from data.pixels import to_float, to_uint8
+from data.pixels import to_pictures, to_uint8
 from infty_diff.folder import claim_folder, save_png, whole_png
 from runtime.files import to_json, write_json
-from runtime.run_dir import save_grid
+from runtime.sheet import Row, save_sheet
 
 _KEYWORD = "result"  # of the text in each picture's header
 _SHEET_ROWS = 16
@@ -50,7 +49,7 @@ class Results:
         claim_folder(folder, "settings.json", {"settings": settings, "model": model})
         self.folder, self._report = folder, {**settings, **model}
         self._rows: dict[str, dict[str, Any]] = {}  # in the order in which pictures were asked for
-        self._tiles: list[torch.Tensor] = []
+        self._sheet: list[Row] = []
 
     def lacks(self, name: str, made_from: str) -> bool:
         """Whether NAME.png, made from inputs of this digest, must still be made; asked of every picture of a report."""
@@ -66,18 +65,20 @@ class Results:
         save_png(self.folder / f"{name}.png", to_uint8(image.cpu()), {_KEYWORD: text})
         self._rows[name] = row
 
-    def show(self, images: Sequence[torch.Tensor], names: Sequence[str] = ()) -> None:
-        """Append a row to the sheet: images (C, H, W), then pictures of the folder by their names."""
-        if len(self._tiles) < _SHEET_ROWS * (len(images) + len(names)):
-            self._tiles += [*images, *map(self._picture, names)]
+    def show(
+        self, label: str, images: Sequence[torch.Tensor], names: Sequence[str], captions: Sequence[str] = ()
+    ) -> None:
+        """Append a row to the sheet: images (C, H, W) in [−1, 1], then pictures of the folder by their names."""
+        if len(self._sheet) < _SHEET_ROWS:
+            pictures = [picture for image in images for picture in to_pictures(image[None])]
+            self._sheet.append(Row([*pictures, *map(self._picture, names)], label, captions))
 
-    def _picture(self, name: str) -> torch.Tensor:
+    def _picture(self, name: str) -> Image.Image:
         with Image.open(self.folder / f"{name}.png") as image:
-            pixels = torch.from_numpy(np.array(image))
-        return to_float(pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1))
+            return image.copy()
 
-    def finish(self, per_row: int) -> dict[str, float]:
-        """Write the sheet, `per_row` images in a row, and the report; return the means of what was measured."""
+    def finish(self, columns: Sequence[str] = ()) -> dict[str, float]:
+        """Write the sheet with titles of its columns, and the report; return the means of what was measured."""
         rows = [{"picture": f"{name}.png", **row} for name, row in self._rows.items()]
         measures: dict[str, list[float]] = {}
         for row in rows:
@@ -85,6 +86,6 @@ class Results:
                 if isinstance(value, float):
                     measures.setdefault(key, []).append(value)
         means = {key: round(sum(values) / len(values), 4) for key, values in measures.items()}
-        save_grid(self.folder / "sheet.png", torch.stack(self._tiles), per_row)
+        save_sheet(self.folder / "sheet.png", self._sheet, columns)
         write_json(self.folder / "result.json", {**self._report, "mean": means, "results": rows})
         return means

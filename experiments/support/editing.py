@@ -11,11 +11,11 @@ from tqdm import tqdm
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.coordinates import Size
 from diffusion.factory import build_image_process
-from experiments.support import sampling_flags
 from experiments.support.inputs import Inputs, open_inputs
-from infty_diff.folder import check_steps, final_estimate, parse_size
+from experiments.support.options import define
+from experiments.support.results import Results, digest
+from infty_diff.folder import check_steps, final_estimate
 from infty_diff.model import InftyDiff
-from infty_diff.results import Results, digest
 from infty_diff.sampling import SamplingOptions
 from metrics.similarity import SSIM_WINDOW, PairDistance, psnr, ssim
 from runtime.files import file_digest
@@ -25,21 +25,15 @@ from runtime.stored import WEIGHTS
 FLAGS = flags.FLAGS
 
 
-def define_flags(num_images: int, size_help: str) -> None:
-    """Flags of every such command; the size is of what `size_help` says."""
+def define_flags(num_images: int | None, default_size: str = "the training size") -> None:
+    """Flags of every such command; num_images: the default of --num_images, None for a command without it."""
     flags.DEFINE_string("input", None, "image, folder or zip of images of any size; default: --split of the data set")
     flags.DEFINE_enum("split", "val", ("train", "val"), "split of the data set, without --input")
-    flags.DEFINE_integer("num_images", num_images, "take at most so many images", lower_bound=1)
-    flags.DEFINE_string("sample_img_size", None, f"side, or height x width as in 192x320, of {size_help}")
-    sampling_flags.define_flags()
-    flags.DEFINE_string(
-        "out_dir", None, "folder of the results; default: COMMAND/INPUT-DIGEST_OF_SETTINGS in the folder of the run"
-    )
-
-
-def requested_size() -> Size | None:
-    """--sample_img_size, or None."""
-    return parse_size(FLAGS.sample_img_size) if FLAGS.sample_img_size else None
+    if num_images is not None:
+        flags.DEFINE_integer("num_images", num_images, "take at most so many images", lower_bound=1)
+    define("sample_img_size", "sampling_steps", "sampler", "eta", "inv_snr", "out_dir",
+           sample_img_size=f"; default: {default_size}",
+           out_dir="; default: COMMAND/INPUT-DIGEST_OF_SETTINGS in the folder of the run")  # fmt: skip
 
 
 def open_model(config: ImageConfig, sampling: SamplingOptions, latent: LatentConfig | None = None) -> InftyDiff:
@@ -50,9 +44,9 @@ def open_model(config: ImageConfig, sampling: SamplingOptions, latent: LatentCon
     return model
 
 
-def open_images(model: InftyDiff, size: Size) -> Inputs:
-    """The images of the flags, fitted to `size`."""
-    return open_inputs(FLAGS.input, model.config.data, size, FLAGS.num_images, FLAGS.split)
+def open_images(model: InftyDiff, size: Size, count: int | None = None) -> Inputs:
+    """The first `count` images of the flags, by default --num_images, fitted to `size`."""
+    return open_inputs(FLAGS.input, model.config.data, size, count or FLAGS.num_images, FLAGS.split)
 
 
 def open_results(
@@ -61,6 +55,7 @@ def open_results(
     sampling: SamplingOptions,
     settings: dict[str, Any],
     latent_run: Path | None = None,
+    source: str | None = None,
 ) -> Results:
     """The folder of the results of a command.
 
@@ -68,12 +63,14 @@ def open_results(
         command: its name.
         settings: what the pictures depend on beside the model, the images and the flags common to all commands.
         latent_run: of the sampler, where one is needed.
+        source: what the pictures are made from, if not --input or --split.
     """
-    source = str(Path(FLAGS.input).expanduser().resolve()) if FLAGS.input else f"split {FLAGS.split}"
+    name = source or (PurePath(FLAGS.input).stem if FLAGS.input else FLAGS.split)
+    source = source or (str(Path(FLAGS.input).expanduser().resolve()) if FLAGS.input else f"split {FLAGS.split}")
     settings = {"input": source, "sampling": asdict(sampling), **settings} | final_estimate(build_image_process(config))
     runs = {"image_run": run_path(config), **({"latent_run": latent_run} if latent_run else {})}
     model = {name: file_digest(run / WEIGHTS) for name, run in runs.items()}
-    default = f"{PurePath(FLAGS.input).stem if FLAGS.input else FLAGS.split}-{digest(settings, model)[:8]}"
+    default = f"{name.replace(' ', '_')}-{digest(settings, model)[:8]}"
     return Results(Path(FLAGS.out_dir) if FLAGS.out_dir else run_path(config) / command / default, settings, model)
 
 
@@ -97,3 +94,11 @@ def similarity(a: torch.Tensor, b: torch.Tensor, lpips: PairDistance | None = No
     if lpips is not None:
         measures["lpips"] = lpips(a, b)
     return {name: round(float(value), 4) for name, value in measures.items()}
+
+
+def summary(results: Results, made: int, wanted: int, inputs: Inputs) -> str:
+    """The last lines of a command: what was made, what was there, where it is, and how many images there are."""
+    lines = [f"{made} made, {wanted - made} were there: {results.folder}"]
+    if inputs.total > len(inputs.names):
+        lines.append(f"{len(inputs.names)} of {inputs.total} images; --num_images={inputs.total} for all")
+    return "\n".join(lines)

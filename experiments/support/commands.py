@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from absl import flags
 
-from metrics.extractors import EXTRACTORS, open_extractor
+from experiments.support.options import define
+from metrics.extractors import open_extractor
 from runtime.processes import Processes
 
 FLAGS = flags.FLAGS
@@ -24,23 +25,21 @@ _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of ru_maxrss
 
 def define_scoring_flags(num_samples: int) -> None:
     """The flags of experiments that draw samples and score them."""
-    flags.DEFINE_integer("num_samples", num_samples, "samples scored", lower_bound=2)
-    flags.DEFINE_string("latent_sampling_steps", None, "step subset of the latent model; default: all steps")
-    flags.DEFINE_integer("sample_batch_size", 16, "images drawn together on a GPU", lower_bound=1)
-    models = [name for name in EXTRACTORS if name != "encoder"]  # whose features differ between the models compared
-    flags.DEFINE_enum("fid_model", "clip_vit_b_32", models, "feature extractor of the Fréchet distance")
-    flags.DEFINE_string("fid_weights", None, "file of the extractor's weights; default: the usual cache, or a download")
+    define(f"num_samples={num_samples}", "latent_sampling_steps", "sample_batch_size", "model", "weights",
+           num_samples=" that are scored")  # fmt: skip
 
 
 def metric_name() -> str:
-    """What --fid_model measures, for tables and axes; random features have no name of their own."""
+    """What --model measures, for tables and axes; random features have no name of their own."""
     names = {"clip_vit_b_32": "FID_CLIP", "inception_v3": "FID", "efficientnet_lite0": "FD_EffNetLite0"}
-    return names.get(FLAGS.fid_model, f"FD ({FLAGS.fid_model.replace('_', ' ')})")
+    return names.get(FLAGS.model, f"FD ({FLAGS.model.replace('_', ' ')})")
 
 
 def require_extractor() -> None:
-    """Refuse weights that are missing or wrong before the hours of work whose result they are to score."""
-    open_extractor(FLAGS.fid_model, torch.device("cpu"), FLAGS.fid_weights)
+    """Refuse an extractor that cannot be had before the hours of work whose result it is to score."""
+    if FLAGS.num_samples < 2:
+        raise ValueError(f"--num_samples is {FLAGS.num_samples}; accepted: at least 2, to be scored")
+    open_extractor(FLAGS.model, torch.device("cpu"), FLAGS.weights)
 
 
 def run(script: str, *arguments: str) -> float:
@@ -85,8 +84,8 @@ def score(samples: Path, report: Path, reference: Sequence[str]) -> dict[str, An
     """
     newest = max(file.stat().st_mtime_ns for file in samples.glob("[0-9]*.png"))
     known = json.loads(report.read_text()) if report.exists() and report.stat().st_mtime_ns > newest else {}
-    if (known.get("num_samples"), known.get("extractor", {}).get("name")) != (FLAGS.num_samples, FLAGS.fid_model):
-        weights = [f"--weights={FLAGS.fid_weights}"] if FLAGS.fid_weights else []
-        run("experiments/calculate_fid.py", f"--samples={samples}", *reference, f"--model={FLAGS.fid_model}", *weights,
+    if (known.get("num_samples"), known.get("extractor", {}).get("name")) != (FLAGS.num_samples, FLAGS.model):
+        weights = [f"--weights={FLAGS.weights}"] if FLAGS.weights else []
+        run("experiments/calculate_fid.py", f"--samples={samples}", *reference, f"--model={FLAGS.model}", *weights,
             f"--num_samples={FLAGS.num_samples}", f"--json={report}")  # fmt: skip
     return json.loads(report.read_text())

@@ -1,0 +1,51 @@
+"""What the commands that compare samples with a data set have in common: flags, and the checks before the work."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from absl import flags
+
+from configs.schema import ImageConfig
+from experiments.support.options import define
+from infty_diff.model import InftyDiff
+from infty_diff.shipped import resolve
+from metrics.extractors import Extractor, encoder_extractor
+from runtime.command import readable_errors
+from runtime.files import file_digest
+from runtime.precision import pick_device
+
+FLAGS = flags.FLAGS
+
+
+def define_flags(compared: str, encoder: str) -> None:
+    """Flags of every such command.
+
+    Args:
+        compared: what the images are called that samples are compared with.
+        encoder: what the encoder of --encoder_run is for.
+    """
+    define("device", "cache_dir", "weights")
+    flags.DEFINE_string("samples", None, "folder or zip of samples")
+    flags.DEFINE_string("encoder_run", None, f"stage-one run whose encoder {encoder}")
+    flags.DEFINE_string("reference", None, f"folder or zip of {compared} images, instead of --config")
+
+
+def compare(configs: dict[str, Any], work: Callable[[ImageConfig | None, Path, torch.device], str]) -> None:
+    """Print what `work` says of the samples, given --config if any."""
+    with readable_errors():
+        config: ImageConfig | None = configs.get("config")
+        if not FLAGS.samples:
+            raise ValueError("--samples is missing; accepted: a folder or zip of images")
+        if (config is None) == (FLAGS.reference is None):
+            raise ValueError("--reference, --config; accepted: exactly one of them")
+        said = work(config, Path(FLAGS.samples), pick_device(FLAGS.device))
+    print(said)
+
+
+def encoder_of_run(device: torch.device) -> Extractor:
+    """The encoder of --encoder_run."""
+    model = InftyDiff.from_runs(FLAGS.encoder_run, device=device).in_full_precision()
+    weights = file_digest(resolve(FLAGS.encoder_run).image)
+    return encoder_extractor(model.encode, model.config.size, model.config.data.channels, weights)

@@ -1,0 +1,69 @@
+"""The flags that several commands have: each is defined here, once, and means the same everywhere."""
+
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+
+from diffusion.samplers import SAMPLERS
+from diffusion.schedules import STEPS_ACCEPTED
+from infty_diff.folder import parse_size
+from infty_diff.sampling import SamplingOptions
+from metrics.extractors import EXTRACTORS
+from metrics.features import Extraction
+from metrics.resize import by
+
+FLAGS = flags.FLAGS
+_LEAST_0, _LEAST_1 = {"lower_bound": 0}, {"lower_bound": 1}
+_STEPS = ", ".join(f"{sampler.steps} for {name}" for name, sampler in SAMPLERS.items())
+
+# Name -> what defines it, its default, its help, what it accepts.
+_FLAGS: dict[str, tuple[Callable[..., Any], Any, str, dict[str, Any]]] = {
+    "cache_dir": (flags.DEFINE_string, str(Extraction.cache_dir), "folder that keeps features of real images", {}),
+    "device": (flags.DEFINE_string, "auto", "device to run on: auto, cpu, cuda or cuda:1", {}),
+    "eta": (flags.DEFINE_float, SamplingOptions.eta, "noise of DDIM, 0 to 1", {}),
+    "inv_snr": (flags.DEFINE_float, SamplingOptions.inv_snr,
+                "inverse signal-to-noise ratio of the Wiener filter that undoes the mollifier", {}),
+    "latent_sampling_steps": (flags.DEFINE_string, None, "step subset of the latent model; default: all steps", {}),
+    "model": (flags.DEFINE_enum, "clip_vit_b_32", "feature extractor of the metrics",
+              {"enum_values": (*EXTRACTORS, "encoder")}),
+    "num_samples": (flags.DEFINE_integer, None, "number of samples", _LEAST_1),
+    "out_dir": (flags.DEFINE_string, None, "folder of the results", {}),
+    "sample_batch_size": (flags.DEFINE_integer, 16, "images drawn together on a GPU", _LEAST_1),
+    "sample_img_size": (flags.DEFINE_string, None, "size of the results, a side or height x width as in 192x320", {}),
+    "sampler": (flags.DEFINE_enum, SamplingOptions.sampler, "sampler of the images", {"enum_values": SAMPLERS}),
+    "sampling_steps": (flags.DEFINE_string, SamplingOptions.steps,
+                       f"step subset of the images: {STEPS_ACCEPTED}; default: {_STEPS}", {}),
+    "seed": (flags.DEFINE_integer, 0, "seed of the noise of the first image; later ones follow", _LEAST_0),
+    "seeds": (flags.DEFINE_string, None, "seeds of the noise, one result each: 0-99 or 3,7,10-12", {}),
+    "weights": (flags.DEFINE_string, None, "file of pretrained weights; default: the usual cache, else a download", {}),
+}  # fmt: skip
+
+
+def define(*names: str, **notes: str) -> None:
+    """Define some of these flags.
+
+    Args:
+        names: of the flags; "seeds=0-3" gives one another default.
+        notes: by the name of a flag, what its help says of this command.
+    """
+    for name, _, value in (name.partition("=") for name in names):
+        definer, default, text, accepted = _FLAGS[name]
+        what, _, usual = text.partition("; default: ")
+        what += notes.get(name, "") + (f"; default: {usual}" if usual and not value else "")
+        definer(name=name, default=value or default, help=what, **accepted)
+
+
+def sampling_options() -> SamplingOptions:
+    """--sampling_steps, --sampler, --eta and --inv_snr."""
+    return SamplingOptions(FLAGS.sampling_steps, FLAGS.sampler, FLAGS.eta, FLAGS.inv_snr)
+
+
+def requested_size() -> tuple[int, int] | None:
+    """--sample_img_size as (H, W), or None."""
+    return parse_size(FLAGS.sample_img_size) if FLAGS.sample_img_size else None
+
+
+def settings_name(size: tuple[int, int], steps: str, sampler: str = "ddim") -> str:
+    """Name a folder of samples after its settings, e.g. 192x320_ddim100."""
+    return f"{by(size)}_{sampler}{steps.replace(',', '-').removeprefix(sampler)}"
