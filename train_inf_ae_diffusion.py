@@ -4,7 +4,7 @@
         --config.run.experiment="ffhq_mollified_256" --config.data.root_dir=PATH
 
 The run is kept in <run.root_dir>/<run.experiment>: config.json, metrics.jsonl, images/, checkpoints/ and
-weights.safetensors (averaged weights for sampling). The same command continues an interrupted run.
+weights.safetensors (EMA weights for sampling). The same command continues an interrupted run.
 
 On several GPUs: torchrun --standalone --nproc_per_node=8 train_inf_ae_diffusion.py …, which share the train.batch_size
 images of each step. A run may be continued with another number of GPUs.

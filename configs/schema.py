@@ -54,8 +54,8 @@ class DataConfig:
         shapes=True,
     )
     root_dir: str = option("", "folder, zip, LMDB or .npz of the images; unused for procedural functions")
-    img_size: int = option(256, "height of the training lattice in pixels", low=4, shapes=True)
-    img_width: int = option(256, "width of the training lattice in pixels", low=4, derived="data.img_size", shapes=True)
+    img_size: int = option(256, "height of the training images in pixels", low=4, shapes=True)
+    img_width: int = option(256, "width of the training images in pixels", low=4, derived="data.img_size", shapes=True)
     channels: int = option(3, "image channels", choices=(1, 3, 4), shapes=True)
     random_flip: bool = option(True, "mirror training images at random")
     split: str = option(
@@ -65,7 +65,7 @@ class DataConfig:
         choices=("published", "authors"),
         shapes=True,
     )
-    val_ratio: float = option(0.05, "part held out where no published split exists", low=0.0, high=0.9, shapes=True)
+    val_ratio: float = option(0.05, "fraction held out where no published split exists", low=0.0, high=0.9, shapes=True)
     on_error: str = option("raise", "what to do with a corrupt or too small image", choices=("raise", "skip"))
     in_memory: str = option("auto", "keep decoded images in memory", choices=("auto", "always", "never"))
     memory_gb: float = option(8.0, "largest decoded data set kept in memory when in_memory=auto", low=0.0)
@@ -87,13 +87,13 @@ class TrainConfig:
     )
     load_checkpoint: bool = option(True, "continue the newest checkpoint of the run if there is one")
     plot_graph_steps: int = option(100, "steps between log lines", low=1)
-    plot_samples_steps: int = option(5000, "steps between sample pictures", low=1)
+    plot_samples_steps: int = option(5000, "steps between previews", low=1)
     checkpoint_steps: int = option(10000, "steps between checkpoints", low=1)
     keep_checkpoints: int = option(2, "newest checkpoints kept on disk", low=1)
-    sample_size: int = option(8, "images in a sample picture", low=1)
-    plot_sampling_steps: str = option("100", "step subset used for sample pictures")
-    ema_update_every: int = option(10, "steps between updates of the averaged weights", low=1)
-    ema_decay: float = option(0.995, "decay of the averaged weights", low=0.0, high=1.0)
+    sample_size: int = option(8, "images in a preview", low=1)
+    plot_sampling_steps: str = option("100", "step subset used for previews")
+    ema_update_every: int = option(10, "steps between updates of the EMA weights", low=1)
+    ema_decay: float = option(0.995, "decay of the EMA weights", low=0.0, high=1.0)
     gradient_clip: float = option(1.0, "largest gradient norm per network; 0 = no clipping", low=0.0)
     compile: str = option(
         "auto",
@@ -101,7 +101,7 @@ class TrainConfig:
         choices=("auto", "off", "default", "reduce-overhead", "max-autotune"),
     )
     recompute: bool = option(False, "keep no activations inside residual blocks: less memory, a third more arithmetic")
-    init_from: str = option("", "folder of a run whose averaged weights a new run starts from", shapes=True)
+    init_from: str = option("", "folder of a run whose EMA weights a new run starts from", shapes=True)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class ImageTrainConfig(TrainConfig):
 @dataclass(frozen=True)
 class LatentTrainConfig(TrainConfig):
     batch_size: int = option(256, "latents per step, over all processes", low=1)
-    plot_samples_steps: int = option(20000, "steps between sample pictures", low=1)
+    plot_samples_steps: int = option(20000, "steps between previews", low=1)
     calculate_test_loss_steps: int = option(10000, "steps between evaluations on held-out latents", low=1)
     test_loss_repeats: int = option(10, "noise draws per held-out latent in an evaluation", low=1)
 
@@ -253,7 +253,7 @@ class LatentDiffusionConfig:
 @dataclass(frozen=True)
 class McIntegralConfig:
     type: str = option("uniform", "how coordinates are drawn", choices=("uniform", "halton", "sobol"), shapes=True)
-    ratio: float = option(0.25, "part of the lattice seen per image", low=0.0, high=1.0, shapes=True)
+    ratio: float = option(0.25, "fraction of the lattice seen per image", low=0.0, high=1.0, shapes=True)
     q_sample: int = option(
         16384,
         "points seen per image",
@@ -291,7 +291,7 @@ class LatentOptimizerConfig(OptimizerConfig):
 
 @dataclass(frozen=True)
 class LatentDataConfig:
-    test_ratio: float = option(0.05, "part of the images whose latents are held out", low=0.0, high=0.9, shapes=True)
+    test_ratio: float = option(0.05, "fraction of the images whose latents are held out", low=0.0, high=0.9, shapes=True)
     fid_samples: int = option(50000, "number of samples for FID", low=1)
 
 

@@ -8,7 +8,7 @@ it is the data which that run was trained on; data.root_dir says where they lie.
 torch and open_clip, are downloaded, or are given by --weights. Those of --model=efficientnet_lite0 come with a package
 of the extra `eval`; --model=random_features needs none, and measures nothing but that everything works. Features of the
 reference are kept in --cache_dir. The report is printed and written as JSON, by default into the folder of the samples.
-Beside the distance it has its floor, that of as many real images. Under torchrun the first process does the work.
+Beside the distance it has its floor, that of as many real images. Under torchrun rank 0 does the work.
 
 --protocol=clean (default) takes the PNGs as they are, and the images of the training split unmirrored.
 --protocol=reference does what the authors do: mollified samples (--save_raw) as float16, Wiener-filtered here and

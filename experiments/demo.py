@@ -66,5 +66,5 @@ def overview() -> list[Row]:
     return rows
 
 
-if __name__ == "__main__" and Processes.from_environment().is_first:
+if __name__ == "__main__" and Processes.from_environment().is_rank_0:
     main()

@@ -53,7 +53,7 @@ def main(configs: dict[str, Any], _: dict[str, list[str]], processes: Processes)
         provenance = {"image_run": file_digest(image_run / WEIGHTS), "latent_run": file_digest(latent_run / WEIGHTS)}
         out_dir = Path(FLAGS.out_dir) if FLAGS.out_dir else latent_run / "samples" / folder_name(options, model.process)
         drawn = draw_folder(model, out_dir, seeds, options, provenance, processes)
-    if processes.is_first:
+    if processes.is_rank_0:
         print(f"{drawn} images drawn, {len(seeds) - drawn} were there: {out_dir}")
 
 

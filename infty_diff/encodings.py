@@ -50,7 +50,7 @@ def load_or_encode(model: InftyDiff, data: DataConfig, image_run: Path, processe
         views = [_encode(full, dataset, data, flip, processes) for flip in (False, True)[: 1 + data.random_flip]]
         mu, logvar = (None if parts[0] is None else torch.stack(parts, dim=1) for parts in zip(*views))
         tensors = LatentSet.create(mu, logvar, names).to_tensors()
-        if processes.is_first:
+        if processes.is_rank_0:
             save_weights(path, tensors, key)
     else:
         log.info("latents of %d images from %s", len(dataset), path)
@@ -78,7 +78,7 @@ def _encode(
     batches = sequential(dataset, _BATCH, flip=flip, num_workers=data.num_workers, indices=share)
     name = "encoding mirrored images" if flip else "encoding images"
     parts = []
-    for images in tqdm(batches, name, last - first, disable=None if processes.is_first else True):
+    for images in tqdm(batches, name, last - first, disable=None if processes.is_rank_0 else True):
         parts.append(model.encode_distribution(to_device(images, model.device)))
     # Read at the end: a GPU would wait for the next batch while the host waits for this one.
     parts = [(mu.cpu(), None if logvar is None else logvar.cpu()) for mu, logvar in parts]

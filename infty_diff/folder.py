@@ -75,18 +75,18 @@ def draw_folder(
         claim_folder(out_dir, "manifest.json", {"settings": settings, "model": provenance})
         return [seed for seed in seeds if not _is_done(out_dir, seed, options)]
 
-    missing = processes.from_first(claim)
+    missing = processes.from_rank_0(claim)
     share = missing[processes.rank :: processes.world_size]
     # One at a time costs a CPU nothing, and makes the files equal bit for bit whatever is drawn beside them; a GPU
     # needs batches, whose size changes the rounding of its products.
     together = 1 if model.device.type == "cpu" else options.batch_size
-    with tqdm(total=len(share), unit="image", disable=None if processes.is_first else True) as bar:
+    with tqdm(total=len(share), unit="image", disable=None if processes.is_rank_0 else True) as bar:
         for start in range(0, len(share), together):
             batch = share[start : start + together]
             _draw_batch(model, out_dir, batch, options)
             bar.update(len(batch))
     processes.agree()  # all images are there
-    if processes.is_first:
+    if processes.is_rank_0:
         contact_sheet(out_dir)
     return len(missing)
 

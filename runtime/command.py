@@ -62,9 +62,9 @@ class Command:
         """Parse `sys.argv`, print the resolved configuration under --dry_run, else call `main(configs, overridden)`.
 
         `configs` holds the frozen configurations by flag name, `overridden` the fields set on the command line. Under
-        torchrun the first process calls `main`, and the others wait.
+        torchrun rank 0 calls `main`, and the others wait.
         """
-        self.run_in_all(lambda *given, processes: main(*given) if processes.is_first else None)
+        self.run_in_all(lambda *given, processes: main(*given) if processes.is_rank_0 else None)
 
     def run_in_all(self, main: Callable[..., None]) -> None:
         """As `run`, but under torchrun all processes call `main(configs, overridden, processes=…)`."""
@@ -72,10 +72,10 @@ class Command:
             processes = Processes.from_environment()
 
         def body(_: list[str]) -> None:
-            level = logging.INFO if processes.is_first else logging.WARNING
+            level = logging.INFO if processes.is_rank_0 else logging.WARNING
             logging.basicConfig(level=level, format="%(message)s", force=True)
             if flags.FLAGS.dry_run:
-                if processes.is_first:
+                if processes.is_rank_0:
                     plain = {name: asdict(config) for name, config in self.configs.items()}
                     print(json.dumps(plain, indent=2, allow_nan=False))
                 return
@@ -84,7 +84,7 @@ class Command:
             try:
                 main(self.configs, self.overridden, processes=processes)
             except KeyboardInterrupt:  # met by every process, at any point: too late to agree on anything
-                if processes.is_first:
+                if processes.is_rank_0:
                     print("error: interrupted; the same command goes on from here", file=sys.stderr)
                 sys.exit(130)
             processes.agree()
@@ -100,7 +100,7 @@ class Command:
 
     def _parse(self, argv: list[str], processes: Processes) -> list[str]:
         if any(arg in ("--help", "-h", "-help") for arg in argv):
-            if processes.is_first:
+            if processes.is_rank_0:
                 print(self._help())
             sys.exit(0)
         faults, rest = [], argv[:1]

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _FAULT = 1 << 30  # above every number that processes agree on
-# One process may wait for another's pictures or samples however long they take; should one end, torchrun ends all.
+# One process may wait for the previews or samples of another however long they take; should one end, torchrun ends all.
 _TIMEOUT = timedelta(days=7)
 _PATIENCE = timedelta(minutes=10)  # of a process with a fault, until the others listen
 
@@ -60,7 +60,7 @@ class Processes:
         return cls(rank, world_size, local_rank)
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_0(self) -> bool:
         """Whether this is the process that writes and reports."""
         return self.rank == 0
 
@@ -97,11 +97,11 @@ class Processes:
         self.agree()
         return _gathered(value)
 
-    def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns, called by the first process alone; it must pickle."""
+    def from_rank_0(self, make: Callable[[], T]) -> T:
+        """What `make` returns, called by rank 0 alone; it must pickle."""
         if self.world_size == 1:
             return make()
-        made = [make() if self.is_first else None]
+        made = [make() if self.is_rank_0 else None]
         self.agree()
         dist.broadcast_object_list(made)
         return made[0]
@@ -113,7 +113,7 @@ ALONE = Processes()
 def leave(faults: list[str], status: int = 2) -> NoReturn:
     """Print one line per fault on standard error and exit with `status`.
 
-    Connected processes exit together, with the largest status. The first prints its own faults, and of others what it
+    Connected processes exit together, with the largest status. Rank 0 prints its own faults, and of others what it
     did not meet itself; should they not come, as when one waits for this process inside a step, it leaves alone.
     """
     if dist.is_available() and dist.is_initialized():

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 class RunDir:
     """Files of one run under `<run.root_dir>/<run.experiment>/`.
 
-    Nothing is written before `start`. Of several processes the first alone calls it, and what follows it.
+    Nothing is written before `start`. Of several processes rank 0 alone calls it, and what follows it.
 
     `config.json` holds the configuration in force. `history.jsonl` says how it came about, one JSON object a line:
     {"step": 3, "changed": {"train.amp": [true, false]}} for fields with another value from that step on, old and new;
@@ -116,7 +116,7 @@ class RunDir:
         if self._wandb is not None:
             self._wandb.log(metrics, step=metrics["step"])
 
-    def save_images(self, step: int, rows: dict[str, torch.Tensor]) -> Path:
+    def save_previews(self, step: int, rows: dict[str, torch.Tensor]) -> Path:
         """Write `images/step_XXXXXXXX.png`: a labelled row for each kind.
 
         Args:

@@ -110,7 +110,7 @@ def test_a_state_of_another_version_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("make", [image_trainer, latent_trainer])
-def test_a_run_starts_from_the_averaged_weights_of_another(tmp_path, make, caplog):
+def test_a_run_starts_from_the_ema_weights_of_another(tmp_path, make, caplog):
     source = make(tmp_path / "source")
     source.run()
     tensors, _ = load_weights(source.run_dir.path / "weights.safetensors")
@@ -126,7 +126,7 @@ def test_a_run_starts_from_the_averaged_weights_of_another(tmp_path, make, caplo
     count = sum(len(module.state_dict()) for module in trainer.stage.modules.values())
     assert sum(origin["tensors"].values()) == count and origin["weights_step"] == 6
     (line,) = [r.message for r in caplog.records if r.message.startswith("starting from")]
-    assert "averaged weights of step 6" in line and "averages, optimiser, steps" in line
+    assert "EMA weights of step 6" in line and "EMA, optimiser, steps" in line
     assert ("mean, std are this run's own" in line) == (make is latent_trainer)
 
     trainer.run()
@@ -153,7 +153,7 @@ def test_weights_that_do_not_fit_are_one_line(tmp_path, changes, said):
     assert not trainer.run_dir.path.exists()
 
 
-def test_held_out_loss_is_the_loss_of_the_averages_with_fixed_draws(tmp_path):
+def test_held_out_loss_is_the_loss_of_the_ema_weights_with_fixed_draws(tmp_path):
     changes = {"model.stochastic_encoding": True, "model.learn_sigma": True, "model.uno_dropout": 0.5,
                "data.val_ratio": 0.9}  # fmt: skip
     trainer = image_trainer(tmp_path, changes)

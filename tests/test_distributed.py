@@ -94,7 +94,7 @@ def image(root: Path, processes: Processes) -> None:
         raise ValueError("17.png is damaged")
 
     trainer = image_trainer(root / "image", processes=processes)
-    if not processes.is_first:
+    if not processes.is_rank_0:
         trainer.stage.batches = damaged
     trainer.run()
 
@@ -108,7 +108,7 @@ def overflowing(root: Path, processes: Processes, steps: range, changes: dict | 
         value, scalars = plain(*given)
         return value * (torch.inf if trainer.step in steps else 1.0), scalars
 
-    if not processes.is_first:
+    if not processes.is_rank_0:
         trainer.stage.loss = loss
     return trainer
 
@@ -119,7 +119,7 @@ def loss(root: Path, processes: Processes) -> None:
 
 
 def state(root: Path, processes: Processes) -> None:
-    """A state that is not finite, which the first process alone writes."""
+    """A state that is not finite, which rank 0 alone writes."""
     trainer = image_trainer(root / "state", {"train.checkpoint_steps": 2}, processes)
     update = trainer.ema.update
 

@@ -192,7 +192,7 @@ def test_pictures_of_training_show_it(tmp_path, make):
         averaged = {"latent_model": trainer.stage.model}
     else:
         averaged = {**trainer.stage.modules, "denoiser": Knows(picture(size))}
-    rows = trainer.stage.pictures(averaged)
+    rows = trainer.stage.previews(averaged)
     expected = picture(size).expand_as(rows["deblurred"])
     torch.testing.assert_close(rows["deblurred"], expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(rows["mollified"], Mollifier(1.0, size)(expected), rtol=0, atol=1e-5)

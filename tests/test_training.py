@@ -1,4 +1,4 @@
-"""The training loop: exact resume, checkpoints that survive anything, averages, clipping, precision."""
+"""The training loop: exact resume, checkpoints that survive anything, EMA weights, clipping, precision."""
 
 import copy
 import json
@@ -80,7 +80,7 @@ def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
     (latent_trainer, {"model.dropout": 0.2, "model.learn_sigma": True}),
 ], ids=["image", "image-learned-lossaware-stochastic", "image-multiscale-sobol", "latent"])  # fmt: skip
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path, make, changes):
-    """n + n steps give bit for bit what 2n steps give: weights, averages, optimiser, metrics."""
+    """n + n steps give bit for bit what 2n steps give: weights, EMA weights, optimiser, metrics."""
     whole = make(tmp_path / "whole", changes)
     whole.run()
     make(tmp_path / "parts", {**changes, "train.steps": 3}).run()
@@ -151,17 +151,17 @@ def test_signal_saves_and_stops(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_signal_during_pictures_does_not_wait_for_them(tmp_path):
+def test_signal_during_previews_does_not_wait_for_them(tmp_path):
     trainer = image_trainer(tmp_path, {"train.plot_samples_steps": 2})
     drawn = []
 
-    def endless(averaged):
+    def endless(ema):
         drawn.append(trainer.step)
         os.kill(os.getpid(), signal.SIGTERM)
         while True:
             pass
 
-    trainer.stage.pictures = endless
+    trainer.stage.previews = endless
     with pytest.raises(SystemExit):
         trainer.run()
     assert drawn == [2] and checkpoint_steps(trainer.run_dir.checkpoints) == [2]
@@ -221,7 +221,7 @@ def test_weights_file_faults_are_one_line(tmp_path):
         load_weights(path)
 
 
-def test_average_starts_from_a_copy_and_follows_the_formula():
+def test_ema_starts_from_a_copy_and_follows_the_formula():
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     ema = Ema({"m": module}, decay=0.5)
     start = copy.deepcopy(module[0].weight.data)

@@ -1,4 +1,4 @@
-"""Exponential moving averages of modules."""
+"""Exponential moving averages (EMA) of the weights of modules."""
 
 import copy
 

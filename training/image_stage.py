@@ -40,8 +40,8 @@ class ImageStage:
     Args:
         config: the stage's configuration.
         train_set: images.
-        val_set: held-out images, of which pictures show the first and the held-out loss is computed. Without any,
-            pictures show images of `train_set` and there is no held-out loss.
+        val_set: held-out images, of which previews show the first and the held-out loss is computed. Without any,
+            previews show images of `train_set` and there is no held-out loss.
         precision: device and autocast type.
         processes: this process and those that train with it.
     """
@@ -58,7 +58,7 @@ class ImageStage:
         self.device = precision.device
         self.process = build_image_process(config)
         self.objective = build_objective(config.diffusion, self.process)
-        self.process.respaced(config.train.plot_sampling_steps)  # a wrong subset must not wait for the first picture
+        self.process.respaced(config.train.plot_sampling_steps)  # a wrong subset must not wait for the first preview
         self.modules: dict[str, nn.Module] = {
             "denoiser": build_denoiser(config.model, config.data.channels, config.size).to(self.device),
             "encoder": build_encoder(config.model, config.data.channels, config.size).to(self.device),
@@ -127,10 +127,10 @@ class ImageStage:
         return base, bound, kld
 
     @torch.no_grad()
-    def held_out_loss(self, averaged: dict[str, nn.Module]) -> float:
+    def held_out_loss(self, ema: dict[str, nn.Module]) -> float:
         """The mean of `loss` over held-out images, every step of the process being equally likely."""
         count = min(len(self.val_set), self.config.train.val_images)
-        averaged = {name: cast_weights(module, self.precision.dtype) for name, module in averaged.items()}
+        ema = {name: cast_weights(module, self.precision.dtype) for name, module in ema.items()}
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         workers = self.config.data.num_workers
         chosen = sequential(self.val_set, _HELD_OUT_BATCH, num_workers=workers, indices=range(count))
@@ -139,7 +139,7 @@ class ImageStage:
             x_0 = to_float(to_device(images, self.device))
             t = torch.randint(self.process.schedule.num_steps, (len(x_0),), generator=generator, device=self.device)
             with self.precision.autocast():
-                base, bound, kld = self._per_image(averaged, x_0, t, generator)
+                base, bound, kld = self._per_image(ema, x_0, t, generator)
             total += (base + bound + self.config.model.kld_weight * kld).double().sum()
         return total.item() / count
 
@@ -163,9 +163,9 @@ class ImageStage:
         return losses.multiscale(base, prediction, target, to_grid, side, max(self.config.size))
 
     @torch.no_grad()
-    def pictures(self, averaged: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    def previews(self, ema: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
         """Rows: images, their mollified reconstructions, and those deblurred."""
-        model = InftyDiff(self.config, averaged["encoder"], averaged["denoiser"], precision=self.precision)
+        model = InftyDiff(self.config, ema["encoder"], ema["denoiser"], precision=self.precision)
         images = self.shown.to(self.device)
         noise = model.initial_noise(range(len(images)), self.config.size)
         options = SamplingOptions(steps=self.config.train.plot_sampling_steps)
@@ -174,10 +174,10 @@ class ImageStage:
         deblurred = model.sharpened(mollified, last.denoised)
         return {"images": images, "mollified": mollified, "deblurred": deblurred}
 
-    def weights(self, averaged: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
-        """The averaged weights of both networks, as `InftyDiff.from_runs` reads them."""
+    def weights(self, ema: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+        """The EMA weights of both networks, as `InftyDiff.from_runs` reads them."""
         return {
-            f"{name}.{key}": tensor for name, module in averaged.items() for key, tensor in module.state_dict().items()
+            f"{name}.{key}": tensor for name, module in ema.items() for key, tensor in module.state_dict().items()
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from runtime.stored import WEIGHTS, differences
 
 
 def take_over(run: str, modules: dict[str, nn.Module], config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Load the averaged weights of a run into networks of the same shapes.
+    """Load the EMA weights of a run into networks of the same shapes.
 
     Args:
         run: its folder.
@@ -48,7 +48,7 @@ def take_over(run: str, modules: dict[str, nn.Module], config: dict[str, Any]) -
     left = sorted(key for key in tensors if not key.startswith(tuple(f"{name}." for name in modules)))
     other = differences(header.get("config", {}), {**config, "train": {}})
     line = (
-        f"starting from {path}, averaged weights of step {header.get('step')}: {taken}; averages, optimiser, steps"
+        f"starting from {path}, EMA weights of step {header.get('step')}: {taken}; EMA, optimiser, steps"
         f"{''.join(f', {name}' for name in left)} are this run's own"
         + (f"; configured differently: {'; '.join(other)}" if other else "")
     )

@@ -32,7 +32,7 @@ class LatentStage:
     Args:
         config: the stage's configuration.
         latents: encodings of the images and their mirror images.
-        decoder: the stage-one model, for pictures.
+        decoder: the stage-one model, for previews.
         precision: device and autocast type.
         processes: this process and those that train with it.
     """
@@ -46,7 +46,7 @@ class LatentStage:
         processes: Processes = ALONE,
     ) -> None:
         self.config, self.decoder, self.device, self.processes = config, decoder, precision.device, processes
-        decoder.process.respaced(config.train.plot_sampling_steps)  # a wrong subset must not wait for the first picture
+        decoder.process.respaced(config.train.plot_sampling_steps)  # a wrong subset must not wait for the first preview
         self.model = build_latent_model(config.model, latents.dim).to(self.device)
         self.modules: dict[str, nn.Module] = {"latent_model": self.model}
         self.train_set, self.test_set = latents.split(config.data.test_ratio)
@@ -94,7 +94,7 @@ class LatentStage:
         return self.objective(model(x_t, self.process.schedule.network_time(t)), target, x_0, t)
 
     @torch.no_grad()
-    def held_out_loss(self, averaged: dict[str, nn.Module]) -> float:
+    def held_out_loss(self, ema: dict[str, nn.Module]) -> float:
         """The mean base loss over held-out latents, every step of the process being equally likely."""
         numbers = torch.arange(self.test_set.count).repeat(self.config.train.test_loss_repeats)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -102,22 +102,22 @@ class LatentStage:
             generator = stream(self.config.run.seed, Purpose.HELD_OUT_LATENTS, i, device=self.device)
             x_0 = self.prior.normalise(self.test_set.draw(to_device(some, self.device), generator).to(self.device))
             t = torch.randint(self.process.schedule.num_steps, (len(x_0),), generator=generator, device=self.device)
-            total += self._per_latent(averaged["latent_model"], x_0, t, generator)[0].double().sum()
+            total += self._per_latent(ema["latent_model"], x_0, t, generator)[0].double().sum()
         return total.item() / len(numbers)
 
     @torch.no_grad()
-    def pictures(self, averaged: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    def previews(self, ema: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
         """Rows: mollified samples of both stages, and those deblurred."""
         seeds, size = range(self.config.train.sample_size), self.decoder.config.size
-        latents = self._prior(averaged["latent_model"]).sample(seeds)
+        latents = self._prior(ema["latent_model"]).sample(seeds)
         options = SamplingOptions(steps=self.config.train.plot_sampling_steps)
         last, noise = LastEstimate(), self.decoder.initial_noise(seeds, size)
         mollified = self.decoder.decode(latents, noise, options, deblur=False, callback=last)
         return {"mollified": mollified, "deblurred": self.decoder.sharpened(mollified, last.denoised)}
 
-    def weights(self, averaged: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
-        """The averaged network and the latents' statistics, as `InftyDiff.from_runs` reads them."""
-        return self._prior(averaged["latent_model"]).to_tensors()
+    def weights(self, ema: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+        """The EMA weights of the network and the latents' statistics, as `InftyDiff.from_runs` reads them."""
+        return self._prior(ema["latent_model"]).to_tensors()
 
     def state_dict(self) -> dict[str, Any]:
         return {"timesteps": self.timesteps.state_dict()}

@@ -30,7 +30,7 @@ class _Loss(nn.Module):
 def data_parallel(stage: Any, processes: Processes, device: torch.device) -> DistributedDataParallel | None:
     """The loss of a `Stage` whose backward pass leaves in every process the mean of the gradients of all of them.
 
-    The stage keeps its networks, which from now on have the weights of the first process. Returns None for a process
+    The stage keeps its networks, which from now on have the weights of rank 0. Returns None for a process
     alone, whose gradients are complete.
     """
     if processes.world_size == 1:

@@ -6,7 +6,7 @@ from configs.schema import RATE_SCHEDULES
 
 
 def rate_factor(schedule: str, step: int, total: int, warmup: int, reference: int) -> float:
-    """The part in [0, 1] of the learning rate that step k takes, the product of a warm-up and a decay:
+    """The fraction in [0, 1] of the learning rate that step k takes, the product of a warm-up and a decay:
 
         min(1, (k + 1) / warmup),    and  1 (constant),  (1 + cos πp) / 2 (cosine),  1/√max(1, k / reference)
         (inverse_sqrt, Karras et al. 2024),    with p = (k - warmup) / (total - warmup) in [0, 1].

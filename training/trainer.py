@@ -67,13 +67,13 @@ class Stage(Protocol):
     def loss(self, batch: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the mean loss of a batch and further scalars to log."""
 
-    def pictures(self, averaged: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
-        """Return rows of pictures (N, C, H, W) made with the averaged weights."""
+    def previews(self, ema: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+        """Return rows of pictures (N, C, H, W) made with the EMA weights."""
 
-    def held_out_loss(self, averaged: dict[str, nn.Module]) -> float:
-        """Return the mean loss of the averaged weights on held-out data, with the same random draws at every call."""
+    def held_out_loss(self, ema: dict[str, nn.Module]) -> float:
+        """Return the mean loss of the EMA weights on held-out data, with the same random draws at every call."""
 
-    def weights(self, averaged: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    def weights(self, ema: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
         """Return the tensors of the inference file."""
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -128,7 +128,7 @@ class Trainer:
         to stop. Raises ValueError when the run has weights but nothing to continue, or train.init_from does not fit;
         FloatingPointError when training has diverged, with the last checkpoint as it was.
         """
-        train, first = self.config.train, self.processes.is_first
+        train, first = self.config.train, self.processes.is_rank_0
         origin = self._resume()
         batches = itertools.islice(self.stage.batches(self.seen), max(train.steps - self.step, 0))
         if first:
@@ -156,7 +156,7 @@ class Trainer:
                     clock, clock_step = time.perf_counter(), self.step
                 if self.step % train.plot_samples_steps == 0 or done:
                     if first:
-                        self._save_pictures()
+                        self._save_previews()
                     clock, clock_step = time.perf_counter(), self.step
                 due |= self.step % train.checkpoint_steps == 0
                 if done or (due and not self.guard.read()[1]):
@@ -169,10 +169,10 @@ class Trainer:
             log.info("stopped by signal %d at step %d; the same command continues", stop, self.step)
             sys.exit(128 + stop)
 
-    def _save_pictures(self) -> None:
+    def _save_previews(self) -> None:
         """Draw and write the pictures of this step, unless a signal cuts it short."""
         with self.signals.cutting_short():
-            self.run_dir.save_images(self.step, self.stage.pictures(self.ema.modules))
+            self.run_dir.save_previews(self.step, self.stage.previews(self.ema.modules))
             return
         log.info("pictures of step %d were not finished", self.step)
 
@@ -260,7 +260,7 @@ class Trainer:
         """The means since the last log line, the same in all processes; FloatingPointError after too many bad steps."""
         row, limit = self.guard.read()[1], self.config.optimizer.max_nonfinite_steps
         if row >= limit:
-            if self.processes.is_first:  # a signal may have saved one within the row
+            if self.processes.is_rank_0:  # a signal may have saved one within the row
                 drop_checkpoints(self.run_dir.checkpoints, self.step - row)
             raise self._diverged(f"the gradient was not finite in {row} steps in a row (max_nonfinite_steps={limit})")
         self.means.share()
@@ -274,7 +274,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._shared_means()
-        if not self.processes.is_first:
+        if not self.processes.is_rank_0:
             return
         train, row = self.config.train, self.guard.read()[1]
         state = {
@@ -312,8 +312,8 @@ class Trainer:
 
         Without one, start from the run that train.init_from names, and return what that is for the history.
         """
-        state = self._newest() if self.processes.is_first else None
-        step = self.processes.from_first(lambda: None if state is None else state["step"])
+        state = self._newest() if self.processes.is_rank_0 else None
+        step = self.processes.from_rank_0(lambda: None if state is None else state["step"])
         if step is None:
             return self._initialise()
         state = state or load_checkpoint(self.run_dir.checkpoints, step, self.device)

@@ -1,6 +1,6 @@
 """The project's commands as parts of an experiment. Each continues where it was, so the experiment does too.
 
-Under torchrun the first process of the experiment runs them, each under a torchrun of its own with as many processes.
+Under torchrun rank 0 of the experiment runs them, each under a torchrun of its own with as many processes.
 """
 
 import json
