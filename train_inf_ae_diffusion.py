@@ -10,30 +10,21 @@ On several GPUs: torchrun --standalone --nproc_per_node=8 train_inf_ae_diffusion
 images of each step. A run may be continued with another number of GPUs.
 """
 
-from typing import Any
-
 from configs.schema import ImageConfig
-from data.datasets import open_dataset
 from diffusion.random import Purpose, seed_global
 from runtime.command import Command, readable_errors
-from runtime.precision import Precision, pick_device
-from runtime.processes import Processes
-from runtime.run_dir import RunDir
 from training.image_stage import ImageStage
+from training.prepare import ImageRun, prepare_image_run
+from training.report import next_of_stage_one
 from training.trainer import Trainer
 
 
-def main(configs: dict[str, Any], _: dict[str, list[str]], processes: Processes) -> None:
-    config: ImageConfig = configs["config"]
+def main(run: ImageRun, command: Command) -> None:
     with readable_errors():
-        precision = Precision.create(pick_device(config.run.device), config.train.amp, config.train.amp_dtype)
-        run_dir = RunDir(config, resume=config.train.load_checkpoint)
-        train_set = open_dataset(config.data, "train")
-        val_set = open_dataset(config.data, "val") if config.data.val_ratio else None
-        seed_global(config.run.seed, Purpose.WEIGHTS)
-        stage = ImageStage(config, train_set, val_set, precision, processes)
-        Trainer(config, stage, run_dir, precision, processes).run()
+        seed_global(run.config.run.seed, Purpose.WEIGHTS)
+        stage = ImageStage(run.config, run.train_set, run.val_set, run.precision, run.processes)
+        Trainer(run.config, stage, run.run_dir, run.precision, run.processes).run(next_of_stage_one(command))
 
 
 if __name__ == "__main__":
-    Command(__doc__, {"config": ImageConfig}, as_given=("config",)).run_in_all(main)
+    Command(__doc__, {"config": ImageConfig}, as_given=("config",)).run_in_all(main, prepare_image_run)

@@ -11,32 +11,24 @@ On several GPUs: torchrun --standalone --nproc_per_node=8 train_latent_diffusion
 train.batch_size latents of each step. A run may be continued with another number of GPUs.
 """
 
-from typing import Any
-
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.random import Purpose, seed_global
 from infty_diff.encodings import load_or_encode
-from infty_diff.model import InftyDiff
 from runtime.command import Command, readable_errors
-from runtime.precision import Precision, pick_device
-from runtime.processes import Processes
-from runtime.run_dir import RunDir, run_path
 from training.latent_stage import LatentStage
+from training.prepare import LatentRun, prepare_latent_run
+from training.report import next_of_stage_two
 from training.trainer import Trainer
 
 
-def main(configs: dict[str, Any], _: dict[str, list[str]], processes: Processes) -> None:
-    config: LatentConfig = configs["config"]
-    image_run = run_path(configs["decoder_config"])
+def main(run: LatentRun, command: Command) -> None:
     with readable_errors():
-        precision = Precision.create(pick_device(config.run.device), config.train.amp, config.train.amp_dtype)
-        run_dir = RunDir(config, resume=config.train.load_checkpoint)
-        decoder = InftyDiff.from_runs(image_run, device=config.run.device, given=configs["decoder_config"])
-        latents = load_or_encode(decoder, decoder.config.data, image_run, processes)
-        seed_global(config.run.seed, Purpose.WEIGHTS)
-        stage = LatentStage(config, latents, decoder, precision, processes)
-        Trainer(config, stage, run_dir, precision, processes).run()
+        latents = load_or_encode(run.decoder, run.decoder.config.data, run.image_run, run.processes, run.images)
+        seed_global(run.config.run.seed, Purpose.WEIGHTS)
+        stage = LatentStage(run.config, latents, run.decoder, run.precision, run.processes)
+        Trainer(run.config, stage, run.run_dir, run.precision, run.processes).run(next_of_stage_two(command))
 
 
 if __name__ == "__main__":
-    Command(__doc__, {"config": LatentConfig, "decoder_config": ImageConfig}, as_given=("config",)).run_in_all(main)
+    stages = {"config": LatentConfig, "decoder_config": ImageConfig}
+    Command(__doc__, stages, as_given=("config",)).run_in_all(main, prepare_latent_run)

@@ -41,7 +41,12 @@ class RunConfig:
     root_dir: str = option("checkpoints", "folder in which runs are kept")
     seed: int = option(0, "seed of initialisation, data order, coordinates and noise", low=0, shapes=True)
     device: str = option("auto", "device to run on", choices=("auto", "cpu", "cuda"))
-    wandb_mode: str = option("disabled", "Weights & Biases logging", choices=("disabled", "offline", "online"))
+    logger: str = option("none", "metrics and previews go there too: none, tensorboard, wandb, or tensorboard,wandb")
+    wandb_mode: str = option(
+        "disabled",
+        "how Weights & Biases logs; disabled = online with run.logger=wandb, else not at all",
+        choices=("disabled", "offline", "online"),
+    )
     wandb_dir: str = option("", "folder for wandb files; empty = the run folder")
 
 

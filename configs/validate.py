@@ -2,13 +2,15 @@
 
 import difflib
 import math
-import re
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.schema import SCHEDULES, ImageConfig, LatentConfig
+from configs.schema import ImageConfig, LatentConfig
+from diffusion.schedules import make_betas
+from models.factory import grid_spec
 
 
 class ConfigError(ValueError):
@@ -35,13 +37,13 @@ def freeze(config: ConfigDict, cls: type = ImageConfig, name: str = "config") ->
     for section in fields(cls):
         given = values.get(section.name)
         if not isinstance(given, dict):
-            faults.append(f"{name}.{section.name}: missing; accepted: a section with the fields of the schema")
+            faults.append(f"{name}.{section.name} is missing; accepted: a section with the fields of the schema")
             continue
         sections[section.name], section_faults = _section(given, section.type, f"{name}.{section.name}")
         faults += section_faults
     if not faults:
         frozen = cls(**sections)
-        faults = (_image_faults if cls is ImageConfig else _latent_faults)(frozen, name)
+        faults = (_image_faults if isinstance(frozen, ImageConfig) else _run_faults)(frozen, name)
     if faults:
         raise ConfigError(faults)
     return frozen
@@ -54,7 +56,7 @@ def nearest(word: str, known: list[str]) -> str:
 
 
 def _unknown(given: dict, known: list[str], where: str) -> list[str]:
-    return [f"{where}.{key}: no such field{nearest(key, known)}" for key in given if key not in known]
+    return [f"{where}.{key} is no field{nearest(key, known)}" for key in given if key not in known]
 
 
 def _section(given: dict, cls: type, where: str) -> tuple[Any, list[str]]:
@@ -63,11 +65,11 @@ def _section(given: dict, cls: type, where: str) -> tuple[Any, list[str]]:
     checked = {}
     for key, spec in known.items():
         if key not in given:
-            faults.append(f"{where}.{key}: missing; accepted: {spec.type.__name__}")
+            faults.append(f"{where}.{key} is missing; accepted: {spec.type.__name__}")
             continue
         value, fault = _value(given[key], spec)
         if fault:
-            faults.append(f"{where}.{key}={given[key]!r}: {fault}")
+            faults.append(f"{where}.{key} is {given[key]!r}; {fault}")
         checked[key] = value
     return (None if faults else cls(**checked)), faults
 
@@ -98,58 +100,44 @@ def _value(value: Any, spec: Any) -> tuple[Any, str | None]:
 
 def _check(faults: list[str], ok: bool, field: str, value: Any, accepted: str) -> None:
     if not ok:
-        faults.append(f"{field}={value!r}: accepted: {accepted}")
+        faults.append(f"{field} is {value!r}; accepted: {accepted}")
 
 
-def _schedule_faults(name: str, field: str) -> list[str]:
+def one_line(error: Exception) -> str:
+    """The message of an error, which may come from a library, on one line."""
+    return " ".join(str(error).split())
+
+
+def _built(faults: list[str], name: str, build: Callable[[], object]) -> None:
+    """Note what a constructor of the project says of the fields it is given."""
+    try:
+        build()
+    except ValueError as error:
+        faults.append(f"{name}.{one_line(error)}")
+
+
+def _run_faults(config: ImageConfig | LatentConfig, name: str, resolution: int | None = None) -> list[str]:
     faults: list[str] = []
-    constant = re.fullmatch(r"const(\d*\.?\d+)", name)
-    known = name in SCHEDULES[:-1] or (constant is not None and 0 < float(constant[1]) < 1)
-    _check(faults, known, field, name, f"{', '.join(SCHEDULES)} with 0 < beta < 1, e.g. const0.008")
-    return faults
-
-
-def _run_faults(config: ImageConfig | LatentConfig, name: str) -> list[str]:
-    faults: list[str] = []
-    experiment = config.run.experiment
+    experiment, rate, gamma = config.run.experiment, config.optimizer.learning_rate, config.diffusion.min_snr_gamma
     plain = bool(experiment) and experiment not in (".", "..") and not set(experiment) & set("/\\\0")
     _check(faults, plain, f"{name}.run.experiment", experiment, "a folder name without slashes")
-    _check(
-        faults,
-        config.optimizer.learning_rate > 0,
-        f"{name}.optimizer.learning_rate",
-        config.optimizer.learning_rate,
-        "a number > 0",
-    )
-    gamma = config.diffusion.min_snr_gamma
+    _check(faults, rate > 0, f"{name}.optimizer.learning_rate", rate, "a number > 0")
     _check(faults, gamma > 0, f"{name}.diffusion.min_snr_gamma", gamma, "a number > 0")
-    faults += _schedule_faults(config.diffusion.noise_schedule, f"{name}.diffusion.noise_schedule")
+    diffusion = config.diffusion
+    try:
+        make_betas(diffusion.noise_schedule, diffusion.steps, resolution)
+    except ValueError as error:
+        faults.append(f"{name}.diffusion.noise_{one_line(error)}")
     return faults
 
 
 def _image_faults(config: ImageConfig, name: str) -> list[str]:
-    faults = _run_faults(config, name)
-    model, mc = config.model, config.mc_integral
+    faults = _run_faults(config, name, max(config.size))
+    model, mc, diffusion = config.model, config.mc_integral, config.diffusion
     height, width = config.size
     _check(faults, model.kernel_size % 2 == 1, f"{name}.model.kernel_size", model.kernel_size, "an odd integer")
-    levels = len(model.uno_mults)
-    _check(faults, levels > 0, f"{name}.model.uno_mults", model.uno_mults, "one multiplier per level, at least one")
-    _check(
-        faults,
-        len(model.uno_blocks_per_level) == levels,
-        f"{name}.model.uno_blocks_per_level",
-        model.uno_blocks_per_level,
-        f"{levels} integers, one per entry of model.uno_mults",
-    )
-    divisor = 2 ** max(levels - 1, 0)
-    _check(
-        faults,
-        model.uno_res % divisor == 0,
-        f"{name}.model.uno_res",
-        model.uno_res,
-        f"a multiple of {divisor} (halved {levels - 1} times)",
-    )
     _check(faults, model.time_emb_dim % 2 == 0, f"{name}.model.time_emb_dim", model.time_emb_dim, "an even integer")
+    _built(faults, name, lambda: grid_spec(model))
     _check(
         faults,
         model.knn_neighbours <= mc.q_sample <= height * width,
@@ -157,7 +145,6 @@ def _image_faults(config: ImageConfig, name: str) -> list[str]:
         mc.q_sample,
         f"{model.knn_neighbours} (model.knn_neighbours) to {height * width} (data.img_size x data.img_width)",
     )
-    diffusion = config.diffusion
     _check(
         faults,
         diffusion.final_estimate != "network" or diffusion.model_mean_type == "xstart",
@@ -166,7 +153,3 @@ def _image_faults(config: ImageConfig, name: str) -> list[str]:
         f"auto or filter with diffusion.model_mean_type={diffusion.model_mean_type}; only xstart predicts the image",
     )
     return faults
-
-
-def _latent_faults(config: LatentConfig, name: str) -> list[str]:
-    return _run_faults(config, name)

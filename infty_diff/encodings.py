@@ -27,7 +27,13 @@ log = logging.getLogger(__name__)
 _BATCH = 32
 
 
-def load_or_encode(model: InftyDiff, data: DataConfig, image_run: Path, processes: Processes = ALONE) -> LatentSet:
+def load_or_encode(
+    model: InftyDiff,
+    data: DataConfig,
+    image_run: Path,
+    processes: Processes = ALONE,
+    dataset: ImageDataset | None = None,
+) -> LatentSet:
     """Encode the training images and their mirror images in float32, or read them from the cache.
 
     The cache is `<image_run>/latents/<key>.safetensors`; the key is a digest of the weights' file and of the data
@@ -38,8 +44,9 @@ def load_or_encode(model: InftyDiff, data: DataConfig, image_run: Path, processe
         data: which images; its training split is encoded, mirrored too where training mirrored.
         image_run: the folder of the autoencoder's run.
         processes: this process and those that share the work; all get the whole set.
+        dataset: the training split, if it is open already.
     """
-    dataset = open_dataset(data, "train")
+    dataset = dataset or open_dataset(data, "train")
     key = {"weights": file_digest(image_run / WEIGHTS), "data": dataset.fingerprint(), "flips": data.random_flip}
     digest = hashlib.sha256(repr(sorted(key.items())).encode()).hexdigest()
     path = image_run / "latents" / f"{digest[:16]}.safetensors"

@@ -27,7 +27,8 @@ def _sparse_spec(config: ModelConfig) -> SparseSpec:
     )
 
 
-def _grid_spec(config: ModelConfig) -> GridSpec:
+def grid_spec(config: ModelConfig) -> GridSpec:
+    """The U-Net on the grid; ValueError for settings that do not fit together."""
     return GridSpec(
         resolution=config.uno_res,
         base_channels=config.uno_base_channels,
@@ -52,7 +53,7 @@ def build_denoiser(config: ModelConfig, channels: int, train_size: Size) -> Spar
         channels * (2 if config.learn_sigma else 1),
         train_size,
         _sparse_spec(config),
-        _grid_spec(config),
+        grid_spec(config),
         time_dim=config.time_emb_dim,
         z_dim=config.z_dim,
     )
@@ -67,7 +68,7 @@ def build_encoder(config: ModelConfig, channels: int, train_size: Size) -> Spars
         config.z_dim,
         train_size,
         _sparse_spec(config),
-        _grid_spec(config),
+        grid_spec(config),
         stochastic=config.stochastic_encoding,
         block_norm=config.encoder_block_norm,
     )

@@ -4,15 +4,14 @@ Overrides follow ml_collections; unlike its flag parser this one reports every f
 at once, one line each, and leaves with status 2.
 """
 
-import ast
 import contextlib
-import importlib.util
 import json
 import logging
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,13 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from configs.schema import ImageConfig, LatentConfig
-from configs.validate import ConfigError, freeze, nearest
+from configs.validate import ConfigError, freeze, one_line
+from runtime.help import field_lines, flag_lines, show
+from runtime.overrides import apply_overrides, load_config, split_arguments
 from runtime.processes import Processes, leave
 from runtime.stored import relocate, run_path, stage_of, stored_config
 
 _log = logging.getLogger(__name__)
-_OVERRIDE = re.compile(r"--?(no)?(\w+)\.([\w.]+)(?:=(.*))?", re.DOTALL)
 
 
 class Command:
@@ -56,7 +56,7 @@ class Command:
         self._given: dict[str, tuple[str, list[tuple[str, str]]]] = {}
         for name, stage in configs.items():
             flags.DEFINE_string(name, None, f"{stage.__name__} file, e.g. {_EXAMPLES[stage]}")
-        flags.DEFINE_bool("dry_run", False, "print the resolved configuration and stop")
+        flags.DEFINE_bool("dry_run", False, "print the resolved configuration, name what would stop the command, and stop")
 
     def run(self, main: Callable[[dict[str, Any], dict[str, list[str]]], None]) -> None:
         """Parse `sys.argv`, print the resolved configuration under --dry_run, else call `main(configs, overridden)`.
@@ -66,23 +66,33 @@ class Command:
         """
         self.run_in_all(lambda *given, processes: main(*given) if processes.is_rank_0 else None)
 
-    def run_in_all(self, main: Callable[..., None]) -> None:
-        """As `run`, but under torchrun all processes call `main(configs, overridden, processes=…)`."""
+    def run_in_all(self, main: Callable[..., None], prepare: Callable[..., Any] | None = None) -> None:
+        """As `run`, but under torchrun all processes call `main(configs, overridden, processes=…)`.
+
+        prepare: called first as `prepare(configs, processes)`, under --dry_run too. It raises ConfigError or ValueError
+        for whatever would stop `main`, and writes nothing. Then `main(prepared, command)` is called, with what it
+        returned and this command.
+        """
         with readable_errors():
             processes = Processes.from_environment()
 
         def body(_: list[str]) -> None:
             level = logging.INFO if processes.is_rank_0 else logging.WARNING
             logging.basicConfig(level=level, format="%(message)s", force=True)
-            if flags.FLAGS.dry_run:
-                if processes.is_rank_0:
-                    plain = {name: asdict(config) for name, config in self.configs.items()}
-                    print(json.dumps(plain, indent=2, allow_nan=False))
-                return
+            dry = flags.FLAGS.dry_run
+            if dry and processes.is_rank_0:
+                plain = {name: asdict(config) for name, config in self.configs.items()}
+                print(json.dumps(plain, indent=2, allow_nan=False), flush=True)
             for name, run in self._runs.items():
                 _log.info("--%s: the configuration of the run %s", name, run)
             try:
-                main(self.configs, self.overridden, processes=processes)
+                if prepare is not None:
+                    with readable_errors():
+                        prepared = prepare(self.configs, processes)
+                    if not dry:
+                        main(prepared, self)
+                elif not dry:
+                    main(self.configs, self.overridden, processes=processes)
             except KeyboardInterrupt:  # met by every process, at any point: too late to agree on anything
                 if processes.is_rank_0:
                     print("error: interrupted; the same command goes on from here", file=sys.stderr)
@@ -92,6 +102,20 @@ class Command:
         with processes.connected():
             app.run(body, flags_parser=lambda argv: self._parse(argv, processes))
 
+    def file(self, name: str) -> str:
+        """The file given for a configuration."""
+        return self._given[name][0]
+
+    def place(self, name: str, as_name: str, experiment: str = "") -> list[str]:
+        """As `arguments`, but of the overrides those that say where the run is and computes, under its or another `experiment`.
+
+        That is all another command needs to know of a run that exists.
+        """
+        file, overrides = self._given[name]
+        wanted = {path: value for path, value in overrides if path in ("run.root_dir", "run.device")}
+        wanted["run.experiment"] = experiment or self.configs[name].run.experiment
+        return [f"--{as_name}={file}", *(f"--{as_name}.{path}={value}" for path, value in wanted.items())]
+
     def arguments(self, name: str, as_name: str, changes: dict[str, Any]) -> list[str]:
         """A configuration as it was given, with changes, for the command line of a command that calls it `as_name`."""
         file, overrides = self._given[name]
@@ -99,16 +123,19 @@ class Command:
         return [f"--{as_name}={file}", *(f"--{as_name}.{path}={value}" for path, value in fields)]
 
     def _parse(self, argv: list[str], processes: Processes) -> list[str]:
-        if any(arg in ("--help", "-h", "-help") for arg in argv):
-            if processes.is_rank_0:
-                print(self._help())
-            sys.exit(0)
-        faults, rest = [], argv[:1]
-        config_files, overrides = _split(argv[1:], self.stages, rest, faults)
+        faults: list[str] = []
+        rest = argv[:1]
+        config_files, overrides = split_arguments(argv[1:], self.stages, rest, faults)
+        for arg in rest:
+            if arg.lstrip("-") in ("help", "h", "helpfull", "helpshort") and arg.startswith("-"):
+                if processes.is_rank_0:
+                    with readable_errors():
+                        show(self._help(config_files, overrides, full=arg.endswith("full")))
+                sys.exit(0)
         try:
             positional = flags.FLAGS(rest)
         except flags.Error as error:
-            leave([*faults, " ".join(str(error).split())])
+            leave([*faults, one_line(error)])
         faults += [f"argument {arg!r}: accepted: flags only, see --help" for arg in positional[1:]]
         for name, stage in self.stages.items():
             if name not in config_files:
@@ -150,23 +177,33 @@ class Command:
         except ConfigError as error:
             raise ConfigError([f"--{name}.{fault}" for fault in error.faults]) from error
 
-    def _help(self) -> str:
-        lines = [self.doc.strip(), "", "flags:"]
-        own = flags.FLAGS.flags_by_module_dict()
-        names = {f.name for module, fs in own.items() if "absl" not in module for f in fs}
-        for name in sorted(names):
-            flag = flags.FLAGS[name]
-            shown = "" if flag.default is None else f" (default {flag.default!r})"
-            lines.append(f"  --{name}: {flag.help}{shown}")
-        for prefix, stage in self.stages.items():
-            lines += ["", f"fields of --{prefix} ({stage.__name__}), set with --{prefix}.SECTION.FIELD=VALUE:"]
-            for section in fields(stage):
-                for spec in fields(section.type):
-                    default = spec.metadata["derived"] or repr(spec.default)
-                    choices = spec.metadata["choices"]
-                    accepted = f"; one of {', '.join(map(str, choices))}" if choices else ""
-                    lines.append(f"  {section.name}.{spec.name}: {spec.metadata['doc']}{accepted} (default {default})")
-        return "\n".join(lines)
+    def _help(self, files: dict[str, str], overrides: list[tuple[str, str, str]], full: bool) -> list[str]:
+        lines = [self.doc.strip(), "", "flags:", *flag_lines([*self.stages, "dry_run"])]
+        if not full:
+            return [*lines, "", "Fields of configurations: --helpfull, with --config=FILE for the values of that file."]
+        for name, stage in self.stages.items():
+            given = load_config(files[name], name) if name in files else None
+            if given is not None:
+                _check_stage(given, stage, files[name], name)
+                faults = apply_overrides(given, [(path, text) for owner, path, text in overrides if owner == name], name)
+                if faults:
+                    raise ConfigError(faults)
+            lines += ["", *field_lines(name, stage, given)]
+        return lines
+
+
+def _check_stage(config: ConfigDict, stage: type, path: str, name: str) -> None:
+    """Raise ConfigError for a configuration of the other stage: one line instead of one for each field."""
+    found = stage_of(config)
+    if found not in (stage, None):
+        raise ConfigError(
+            [f"--{name}={path}: holds {found.__name__}; accepted: {stage.__name__}, e.g. {_EXAMPLES[stage]}"]
+        )
+
+
+def shell_line(script: str, *arguments: str) -> str:
+    """The command line of a script of this repository, to be pasted into a shell."""
+    return shlex.join(["python", script, *arguments])
 
 
 def stages(argv: Sequence[str]) -> dict[str, type[ImageConfig] | type[LatentConfig]]:
@@ -174,7 +211,7 @@ def stages(argv: Sequence[str]) -> dict[str, type[ImageConfig] | type[LatentConf
 
     As everywhere, that is `--config IMAGE`, or `--config LATENT --decoder_config IMAGE`; the help shows both.
     """
-    both = any(re.match(r"--?((no)?decoder_config|help|h)(\W|$)", arg) for arg in argv)
+    both = any(re.match(r"--?((no)?decoder_config|help(full|short)?|h)(\W|$)", arg) for arg in argv)
     return {"config": LatentConfig, "decoder_config": ImageConfig} if both else {"config": ImageConfig}
 
 
@@ -189,103 +226,6 @@ def readable_errors() -> Iterator[None]:
     except ConfigError as error:
         leave(error.faults)
     except (ValueError, OSError) as error:
-        leave([" ".join(str(error).split())])
+        leave([one_line(error)])
     except FloatingPointError as error:
         leave([str(error)], status=1)
-
-
-def load_config(path: str, name: str = "config") -> ConfigDict:
-    """Run `get_config()` of a configuration file and lock the result.
-
-    Raises:
-        ConfigError: when the file does not exist, does not run, or has no `get_config`.
-    """
-    file = Path(path)
-    if not file.is_file():
-        known = sorted(str(p) for p in file.parent.glob("*_config.py")) if file.parent.is_dir() else []
-        raise ConfigError([f"--{name}={path}: no such file{nearest(path, known) if known else ''}"])
-    spec = importlib.util.spec_from_file_location(f"_{name}_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise ConfigError([f"--{name}={path}: accepted: a Python file that defines get_config()"])
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    except Exception as error:  # a user's file can raise anything; the line must name it
-        raise ConfigError([f"--{name}={path}: {type(error).__name__}: {error}"]) from error
-    if not isinstance(config, ConfigDict):
-        raise ConfigError([f"--{name}={path}: get_config() returned {type(config).__name__}; accepted: ConfigDict"])
-    return config.lock()
-
-
-def _check_stage(config: ConfigDict, stage: type, path: str, name: str) -> None:
-    """Raise ConfigError for a configuration of the other stage: one line instead of one for each field."""
-    found = stage_of(config)
-    if found not in (stage, None):
-        raise ConfigError(
-            [f"--{name}={path}: holds {found.__name__}; accepted: {stage.__name__}, e.g. {_EXAMPLES[stage]}"]
-        )
-
-
-def apply_overrides(config: ConfigDict, overrides: list[tuple[str, str]], name: str = "config") -> list[str]:
-    """Set `section.field` of `config` from text, in order, and return one line per fault."""
-    faults = []
-    for path, text in overrides:
-        section_name, _, key = path.partition(".")
-        section = config.get(section_name) if section_name in config else None
-        if not isinstance(section, ConfigDict):
-            faults.append(f"--{name}.{path}: no such section{nearest(section_name, list(config))}")
-        elif key not in section:
-            faults.append(f"--{name}.{path}: no such field{nearest(key, list(section))}")
-        else:
-            try:
-                section[key] = _parse_text(text, type(section[key]))
-            except ValueError:
-                faults.append(f"--{name}.{path}={text}: accepted: {type(section[key]).__name__}")
-    return faults
-
-
-def _parse_text(text: str, kind: type) -> Any:
-    if kind is str:
-        return text
-    if kind is bool:
-        if text.lower() in ("true", "1", "yes"):
-            return True
-        if text.lower() in ("false", "0", "no"):
-            return False
-        raise ValueError(text)
-    if kind is tuple:
-        try:
-            value = ast.literal_eval(text)
-        except (SyntaxError, ValueError) as error:
-            raise ValueError(text) from error
-        return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    return kind(text)
-
-
-def _split(
-    argv: list[str], stages: dict[str, type], rest: list[str], faults: list[str]
-) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
-    """Sort arguments into configuration files and overrides; what is neither is appended to `rest`."""
-    files: dict[str, str] = {}
-    overrides: list[tuple[str, str, str]] = []
-    queue = list(argv)
-    while queue:
-        arg = queue.pop(0)
-        name, eq, value = arg.lstrip("-").partition("=")
-        match = _OVERRIDE.fullmatch(arg)
-        follows = bool(queue) and not queue[0].startswith("--")
-        if arg.startswith("-") and name in stages:
-            if not eq and not follows:
-                continue
-            files[name] = value if eq else queue.pop(0)
-        elif match and match[2] in stages:
-            negated, owner, path, text = match.groups()
-            if text is None:
-                text = "false" if negated else (queue.pop(0) if follows else "true")
-            overrides.append((owner, path, text))
-        elif match and arg.startswith("--"):
-            faults.append(f"{arg}: no such configuration{nearest(match[2], list(stages))}")
-        else:
-            rest.append(arg)
-    return files, overrides

@@ -79,3 +79,9 @@ class Precision:
     def scaler(self) -> torch.amp.GradScaler:
         """A loss scaler, active for float16 alone."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+
+
+def describe(device: torch.device, dtype: torch.dtype | None) -> str:
+    """A device and the type it computes in, for people, e.g. "NVIDIA H100 (cuda), bfloat16"."""
+    name = f"{torch.cuda.get_device_name(device)} ({device})" if device.type == "cuda" else str(device)
+    return f"{name}, {str(dtype or torch.float32).removeprefix('torch.')}"

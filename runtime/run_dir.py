@@ -1,19 +1,21 @@
-"""The folder of a run: resolved configuration, its history, metrics, pictures, and an optional remote tracker."""
+"""The folder of a run: resolved configuration, its history, metrics, previews, and optional loggers."""
 
 import contextlib
 import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from configs.schema import ImageConfig, LatentConfig
 from data.pixels import to_pictures
+from runtime.checkpoint import checkpoint_steps
 from runtime.files import plain, to_json, write_atomic, write_json
+from runtime.loggers import LOGGERS, Logger, wanted_loggers
 from runtime.sheet import Row, save_sheet
-from runtime.stored import CONFIG, changes, differences, run_path
+from runtime.stored import CONFIG, WEIGHTS, changes, differences, run_path
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +23,7 @@ log = logging.getLogger(__name__)
 class RunDir:
     """Files of one run under `<run.root_dir>/<run.experiment>/`.
 
-    Nothing is written before `start`. Of several processes rank 0 alone calls it, and what follows it.
+    Nothing is written before `start`. `begun` says whether there is a training state to continue. Of several processes rank 0 alone calls it, and what follows it.
 
     `config.json` holds the configuration in force. `history.jsonl` says how it came about, one JSON object a line:
     {"step": 3, "changed": {"train.amp": [true, false]}} for fields with another value from that step on, old and new;
@@ -32,20 +34,20 @@ class RunDir:
         resume: continue what is there. Without it an existing run is refused.
     Raises:
         ValueError: when the folder holds a run whose configuration differs in a field that shapes the result,
-            or holds a run at all and `resume` is false.
+            holds weights but no training state, or holds a run at all and `resume` is false; or when the package of a logger is missing.
     """
 
     def __init__(self, config: ImageConfig | LatentConfig, resume: bool) -> None:
         self.config = config
         self.plain_config: dict[str, Any] = plain(asdict(config))
         self.path = run_path(config)
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints, self.previews = self.path / "checkpoints", self.path / "images"
         self._changed: dict[str, tuple[Any, Any]] = {}
         stored = self.path / CONFIG
         if stored.exists():
             if not resume:
                 raise ValueError(
-                    f"run.experiment={config.run.experiment!r}: {self.path} already holds a run; "
+                    f"run.experiment is {config.run.experiment!r}, and {self.path} already holds a run; "
                     "accepted: another name, or train.load_checkpoint=true to continue it"
                 )
             there = json.loads(stored.read_text())
@@ -56,8 +58,15 @@ class RunDir:
                     "accepted: the same values, or another run.experiment"
                 )
             self._changed = changes(there, self.plain_config)
-        self._metrics = None
-        self._wandb = None
+        self.begun = bool(checkpoint_steps(self.checkpoints))
+        if (self.path / WEIGHTS).exists() and not self.begun:
+            raise ValueError(
+                f"{self.path / WEIGHTS} would be overwritten, with no training state to continue (an imported run has "
+                f"none); accepted: another run.experiment, and train.init_from={self.path} to start from its weights"
+            )
+        self._wanted = wanted_loggers(config.run)
+        self._metrics: TextIO | None = None
+        self._loggers: list[Logger] = []
 
     def start(self, step: int, origin: dict[str, Any] | None = None) -> None:
         """Write `config.json` and open `metrics.jsonl` to go on from `step`; changed fields are told and kept.
@@ -86,35 +95,17 @@ class RunDir:
                         kept.append(line + "\n")
         write_atomic(path, lambda temporary: temporary.write_text("".join(kept)))
         self._metrics = path.open("a", buffering=1)
-        self._start_wandb()
-
-    def _start_wandb(self) -> None:
-        run = self.config.run
-        if run.wandb_mode == "disabled":
-            return
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError(
-                f"run.wandb_mode={run.wandb_mode}: wandb is not installed; accepted: disabled, or pip install wandb"
-            ) from None
-        self._wandb = wandb.init(
-            project=run.name,
-            name=run.experiment,
-            id=run.experiment,
-            resume="allow",
-            mode=run.wandb_mode,
-            dir=run.wandb_dir or str(self.path),
-            config=self.plain_config,
-            allow_val_change=True,
-        )
+        self._loggers = [
+            LOGGERS[name](self.config.run, self.path, self.plain_config, step) for name in self._wanted
+        ]
 
     def log(self, metrics: dict[str, float]) -> None:
         """Append one line to `metrics.jsonl`, flushed at once; what is not finite is null there."""
+        assert self._metrics is not None, "start comes first"
         self._metrics.write(to_json(metrics) + "\n")
         self._metrics.flush()
-        if self._wandb is not None:
-            self._wandb.log(metrics, step=metrics["step"])
+        for logger in self._loggers:
+            logger.log(metrics, int(metrics["step"]))
 
     def save_previews(self, step: int, rows: dict[str, torch.Tensor]) -> Path:
         """Write `images/step_XXXXXXXX.png`: a labelled row for each kind.
@@ -122,16 +113,14 @@ class RunDir:
         Args:
             rows: name -> (N, C, H, W) in [−1, 1].
         """
-        path = self.path / "images" / f"step_{step:08d}.png"
+        path = self.previews / f"step_{step:08d}.png"
         save_sheet(path, [Row(to_pictures(images), name) for name, images in rows.items()])
-        if self._wandb is not None:
-            import wandb
-
-            self._wandb.log({"pictures": wandb.Image(str(path), caption=", ".join(rows))}, step=step)
+        for logger in self._loggers:
+            logger.image(path, list(rows), step)
         return path
 
     def close(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for logger in self._loggers:
+            logger.close()

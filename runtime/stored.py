@@ -126,7 +126,7 @@ def relocate(stored: Config, given: Config, overridden: list[str], where: str) -
             part = dataclasses.replace(getattr(stored, section), **{name: value})
             stored = dataclasses.replace(stored, **{section: part})
         elif value != trained:
-            faults.append(f"{path}={value!r}: {where} was trained with {trained!r}; accepted: that value, or none")
+            faults.append(f"{path} is {value!r}, but {where} was trained with {trained!r}; accepted: that value, or none")
     if faults:
         raise ConfigError(faults)
     return freeze(ConfigDict(dataclasses.asdict(dataclasses.replace(stored, run=run))), type(stored))

@@ -13,7 +13,7 @@ from data.datasets import open_dataset
 from diffusion.factory import build_image_process
 from diffusion.process import Prediction
 from models.factory import build_denoiser, build_encoder
-from runtime.command import load_config
+from runtime.overrides import load_config
 from runtime.precision import Precision
 from runtime.stored import flatten
 from training.image_stage import ImageStage

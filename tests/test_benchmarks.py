@@ -13,7 +13,7 @@ from benchmarks.published import PublishedStep
 from benchmarks.train_step import PARTS, StepTimer, point_counts
 from configs.schema import ImageConfig
 from configs.validate import freeze
-from runtime.command import apply_overrides, load_config
+from runtime.overrides import apply_overrides, load_config
 from runtime.precision import Precision
 
 ROOT = Path(__file__).resolve().parents[1]

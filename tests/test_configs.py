@@ -11,7 +11,7 @@ import pytest
 from configs.defaults import image_config, latent_config
 from configs.schema import ImageConfig, LatentConfig
 from configs.validate import ConfigError, freeze
-from runtime.command import apply_overrides, load_config
+from runtime.overrides import apply_overrides, load_config
 from runtime.stored import config_from, differences, relocate
 
 ROOT = Path(__file__).parents[1]
@@ -105,7 +105,7 @@ def test_a_wrong_value_is_one_line(path, value, part):
     with pytest.raises(ConfigError) as error:
         freeze(config)
     (fault,) = (f for f in error.value.faults if path in f)
-    assert fault.startswith(f"config.{path}={value!r}: ") and part in fault
+    assert fault.startswith(f"config.{path} is {value!r}; ") and part in fault
 
 
 def test_all_faults_at_once():
@@ -145,8 +145,8 @@ def test_what_a_later_command_may_change():
     with pytest.raises(ConfigError) as refused:
         relocate(config, other, ["model.nf", "data.root_dir", "mc_integral.ratio"], "run")
     assert refused.value.faults == [
-        "model.nf=32: run was trained with 64; accepted: that value, or none",
-        "mc_integral.ratio=0.5: run was trained with 0.25; accepted: that value, or none",
+        "model.nf is 32, but run was trained with 64; accepted: that value, or none",
+        "mc_integral.ratio is 0.5, but run was trained with 0.25; accepted: that value, or none",
     ]
     here = dataclasses.replace(config, run=dataclasses.replace(config.run, device="cpu", root_dir="there", seed=3))
     assert relocate(config, here, [], "run").run == dataclasses.replace(here.run, seed=0)

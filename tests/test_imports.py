@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 OPTIONAL = (
     "wandb",
+    "tensorboard",
     "lpips",
     "cleanfid",
     "open_clip",
@@ -27,8 +28,9 @@ ALLOWED = {
     "models": {"models", "diffusion", "configs", "torch", "flash_attn", "numpy", "torchsparse", "spconv",
                "triton"},
     "data": {"data", "diffusion", "torch", "numpy", "PIL", "tqdm", "lmdb"},
-    "configs": {"configs", "ml_collections"},
-    "runtime": {"runtime", "configs", "data", "absl", "ml_collections", "torch", "safetensors", "tqdm", "wandb", "PIL"},
+    "configs": {"configs", "data", "diffusion", "models", "ml_collections"},
+    "runtime": {"runtime", "configs", "data", "absl", "ml_collections", "torch", "torchvision", "safetensors", "tqdm",
+                "PIL"},
     "metrics": {"metrics", "runtime", "configs", "data", "diffusion", "torch", "torchvision", "numpy", "PIL", "tqdm",
                 "safetensors", "open_clip", "huggingface_hub", "timm", "lpips"},
     "infty_diff": {"infty_diff", "runtime", "configs", "data", "diffusion", "models", "torch", "numpy", "PIL", "tqdm"},
@@ -37,8 +39,8 @@ ALLOWED = {
 }  # fmt: skip
 TRAINER = {"runtime.processes", "configs.schema", "runtime.stored", "diffusion.random", "diffusion.transfer",
            "training.acceleration", "runtime.checkpoint", "training.ema", "training.guard", "training.init_from",
-           "training.means", "training.parallel", "runtime.precision", "training.rates", "runtime.run_dir",
-           "runtime.signals"}  # fmt: skip
+           "training.means", "training.parallel", "runtime.precision", "training.rates", "training.report",
+           "runtime.run_dir", "runtime.signals", "training.stage"}  # fmt: skip
 
 
 def imports(file: Path) -> set[str]:

@@ -10,7 +10,7 @@ from benchmarks import recipe
 from configs.schema import ImageConfig, LatentConfig
 from configs.validate import freeze
 from runtime.checkpoint import save_weights
-from runtime.command import apply_overrides, load_config
+from runtime.overrides import apply_overrides, load_config
 from runtime.stored import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -58,13 +58,13 @@ class ImageStage:
         self.device = precision.device
         self.process = build_image_process(config)
         self.objective = build_objective(config.diffusion, self.process)
-        self.process.respaced(config.train.plot_sampling_steps)  # a wrong subset must not wait for the first preview
         self.modules: dict[str, nn.Module] = {
             "denoiser": build_denoiser(config.model, config.data.channels, config.size).to(self.device),
             "encoder": build_encoder(config.model, config.data.channels, config.size).to(self.device),
         }
         self.timesteps = build_timesteps(config.diffusion, self.device, partial(stacked, processes=processes))
         self.val_set, self.held_out = val_set, "val_loss"
+        self.examples = {"images": len(train_set), "held out": 0 if val_set is None else len(val_set)}
         self.held_out_steps = 0 if val_set is None else config.train.val_loss_steps
         if val_set is None and config.train.val_loss_steps:
             log.info("no images are held out (data.val_ratio=0): no val_loss, no %s", BEST_WEIGHTS)

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from runtime.checkpoint import load_weights
 from runtime.stored import WEIGHTS, differences
 
 
-def take_over(run: str, modules: dict[str, nn.Module], config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Load the EMA weights of a run into networks of the same shapes.
+def fitting_weights(
+    run: str, modules: Mapping[str, nn.Module]
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor], dict[str, Any]]:
+    """The EMA weights of a run for networks of the same shapes.
 
     Args:
         run: its folder.
-        modules: name -> network, as the run's inference file names them.
-        config: the plain configuration of the new run, for the message.
+        modules: name -> network, on any device, as the run's inference file names them.
     Returns:
-        One line for people, and an entry for the history of the new run.
+        name -> state of a network; all tensors of the file; and its header.
     Raises:
-        ValueError: when the folder holds no weights, or not those of such networks; then nothing is loaded.
+        ValueError: when the folder holds no weights, or not those of such networks.
     """
-    path = Path(run) / WEIGHTS
     try:
-        tensors, header = load_weights(path)
+        tensors, header = load_weights(Path(run) / WEIGHTS)
     except ValueError as error:
-        raise ValueError(f"train.init_from={run!r}: {error}") from None
+        raise ValueError(f"train.init_from is {run!r}: {error}") from None
     faults, states = [], {}
     for name, module in modules.items():
         own = module.state_dict()
@@ -39,7 +41,22 @@ def take_over(run: str, modules: dict[str, nn.Module], config: dict[str, Any]) -
         states[name] = state
     if faults:
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
-        raise ValueError(f"train.init_from={run!r}: {faults[0]}{more}; accepted: a run with the same networks")
+        raise ValueError(f"train.init_from is {run!r}, where {faults[0]}{more}; accepted: a run with the same networks")
+    return states, tensors, header
+
+
+def take_over(run: str, modules: Mapping[str, nn.Module], config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Load the EMA weights of a run into networks of the same shapes.
+
+    Args:
+        run, modules: as for `fitting_weights`.
+        config: the plain configuration of the new run, for the message.
+    Returns:
+        One line for people, and an entry for the history of the new run.
+    Raises:
+        ValueError: as `fitting_weights`; then nothing is loaded.
+    """
+    states, tensors, header = fitting_weights(run, modules)
     for name, module in modules.items():
         module.load_state_dict(states[name])
     counts = {name: len(state) for name, state in states.items()}
@@ -48,7 +65,7 @@ def take_over(run: str, modules: dict[str, nn.Module], config: dict[str, Any]) -
     left = sorted(key for key in tensors if not key.startswith(tuple(f"{name}." for name in modules)))
     other = differences(header.get("config", {}), {**config, "train": {}})
     line = (
-        f"starting from {path}, EMA weights of step {header.get('step')}: {taken}; EMA, optimiser, steps"
+        f"starting from {Path(run) / WEIGHTS}, EMA weights of step {header.get('step')}: {taken}; EMA, optimiser, steps"
         f"{''.join(f', {name}' for name in left)} are this run's own"
         + (f"; configured differently: {'; '.join(other)}" if other else "")
     )

@@ -46,10 +46,10 @@ class LatentStage:
         processes: Processes = ALONE,
     ) -> None:
         self.config, self.decoder, self.device, self.processes = config, decoder, precision.device, processes
-        decoder.process.respaced(config.train.plot_sampling_steps)  # a wrong subset must not wait for the first preview
         self.model = build_latent_model(config.model, latents.dim).to(self.device)
         self.modules: dict[str, nn.Module] = {"latent_model": self.model}
         self.train_set, self.test_set = latents.split(config.data.test_ratio)
+        self.examples = {"latents": self.train_set.count, "held out": self.test_set.count}
         self.held_out = "test_loss"
         self.held_out_steps = config.train.calculate_test_loss_steps if self.test_set.count else 0
         self.mean, self.std = latents.mean, latents.std

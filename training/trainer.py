@@ -13,9 +13,7 @@ import logging
 import math
 import platform
 import sys
-import time
-from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +31,7 @@ from runtime.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from runtime.precision import Precision
+from runtime.precision import Precision, describe
 from runtime.processes import ALONE, Processes
 from runtime.run_dir import RunDir
 from runtime.signals import Signals
@@ -45,51 +43,23 @@ from training.init_from import take_over
 from training.means import Means
 from training.parallel import data_parallel
 from training.rates import rate_factor
+from training.report import Clock, announce, conclude
+from training.stage import Stage
 
 log = logging.getLogger(__name__)
 # What a training state holds beside the configuration and the versions.
 _STATE = {"step", "seen", "modules", "ema", "optimizer", "scaler", "stage", "means", "guard", "best"}
 
 
-class Stage(Protocol):
-    """What a training stage brings to the loop.
-
-    held_out: name of the loss on held-out data in the log. held_out_steps: steps between two of them, 0 for none.
-    """
-
-    modules: dict[str, nn.Module]
-    held_out: str
-    held_out_steps: int
-
-    def batches(self, seen: int) -> Iterator[torch.Tensor]:
-        """Yield this process's share of every batch after the first `seen` examples of all processes, without end."""
-
-    def loss(self, batch: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the mean loss of a batch and further scalars to log."""
-
-    def previews(self, ema: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
-        """Return rows of pictures (N, C, H, W) made with the EMA weights."""
-
-    def held_out_loss(self, ema: dict[str, nn.Module]) -> float:
-        """Return the mean loss of the EMA weights on held-out data, with the same random draws at every call."""
-
-    def weights(self, ema: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
-        """Return the tensors of the inference file."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 class Trainer:
-    """Optimiser, averages, checkpoints and reports around a `Stage`.
+    """Optimiser, EMA, checkpoints and reports around a `Stage`.
 
     Args:
         config: configuration of the stage.
         stage: networks, data and loss.
         run_dir: where the run is kept.
         precision: device and autocast type.
-        processes: this process and those that train with it. The first alone writes, reports and draws pictures.
+        processes: this process and those that train with it. Rank 0 alone writes, reports and draws previews.
     """
 
     def __init__(
@@ -121,22 +91,24 @@ class Trainer:
         self.best: dict[str, float] = {}  # least held-out loss so far, and its step
         self.signals = Signals()
 
-    def run(self) -> None:
+    def run(self, next_command: str = "") -> None:
         """Train up to `train.steps`, continuing the newest checkpoint of the run.
 
+        next_command: what is said at the end about how to go on.
+
         Leaves with status 128 + signal after saving when SIGINT or SIGTERM asks it, or any process that trains with it,
-        to stop. Raises ValueError when the run has weights but nothing to continue, or train.init_from does not fit;
-        FloatingPointError when training has diverged, with the last checkpoint as it was.
+        to stop. Raises ValueError when train.init_from does not fit; FloatingPointError when training has diverged, with the last checkpoint as it was.
         """
         train, first = self.config.train, self.processes.is_rank_0
         origin = self._resume()
         batches = itertools.islice(self.stage.batches(self.seen), max(train.steps - self.step, 0))
         if first:
             self.run_dir.start(self.step, origin)
+            announce(self.run_dir, self.stage, train, describe(self.device, self.precision.dtype), self.step)
         bar = tqdm(
             total=train.steps, initial=self.step, unit="step", disable=None if first else True, dynamic_ncols=True
         )
-        clock, clock_step, due = time.perf_counter(), self.step, False
+        clock, due = Clock(self.step, train.steps), False
         with self.signals, contextlib.closing(self.run_dir), bar:
             while True:
                 batch = next(batches, None)  # before they agree: what one cannot read stops all of them
@@ -148,16 +120,16 @@ class Trainer:
                 done = self.step == train.steps
                 if self.step % train.plot_graph_steps == 0:
                     means = self._shared_means()  # waits for the device, so the clock is read after the work is done
-                    seconds = time.perf_counter() - clock
+                    speed = clock.steps_per_second(self.step)
                     if first:
-                        self._report(bar, means, (self.step - clock_step) * train.batch_size / seconds)
+                        self._report(bar, means, speed * train.batch_size, clock.time_left(self.step, speed))
                     self.means.clear()
                     self.guard.clear()
-                    clock, clock_step = time.perf_counter(), self.step
+                    clock.restart(self.step)
                 if self.step % train.plot_samples_steps == 0 or done:
                     if first:
                         self._save_previews()
-                    clock, clock_step = time.perf_counter(), self.step
+                    clock.restart(self.step)
                 due |= self.step % train.checkpoint_steps == 0
                 if done or (due and not self.guard.read()[1]):
                     self._save()
@@ -168,23 +140,25 @@ class Trainer:
         if stop:
             log.info("stopped by signal %d at step %d; the same command continues", stop, self.step)
             sys.exit(128 + stop)
+        if first:
+            conclude(self.run_dir, self.step, next_command)
 
     def _save_previews(self) -> None:
-        """Draw and write the pictures of this step, unless a signal cuts it short."""
+        """Draw and write the previews of this step, unless a signal cuts it short."""
         with self.signals.cutting_short():
             self.run_dir.save_previews(self.step, self.stage.previews(self.ema.modules))
             return
-        log.info("pictures of step %d were not finished", self.step)
+        log.info("previews of step %d were not finished", self.step)
 
     def train_step(self, batch: torch.Tensor) -> None:
-        """One step of the optimiser on `batch` (uint8 images, or latents), and of the averages where they fall due."""
+        """One step of the optimiser on `batch` (uint8 images, or latents), and of the EMA weights where they fall due."""
         run, train, optim = self.config.run, self.config.train, self.config.optimizer
         indices = self.step, self.processes.rank
         generator = stream(run.seed, Purpose.STEP, *indices, device=self.device)
         seed_global(run.seed, Purpose.DROPOUT, *indices, device=self.device)
-        part = rate_factor(optim.schedule, self.step, train.steps, optim.warmup_steps, optim.schedule_ref_steps)
+        fraction = rate_factor(optim.schedule, self.step, train.steps, optim.warmup_steps, optim.schedule_ref_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = optim.learning_rate * part
+            group["lr"] = optim.learning_rate * fraction
 
         with self.precision.autocast():
             loss_of = self.parallel or self.stage.loss
@@ -219,7 +193,7 @@ class Trainer:
         limit = self.config.train.gradient_clip or math.inf
         return nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
 
-    def _report(self, bar: tqdm, means: dict[str, float], images_per_second: float) -> None:
+    def _report(self, bar: tqdm, means: dict[str, float], images_per_second: float, left: str) -> None:
         metrics = {
             "step": self.step,
             "images": self.seen,
@@ -234,12 +208,13 @@ class Trainer:
         self.run_dir.log(metrics)
         if bar.disable:
             log.info(
-                "step %d/%d  loss %.4f  grad %.3f  %.1f images/s",
+                "step %d/%d  loss %.4f  grad %.3f  %.1f images/s  %s left",
                 self.step,
                 self.config.train.steps,
                 means["loss"],
                 means["grad_norm"],
                 images_per_second,
+                left,
             )
         else:
             bar.set_postfix(loss=f"{means['loss']:.4f}", grad=f"{means['grad_norm']:.3f}")
@@ -308,11 +283,12 @@ class Trainer:
         }
 
     def _resume(self) -> dict[str, Any] | None:
-        """Continue the newest checkpoint; which that is, the first process says, as it alone removes old ones.
+        """Continue the newest checkpoint; which that is, rank 0 says, as it alone removes old ones.
 
         Without one, start from the run that train.init_from names, and return what that is for the history.
         """
-        state = self._newest() if self.processes.is_rank_0 else None
+        newest = self.processes.is_rank_0 and load_newest_checkpoint(self.run_dir.checkpoints, self.device)
+        state = newest or None
         step = self.processes.from_rank_0(lambda: None if state is None else state["step"])
         if step is None:
             return self._initialise()
@@ -345,12 +321,3 @@ class Trainer:
         self.ema.restart(self.stage.modules)
         log.info(line)
         return event
-
-    def _newest(self) -> dict[str, Any] | None:
-        weights = self.run_dir.path / WEIGHTS
-        if weights.exists() and not checkpoint_steps(self.run_dir.checkpoints):
-            raise ValueError(
-                f"{weights} would be overwritten, with no training state to continue (an imported run has none); "
-                f"accepted: another run.experiment, and train.init_from={self.run_dir.path} to start from its weights"
-            )
-        return load_newest_checkpoint(self.run_dir.checkpoints, self.device)

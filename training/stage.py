@@ -1,0 +1,39 @@
+"""What the training loop asks of a stage."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+class Stage(Protocol):
+    """What a training stage brings to the loop.
+
+    examples: what it trains on, for people, e.g. {"images": 900, "held out": 100}.
+    held_out: name of the loss on held-out data in the log. held_out_steps: steps between two of them, 0 for none.
+    """
+
+    modules: dict[str, nn.Module]
+    examples: dict[str, int]
+    held_out: str
+    held_out_steps: int
+
+    def batches(self, seen: int) -> Iterator[torch.Tensor]:
+        """Yield this process's share of every batch after the first `seen` examples of all processes, without end."""
+
+    def loss(self, batch: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the mean loss of a batch and further scalars to log."""
+
+    def previews(self, ema: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+        """Return rows of previews (N, C, H, W) made with the EMA weights."""
+
+    def held_out_loss(self, ema: dict[str, nn.Module]) -> float:
+        """Return the mean loss of the EMA weights on held-out data, with the same random draws at every call."""
+
+    def weights(self, ema: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+        """Return the tensors of the inference file."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
