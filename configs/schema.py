@@ -1,24 +1,39 @@
 """Every configuration field of the project: its type, default, accepted values and meaning.
 
-This table is the one place that states a default. `configs/defaults.py` turns it into `ConfigDict`s,
+This table is the one place that states a default; which names a field accepts is said where they are implemented. `configs/defaults.py` turns it into `ConfigDict`s,
 `configs/validate.py` checks those against it and returns the frozen dataclasses below, which is what
 the rest of the code receives. Field names are those of the authors' configurations.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-SCHEDULES = ("cosine", "linear", "shifted_cosine", "const<beta>")
-PREDICTIONS = ("mollified_epsilon", "epsilon", "xstart", "v")
-RATE_SCHEDULES = ("constant", "cosine", "inverse_sqrt")
-LOSS_WEIGHTS = ("none", "min_snr")
+from data.base import CHANNELS, MEMORY_MODES
+from data.datasets import DATASETS, SPLIT_RULES
+from data.images import ERROR_MODES
+from diffusion.coordinates import CONVENTIONS
+from diffusion.losses import LOSS_WEIGHTS, LOSSES
+from diffusion.mollifier import MOLLIFIERS
+from diffusion.process import FINAL_ESTIMATES, PREDICTIONS, Prediction
+from diffusion.schedules import SCHEDULES_ACCEPTED
+from diffusion.subsets import DRAWS
+from diffusion.timestep_sampling import TIMESTEP_SAMPLERS
+from models.coarse_nodes import NODES
+from models.grid_unet import CONV_TYPES
+from models.layers import ATTENTION_KERNELS
+from models.operators.dispatch import BACKEND_NAMES
+from models.sparse_block import KERNELS
+from training.rates import DECAYS
+
+LATENT_PREDICTIONS = tuple(name for name in PREDICTIONS if name != Prediction.MOLLIFIED_EPS.value)
 
 
 def option(
     default: Any,
     doc: str,
     *,
-    choices: tuple | None = None,
+    choices: Iterable | None = None,
     low: float | None = None,
     high: float | None = None,
     derived: str | None = None,
@@ -30,6 +45,7 @@ def option(
     networks, process or data, or what is minimised, would be others with another value: it cannot change when a run is
     continued or used, where all other fields can.
     """
+    choices = None if choices is None else tuple(choices)
     rule = {"doc": doc, "choices": choices, "low": low, "high": high, "derived": derived, "shapes": shapes}
     return field(default=default, metadata=rule)
 
@@ -40,7 +56,7 @@ class RunConfig:
     experiment: str = option("experiment", "name of the run: its folder under run.root_dir")
     root_dir: str = option("checkpoints", "folder in which runs are kept")
     seed: int = option(0, "seed of initialisation, data order, coordinates and noise", low=0, shapes=True)
-    device: str = option("auto", "device to run on", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", "device to run on: auto, cpu, cuda or cuda:N")
     logger: str = option("none", "metrics and previews go there too: none, tensorboard, wandb, or tensorboard,wandb")
     wandb_mode: str = option(
         "disabled",
@@ -55,29 +71,28 @@ class DataConfig:
     name: str = option(
         "functions",
         "kind of data",
-        choices=("functions", "folder", "ffhq", "fashion_mnist", "celeba", "churches"),
+        choices=DATASETS,
         shapes=True,
     )
     root_dir: str = option("", "folder, zip, LMDB or .npz of the images; unused for procedural functions")
     img_size: int = option(256, "height of the training images in pixels", low=4, shapes=True)
     img_width: int = option(256, "width of the training images in pixels", low=4, derived="data.img_size", shapes=True)
-    channels: int = option(3, "image channels", choices=(1, 3, 4), shapes=True)
+    channels: int = option(3, "image channels", choices=CHANNELS, shapes=True)
     random_flip: bool = option(True, "mirror training images at random")
     split: str = option(
         "published",
         "training and validation images: as published, else by a hash of the names; authors = for ffhq, the first "
         "1 - val_ratio of the sorted names are for training",
-        choices=("published", "authors"),
+        choices=SPLIT_RULES,
         shapes=True,
     )
     val_ratio: float = option(0.05, "fraction held out where no published split exists", low=0.0, high=0.9, shapes=True)
-    on_error: str = option("raise", "what to do with a corrupt or too small image", choices=("raise", "skip"))
-    in_memory: str = option("auto", "keep decoded images in memory", choices=("auto", "always", "never"))
+    on_error: str = option("raise", "what to do with a corrupt or too small image", choices=ERROR_MODES)
+    in_memory: str = option("auto", "keep decoded images in memory", choices=MEMORY_MODES)
     memory_gb: float = option(8.0, "largest decoded data set kept in memory when in_memory=auto", low=0.0)
     num_workers: int = option(4, "decoding processes when images are not kept in memory", low=0)
     num_images: int = option(4096, "number of procedural functions", low=1, shapes=True)
     seed: int = option(0, "seed of the procedural functions", low=0, shapes=True)
-    fid_samples: int = option(50000, "number of samples for FID", low=1)
 
 
 @dataclass(frozen=True)
@@ -105,12 +120,12 @@ class TrainConfig:
         "torch.compile of the dense part of each network, by mode; reduce-overhead = CUDA graphs; auto = on a GPU",
         choices=("auto", "off", "default", "reduce-overhead", "max-autotune"),
     )
-    recompute: bool = option(False, "keep no activations inside residual blocks: less memory, a third more arithmetic")
     init_from: str = option("", "folder of a run whose EMA weights a new run starts from", shapes=True)
 
 
 @dataclass(frozen=True)
 class ImageTrainConfig(TrainConfig):
+    recompute: bool = option(False, "keep no activations inside residual blocks: less memory, a third more arithmetic")
     val_loss_steps: int = option(5000, "steps between losses on held-out images; 0 = never", low=0)
     val_images: int = option(512, "held-out images, at most, of which the loss is computed", low=1)
 
@@ -131,7 +146,7 @@ class ModelConfig:
     downsampling: str = option(
         "grid",
         "from points to the nodes of the U-Net: interpolation to a grid, or subsets of the points (Table 2)",
-        choices=("grid", "random", "equidistant"),
+        choices=NODES,
         shapes=True,
     )
     knn_neighbours: int = option(3, "points averaged into a grid cell", low=1, shapes=True)
@@ -140,10 +155,12 @@ class ModelConfig:
     kernel: str = option(
         "linear",
         "sparse kernel: weights; conv, activation, conv (Table 2); or a network of the offset",
-        choices=("linear", "nonlinear", "continuous"),
+        choices=KERNELS,
         shapes=True,
     )
-    backend: str = option("auto", "sparse operator back end; auto = the fastest of native, torch_dense")
+    backend: str = option(
+        "auto", "back end of the sparse convolution; auto = the fastest of native, torch_dense", choices=BACKEND_NAMES
+    )
     tile_points: int = option(
         4194304,
         "points of an image whose features are held at once when sampling; larger images go tile by tile, which takes "
@@ -157,7 +174,7 @@ class ModelConfig:
     uno_attn_resolutions: tuple = option((16, 8), "U-Net resolutions with attention", shapes=True)
     uno_dropout_from_resolution: int = option(16, "dropout at this U-Net resolution and below", low=0, shapes=True)
     uno_dropout: float = option(0.1, "dropout rate", low=0.0, high=0.99, shapes=True)
-    uno_conv_type: str = option("conv", "U-Net convolutions", choices=("conv", "spectral"), shapes=True)
+    uno_conv_type: str = option("conv", "U-Net convolutions", choices=CONV_TYPES, shapes=True)
     z_dim: int = option(1024, "size of the latent", low=1, shapes=True)
     learn_sigma: bool = option(False, "predict the reverse variance too", shapes=True)
     sigma_small: bool = option(False, "fixed reverse variance: posterior (True) or beta (False)", shapes=True)
@@ -166,13 +183,13 @@ class ModelConfig:
     coordinate_convention: str = option(
         "cell_centred",
         "where pixel i of n sits, and how networks go between lattices; reference = the authors' code",
-        choices=("cell_centred", "reference", "corner_aligned"),
+        choices=CONVENTIONS,
         shapes=True,
     )
     encoder_block_norm: bool = option(
         True, "norms in the encoder's sparse blocks; False = the authors' encoder", shapes=True
     )
-    attention: str = option("sdpa", "attention kernels", choices=("sdpa", "flash_attn"))
+    attention: str = option("sdpa", "attention kernels", choices=ATTENTION_KERNELS)
 
 
 @dataclass(frozen=True)
@@ -188,14 +205,14 @@ class LatentModelConfig:
 @dataclass(frozen=True)
 class DiffusionConfig:
     steps: int = option(1000, "diffusion steps", low=2, shapes=True)
-    noise_schedule: str = option("cosine", f"one of {', '.join(SCHEDULES)}", shapes=True)
+    noise_schedule: str = option("cosine", SCHEDULES_ACCEPTED, shapes=True)
     schedule_sampler: str = option(
         "uniform",
         "distribution of training timesteps",
-        choices=("uniform", "loss-second-moment"),
+        choices=TIMESTEP_SAMPLERS,
         shapes=True,
     )
-    loss_type: str = option("mse", "loss on the prediction", choices=("mse", "l1"), shapes=True)
+    loss_type: str = option("mse", "loss on the prediction", choices=LOSSES, shapes=True)
     loss_weight: str = option(
         "none",
         "weight of the loss by step; min_snr = min(SNR, min_snr_gamma) on the error of x_0",
@@ -208,7 +225,7 @@ class DiffusionConfig:
         "auto",
         "where images come from in the end: network = its x_0, which only xstart predicts; filter = the Wiener filter; "
         "auto = network for xstart, filter for others",
-        choices=("auto", "network", "filter"),
+        choices=FINAL_ESTIMATES,
     )
     gaussian_filter_std: float = option(
         1.0,
@@ -219,7 +236,7 @@ class DiffusionConfig:
     mollifier_type: str = option(
         "dct",
         "mollifier: exact in the cosine basis, or a truncated convolution",
-        choices=("dct", "conv"),
+        choices=MOLLIFIERS,
         shapes=True,
     )
     multiscale_loss: bool = option(False, "add the loss at coarser scales", shapes=True)
@@ -235,14 +252,14 @@ class DiffusionConfig:
 @dataclass(frozen=True)
 class LatentDiffusionConfig:
     steps: int = option(1000, "diffusion steps", low=2, shapes=True)
-    noise_schedule: str = option("const0.008", f"one of {', '.join(SCHEDULES)}", shapes=True)
+    noise_schedule: str = option("const0.008", SCHEDULES_ACCEPTED, shapes=True)
     schedule_sampler: str = option(
         "uniform",
         "distribution of training timesteps",
-        choices=("uniform", "loss-second-moment"),
+        choices=TIMESTEP_SAMPLERS,
         shapes=True,
     )
-    loss_type: str = option("l1", "loss on the prediction", choices=("mse", "l1"), shapes=True)
+    loss_type: str = option("l1", "loss on the prediction", choices=LOSSES, shapes=True)
     loss_weight: str = option(
         "none",
         "weight of the loss by step; min_snr = min(SNR, min_snr_gamma) on the error of x_0",
@@ -251,13 +268,13 @@ class LatentDiffusionConfig:
     )
     min_snr_gamma: float = option(5.0, "largest weight of min_snr", low=0.0, shapes=True)
     model_mean_type: str = option(
-        "epsilon", "what the network predicts", choices=("epsilon", "xstart", "v"), shapes=True
+        "epsilon", "what the network predicts", choices=LATENT_PREDICTIONS, shapes=True
     )
 
 
 @dataclass(frozen=True)
 class McIntegralConfig:
-    type: str = option("uniform", "how coordinates are drawn", choices=("uniform", "halton", "sobol"), shapes=True)
+    type: str = option("uniform", "how coordinates are drawn", choices=DRAWS, shapes=True)
     ratio: float = option(0.25, "fraction of the lattice seen per image", low=0.0, high=1.0, shapes=True)
     q_sample: int = option(
         16384,
@@ -278,7 +295,7 @@ class OptimizerConfig:
     schedule: str = option(
         "constant",
         "learning rate after the warm-up; cosine = to 0 at train.steps; inverse_sqrt = by 1/sqrt(step)",
-        choices=RATE_SCHEDULES,
+        choices=DECAYS,
     )
     schedule_ref_steps: int = option(1000, "steps at the full rate before inverse_sqrt lowers it", low=1)
     gradient_skip: bool = option(False, "skip steps with a large gradient norm")
@@ -297,7 +314,7 @@ class LatentOptimizerConfig(OptimizerConfig):
 @dataclass(frozen=True)
 class LatentDataConfig:
     test_ratio: float = option(0.05, "fraction of the images whose latents are held out", low=0.0, high=0.9, shapes=True)
-    fid_samples: int = option(50000, "number of samples for FID", low=1)
+    fid_samples: int = option(50000, "samples that generate_samples draws by default", low=1)
 
 
 @dataclass(frozen=True)

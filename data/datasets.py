@@ -37,6 +37,7 @@ from data.lsun import LsunSource, is_lmdb
 from data.splits import Split, hashed_split, number_split, tail_split
 
 SPLITS = ("train", "val", "all")
+SPLIT_RULES = ("published", "authors")
 FFHQ_TRAINING = 60000  # of 70000 images
 CELEBA_TRAINING = 27000  # of 30000 images
 VALIDATION_FUNCTIONS = 1 << 32  # index of the first validation function, beyond every num_images
@@ -57,14 +58,14 @@ def open_dataset(data_cfg: Any, split: str) -> ImageDataset:
     """
     if split not in SPLITS:
         raise ValueError(f"split: {split!r}, accepted are {', '.join(SPLITS)}")
-    if data_cfg.name not in _OPENERS:
-        raise ValueError(f"data.name: {data_cfg.name!r}, accepted are {', '.join(_OPENERS)}")
+    if data_cfg.name not in DATASETS:
+        raise ValueError(f"data.name: {data_cfg.name!r}, accepted are {', '.join(DATASETS)}")
     if not 0 <= data_cfg.val_ratio < 1:
         raise ValueError(f"data.val_ratio: {data_cfg.val_ratio}, accepted are numbers in [0, 1)")
     if data_cfg.split != "published" and (data_cfg.split != "authors" or data_cfg.name != "ffhq"):
         raise ValueError(f"data.split: {data_cfg.split!r}, accepted are published, and with data.name=ffhq authors")
     check_lattice(_size(data_cfg), data_cfg.channels)
-    return _OPENERS[data_cfg.name](data_cfg, split)
+    return DATASETS[data_cfg.name](data_cfg, split)
 
 
 def _functions(cfg: Any, split: str) -> ImageDataset:
@@ -141,7 +142,7 @@ def _churches(cfg: Any, split: str) -> ImageDataset:
     return _files(cfg, source, _fallback(cfg, source, " and ".join(CHURCH_FOLDERS.values())), split)
 
 
-_OPENERS: dict[str, Callable[[Any, str], ImageDataset]] = {
+DATASETS: dict[str, Callable[[Any, str], ImageDataset]] = {
     "functions": _functions,
     "folder": _folder,
     "ffhq": _ffhq,

@@ -22,6 +22,7 @@ SHAPING = frozenset(
     if field.metadata["shapes"]
 )
 
+RETIRED = frozenset({"data.fid_samples", "train.recompute"})  # fields that had no effect in one of the stages
 
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"  # of a run
 
@@ -78,7 +79,7 @@ def stage_of(sections: Iterable[str]) -> type[ImageConfig] | type[LatentConfig] 
 
 
 def config_from(plain: dict[str, Any], cls: type[Config], where: str) -> Config:
-    """Freeze the configuration stored in `where`; fields that it does not know yet take their defaults.
+    """Freeze the configuration stored in `where`: fields that it lacks take their defaults, `RETIRED` ones are dropped.
 
     Raises:
         ValueError: when this version does not accept it.
@@ -86,7 +87,9 @@ def config_from(plain: dict[str, Any], cls: type[Config], where: str) -> Config:
     sections = {}
     for section in dataclasses.fields(cls):
         defaults = {f.name: f.default for f in dataclasses.fields(section.type)}
-        sections[section.name] = {**defaults, **plain.get(section.name, {})}
+        stored = plain.get(section.name, {}).items()
+        kept = {key: value for key, value in stored if key in defaults or f"{section.name}.{key}" not in RETIRED}
+        sections[section.name] = {**defaults, **kept}
     try:
         return freeze(ConfigDict(sections), cls)
     except ConfigError as error:

@@ -28,7 +28,7 @@ ALLOWED = {
     "models": {"models", "diffusion", "configs", "torch", "flash_attn", "numpy", "torchsparse", "spconv",
                "triton"},
     "data": {"data", "diffusion", "torch", "numpy", "PIL", "tqdm", "lmdb"},
-    "configs": {"configs", "data", "diffusion", "models", "ml_collections"},
+    "configs": {"configs", "data", "diffusion", "models", "training", "ml_collections"},
     "runtime": {"runtime", "configs", "data", "absl", "ml_collections", "torch", "torchvision", "safetensors", "tqdm",
                 "PIL"},
     "metrics": {"metrics", "runtime", "configs", "data", "diffusion", "torch", "torchvision", "numpy", "PIL", "tqdm",
@@ -74,9 +74,13 @@ def test_mathematics_touches_no_file_clock_or_environment():
 
 
 def test_only_factories_read_configurations():
+    """Configurations list the choices of those who implement them, so these know no configuration."""
     for file in files("models") + files("diffusion"):
         reads = any(module.startswith("configs") for module in imports(file))
         assert not reads or file.name == "factory.py", file
+    listed = {module for file in files("configs") for module in imports(file)}
+    assert {module for module in listed if module.startswith("training")} == {"training.rates"}
+    assert not any(module.startswith("configs") for module in imports(ROOT / "training/rates.py"))
 
 
 def test_the_loop_knows_no_stage():

@@ -58,10 +58,10 @@ def test_another_schedule_is_refused():
         with pytest.raises(ConfigError) as error:
             freeze(config, cls)
         assert error.value.faults[1] == (
-            "config.optimizer.schedule='cosin': accepted: constant, cosine, inverse_sqrt; did you mean cosine?"
+            "config.optimizer.schedule is 'cosin'; accepted: constant, cosine, inverse_sqrt; did you mean cosine?"
         )
         config.optimizer.schedule, config.diffusion.min_snr_gamma = "cosine", 0.0
-        with pytest.raises(ConfigError, match=r"config.diffusion.min_snr_gamma=0.0: accepted: a number > 0"):
+        with pytest.raises(ConfigError, match=r"config.diffusion.min_snr_gamma is 0.0; accepted: a number > 0"):
             freeze(config, cls)
 
 

@@ -6,19 +6,19 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from configs.schema import TrainConfig
+from configs.schema import ImageTrainConfig, TrainConfig
 from models.grid_unet import GridBlock
 from models.operators.triton_support import available
 from models.sparse_block import SparseBlock
 
 
 def accelerate(modules: dict[str, nn.Module], train: TrainConfig, device: torch.device) -> None:
-    """Apply `train.compile` and `train.recompute` to networks about to be trained, in place.
+    """Apply `train.compile`, and in stage one `train.recompute`, to networks about to be trained, in place.
 
     Only `forward` is replaced: names of parameters and copies made before stay as they are.
     """
     for module in modules.values():
-        if train.recompute:
+        if isinstance(train, ImageTrainConfig) and train.recompute:
             for block in module.modules():
                 if isinstance(block, GridBlock | SparseBlock):
                     block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
