@@ -16,8 +16,8 @@ from PIL import Image
 import micro
 from data.functions import ProceduralFunctions
 from data.pixels import to_uint8
+from forked import ROOT, run
 
-ROOT = Path(__file__).parents[1]
 IMAGES = {**micro.IMAGE, "data.name": "ffhq"}
 ENCODER = ["configs/ffhq_256_config.py", "micro"]
 PRIOR = ["configs/ffhq_latent_config.py", "micro_sampler"]
@@ -43,10 +43,6 @@ def sampling(root: Path, *extra: str) -> list[str]:
     place = {"run.root_dir": root, "run.device": "cpu", "data.fid_samples": 3}
     return ["experiments/generate_samples.py", *flags("config", PRIOR, place),
             *flags("decoder_config", ENCODER, {"run.root_dir": root}), *extra]  # fmt: skip
-
-
-def run(command: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
 def fails(command: list[str], part: str) -> None:

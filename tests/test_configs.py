@@ -4,17 +4,16 @@ import dataclasses
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from configs.defaults import image_config, latent_config
 from configs.schema import ImageConfig, LatentConfig
 from configs.validate import ConfigError, freeze
+from forked import ROOT, run
 from runtime.overrides import apply_overrides, load_config
 from runtime.stored import config_from, differences, relocate
 
-ROOT = Path(__file__).parents[1]
 FILES = sorted(ROOT.glob("configs/*_config.py"))
 
 
@@ -154,13 +153,9 @@ def test_what_a_later_command_may_change():
     assert relocate(config, here, [], "run").run == dataclasses.replace(here.run, seed=0)
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
 def test_a_wrong_command_line_names_every_fault():
-    done = command("train_inf_ae_diffusion.py", "--config=configs/tiny_config.py", "--config.train.batch_siz=1",
-                   "--config.trian.steps=1", "--config.train.steps=x", "--config.data.name=fhq")  # fmt: skip
+    done = run(["train_inf_ae_diffusion.py", "--config=configs/tiny_config.py", "--config.train.batch_siz=1",
+                   "--config.trian.steps=1", "--config.train.steps=x", "--config.data.name=fhq"])  # fmt: skip
     assert done.returncode == 2 and done.stdout == ""
     lines = done.stderr.splitlines()
     assert len(lines) == 4 and all(line.startswith("error: ") for line in lines)
@@ -177,13 +172,13 @@ def test_a_wrong_command_line_names_every_fault():
     (["--config=README.md"], "--config=README.md"),
 ])  # fmt: skip
 def test_wrong_flags_and_files(arguments, part):
-    done = command("train_inf_ae_diffusion.py", *arguments)
+    done = run(["train_inf_ae_diffusion.py", *arguments])
     assert done.returncode == 2 and "Traceback" not in done.stderr and part in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_help_shows_the_flags_of_the_command():
-    done = command("experiments/generate_samples.py", "--help")
+    done = run(["experiments/generate_samples.py", "--help"])
     assert done.returncode == 0
     for part in ("--sample_img_size", "--config: LatentConfig file", "python experiments/generate", "--helpfull"):
         assert part in done.stdout
@@ -191,7 +186,7 @@ def test_help_shows_the_flags_of_the_command():
 
 
 def test_full_help_shows_every_field_as_the_given_file_has_it():
-    done = command("train_inf_ae_diffusion.py", "--config=configs/tiny_config.py", "--config.model.nf=40", "--helpfull")
+    done = run(["train_inf_ae_diffusion.py", "--config=configs/tiny_config.py", "--config.model.nf=40", "--helpfull"])
     assert done.returncode == 0, done.stderr
     lines = dict(line.strip().split(": ", 1) for line in done.stdout.splitlines() if line.startswith("  ") and ": " in line)
     for section in dataclasses.fields(ImageConfig):
