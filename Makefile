@@ -1,4 +1,4 @@
-# `make demo` trains and samples the embedded default on a CPU; `make test` lints and tests. Both set themselves up.
+# `make demo` trains and samples the embedded default on a CPU; `make test` lints, checks types and tests. Both set themselves up.
 # TORCH: what to install before all else, in pip's words, where PyTorch's default wheels are not what you want.
 PYTHON ?= python3
 TORCH ?=
@@ -21,6 +21,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check --quiet .
+	$(VENV)/bin/mypy
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
 clean:

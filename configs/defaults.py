@@ -13,7 +13,7 @@ def _section(cls: type) -> ConfigDict:
 
 
 def _sections(cls: type) -> ConfigDict:
-    return ConfigDict({f.name: _section(f.type) for f in fields(cls)})
+    return ConfigDict({name: _section(section) for name, section in schema.sections(cls).items()})
 
 
 def image_config() -> ConfigDict:

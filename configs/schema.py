@@ -1,12 +1,12 @@
 """Every configuration field of the project: its type, default, accepted values and meaning.
 
-This table is the one place that states a default; which names a field accepts is said where they are implemented. `configs/defaults.py` turns it into `ConfigDict`s,
-`configs/validate.py` checks those against it and returns the frozen dataclasses below, which is what
-the rest of the code receives. Field names are those of the authors' configurations.
+This table is the one place that states a default; which names a field accepts is said where they are implemented.
+`configs/defaults.py` turns it into `ConfigDict`s, `configs/validate.py` checks those against it and returns the frozen
+dataclasses below, which is what the rest of the code receives. Field names are those of the authors' configurations.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from data.base import CHANNELS, MEMORY_MODES
@@ -48,6 +48,11 @@ def option(
     choices = None if choices is None else tuple(choices)
     rule = {"doc": doc, "choices": choices, "low": low, "high": high, "derived": derived, "shapes": shapes}
     return field(default=default, metadata=rule)
+
+
+def sections(stage: type) -> dict[str, Any]:
+    """The sections of `ImageConfig` or `LatentConfig`: name -> dataclass."""
+    return {section.name: section.type for section in fields(stage)}
 
 
 @dataclass(frozen=True)
@@ -267,9 +272,7 @@ class LatentDiffusionConfig:
         shapes=True,
     )
     min_snr_gamma: float = option(5.0, "largest weight of min_snr", low=0.0, shapes=True)
-    model_mean_type: str = option(
-        "epsilon", "what the network predicts", choices=LATENT_PREDICTIONS, shapes=True
-    )
+    model_mean_type: str = option("epsilon", "what the network predicts", choices=LATENT_PREDICTIONS, shapes=True)
 
 
 @dataclass(frozen=True)
@@ -313,7 +316,9 @@ class LatentOptimizerConfig(OptimizerConfig):
 
 @dataclass(frozen=True)
 class LatentDataConfig:
-    test_ratio: float = option(0.05, "fraction of the images whose latents are held out", low=0.0, high=0.9, shapes=True)
+    test_ratio: float = option(
+        0.05, "fraction of the images whose latents are held out", low=0.0, high=0.9, shapes=True
+    )
     fid_samples: int = option(50000, "samples that generate_samples draws by default", low=1)
 
 

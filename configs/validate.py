@@ -4,13 +4,15 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from ml_collections import ConfigDict
 
-from configs.schema import ImageConfig, LatentConfig
+from configs.schema import ImageConfig, LatentConfig, sections
 from diffusion.schedules import make_betas
 from models.factory import grid_spec
+
+Config = TypeVar("Config", bound=ImageConfig | LatentConfig)
 
 
 class ConfigError(ValueError):
@@ -21,7 +23,15 @@ class ConfigError(ValueError):
         self.faults = faults
 
 
-def freeze(config: ConfigDict, cls: type = ImageConfig, name: str = "config") -> ImageConfig | LatentConfig:
+@overload
+def freeze(config: ConfigDict, *, name: str = "config") -> ImageConfig: ...
+
+
+@overload
+def freeze(config: ConfigDict, cls: type[Config], name: str = "config") -> Config: ...
+
+
+def freeze(config: ConfigDict, cls: Any = ImageConfig, name: str = "config") -> Any:
     """Return `config` as the frozen dataclass `cls`.
 
     Args:
@@ -32,17 +42,18 @@ def freeze(config: ConfigDict, cls: type = ImageConfig, name: str = "config") ->
         ConfigError: with one line per fault, naming the field, its value and what is accepted.
     """
     values = config.to_dict()
-    faults = _unknown(values, [f.name for f in fields(cls)], name)
-    sections = {}
-    for section in fields(cls):
-        given = values.get(section.name)
+    known = sections(cls)
+    faults = _unknown(values, list(known), name)
+    checked = {}
+    for key, section in known.items():
+        given = values.get(key)
         if not isinstance(given, dict):
-            faults.append(f"{name}.{section.name} is missing; accepted: a section with the fields of the schema")
+            faults.append(f"{name}.{key} is missing; accepted: a section with the fields of the schema")
             continue
-        sections[section.name], section_faults = _section(given, section.type, f"{name}.{section.name}")
+        checked[key], section_faults = _section(given, section, f"{name}.{key}")
         faults += section_faults
     if not faults:
-        frozen = cls(**sections)
+        frozen = cls(**checked)
         faults = (_image_faults if isinstance(frozen, ImageConfig) else _run_faults)(frozen, name)
     if faults:
         raise ConfigError(faults)
@@ -59,8 +70,8 @@ def _unknown(given: dict, known: list[str], where: str) -> list[str]:
     return [f"{where}.{key} is no field{nearest(key, known)}" for key in given if key not in known]
 
 
-def _section(given: dict, cls: type, where: str) -> tuple[Any, list[str]]:
-    known = {f.name: f for f in fields(cls)}
+def _section(given: dict, cls: Any, where: str) -> tuple[Any, list[str]]:
+    known: dict[str, Any] = {f.name: f for f in fields(cls)}
     faults = _unknown(given, list(known), where)
     checked = {}
     for key, spec in known.items():

@@ -56,7 +56,9 @@ class Command:
         self._given: dict[str, tuple[str, list[tuple[str, str]]]] = {}
         for name, stage in configs.items():
             flags.DEFINE_string(name, None, f"{stage.__name__} file, e.g. {_EXAMPLES[stage]}")
-        flags.DEFINE_bool("dry_run", False, "print the resolved configuration, name what would stop the command, and stop")
+        flags.DEFINE_bool(
+            "dry_run", False, "print the resolved configuration, name what would stop the command, and stop"
+        )
 
     def run(self, main: Callable[[dict[str, Any], dict[str, list[str]]], None]) -> None:
         """Parse `sys.argv`, print the resolved configuration under --dry_run, else call `main(configs, overridden)`.
@@ -107,9 +109,9 @@ class Command:
         return self._given[name][0]
 
     def place(self, name: str, as_name: str, experiment: str = "") -> list[str]:
-        """As `arguments`, but of the overrides those that say where the run is and computes, under its or another `experiment`.
+        """As `arguments`, but of the overrides only where the run is and computes, all one needs of a run that exists.
 
-        That is all another command needs to know of a run that exists.
+        experiment: another name of the run, if it is not to be its own.
         """
         file, overrides = self._given[name]
         wanted = {path: value for path, value in overrides if path in ("run.root_dir", "run.device")}
@@ -185,7 +187,9 @@ class Command:
             given = load_config(files[name], name) if name in files else None
             if given is not None:
                 _check_stage(given, stage, files[name], name)
-                faults = apply_overrides(given, [(path, text) for owner, path, text in overrides if owner == name], name)
+                faults = apply_overrides(
+                    given, [(path, text) for owner, path, text in overrides if owner == name], name
+                )
                 if faults:
                     raise ConfigError(faults)
             lines += ["", *field_lines(name, stage, given)]

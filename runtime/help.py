@@ -3,10 +3,11 @@
 import os
 import sys
 from dataclasses import fields
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
+
+from configs.schema import sections
 
 
 def flag_lines(own: list[str]) -> list[str]:
@@ -24,12 +25,12 @@ def flag_lines(own: list[str]) -> list[str]:
 def field_lines(name: str, stage: type, given: ConfigDict | None) -> list[str]:
     """One line per field of a configuration, with its value in the given one, else its default."""
     lines = [f"fields of --{name} ({stage.__name__}), set with --{name}.SECTION.FIELD=VALUE:"]
-    for section in fields(stage):
-        for spec in fields(section.type):  # type: ignore[arg-type]
+    for part, section in sections(stage).items():
+        for spec in fields(section):
             rule = spec.metadata
-            value: Any = (rule["derived"] or repr(spec.default)) if given is None else repr(given[section.name][spec.name])
+            value = (rule["derived"] or repr(spec.default)) if given is None else repr(given[part][spec.name])
             accepted = f"; one of {', '.join(map(str, rule['choices']))}" if rule["choices"] else ""
-            lines.append(f"  {section.name}.{spec.name}: {rule['doc']}{accepted} (default {value})")
+            lines.append(f"  {part}.{spec.name}: {rule['doc']}{accepted} (default {value})")
     return lines
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 

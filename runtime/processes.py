@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -101,7 +101,7 @@ class Processes:
         """What `make` returns, called by rank 0 alone; it must pickle."""
         if self.world_size == 1:
             return make()
-        made = [make() if self.is_rank_0 else None]
+        made: list[Any] = [make() if self.is_rank_0 else None]
         self.agree()
         dist.broadcast_object_list(made)
         return made[0]

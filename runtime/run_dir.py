@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 class RunDir:
     """Files of one run under `<run.root_dir>/<run.experiment>/`.
 
-    Nothing is written before `start`. `begun` says whether there is a training state to continue. Of several processes rank 0 alone calls it, and what follows it.
+    Nothing is written before `start`. Of several processes rank 0 alone calls it, and what follows it.
+    `begun` says whether there is a training state to continue.
 
     `config.json` holds the configuration in force. `history.jsonl` says how it came about, one JSON object a line:
     {"step": 3, "changed": {"train.amp": [true, false]}} for fields with another value from that step on, old and new;
@@ -33,8 +34,8 @@ class RunDir:
         config: the frozen configuration.
         resume: continue what is there. Without it an existing run is refused.
     Raises:
-        ValueError: when the folder holds a run whose configuration differs in a field that shapes the result,
-            holds weights but no training state, or holds a run at all and `resume` is false; or when the package of a logger is missing.
+        ValueError: when the folder holds a run whose configuration differs in a field that shapes the result, weights
+            but no training state, or any run where `resume` is false; or when the package of a logger is missing.
     """
 
     def __init__(self, config: ImageConfig | LatentConfig, resume: bool) -> None:
@@ -95,9 +96,7 @@ class RunDir:
                         kept.append(line + "\n")
         write_atomic(path, lambda temporary: temporary.write_text("".join(kept)))
         self._metrics = path.open("a", buffering=1)
-        self._loggers = [
-            LOGGERS[name](self.config.run, self.path, self.plain_config, step) for name in self._wanted
-        ]
+        self._loggers = [LOGGERS[name](self.config.run, self.path, self.plain_config, step) for name in self._wanted]
 
     def log(self, metrics: dict[str, float]) -> None:
         """Append one line to `metrics.jsonl`, flushed at once; what is not finite is null there."""

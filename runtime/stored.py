@@ -4,21 +4,19 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 
-from configs.schema import ImageConfig, LatentConfig
-from configs.validate import ConfigError, freeze
-
-Config = TypeVar("Config", ImageConfig, LatentConfig)
+from configs.schema import ImageConfig, LatentConfig, sections
+from configs.validate import Config, ConfigError, freeze
 
 SHAPING = frozenset(
-    f"{section.name}.{field.name}"
+    f"{name}.{field.name}"
     for stage in (ImageConfig, LatentConfig)
-    for section in dataclasses.fields(stage)
-    for field in dataclasses.fields(section.type)
+    for name, section in sections(stage).items()
+    for field in dataclasses.fields(section)
     if field.metadata["shapes"]
 )
 
@@ -67,15 +65,15 @@ def stored_config(run: Path, cls: type[Config]) -> Config | None:
         return None
     if not isinstance(plain, dict) or not all(isinstance(section, dict) for section in plain.values()):
         raise ValueError(f"{run}: holds no configuration; accepted: a run of this project")
-    if stage_of(plain) not in (cls, None):
-        raise ValueError(f"{run}: is a run of {stage_of(plain).__name__}; accepted: a run of {cls.__name__}")
+    stage = stage_of(plain)
+    if stage is not None and stage is not cls:
+        raise ValueError(f"{run}: is a run of {stage.__name__}; accepted: a run of {cls.__name__}")
     return config_from(plain, cls, str(run))
 
 
-def stage_of(sections: Iterable[str]) -> type[ImageConfig] | type[LatentConfig] | None:
+def stage_of(names: Iterable[str]) -> type[ImageConfig] | type[LatentConfig] | None:
     """The stage whose configurations have exactly these sections, if there is one."""
-    names = {cls: {section.name for section in dataclasses.fields(cls)} for cls in (ImageConfig, LatentConfig)}
-    return next((cls for cls in names if names[cls] == set(sections)), None)
+    return next((cls for cls in (ImageConfig, LatentConfig) if sections(cls).keys() == set(names)), None)
 
 
 def config_from(plain: dict[str, Any], cls: type[Config], where: str) -> Config:
@@ -84,14 +82,13 @@ def config_from(plain: dict[str, Any], cls: type[Config], where: str) -> Config:
     Raises:
         ValueError: when this version does not accept it.
     """
-    sections = {}
-    for section in dataclasses.fields(cls):
-        defaults = {f.name: f.default for f in dataclasses.fields(section.type)}
-        stored = plain.get(section.name, {}).items()
-        kept = {key: value for key, value in stored if key in defaults or f"{section.name}.{key}" not in RETIRED}
-        sections[section.name] = {**defaults, **kept}
+    values = {}
+    for name, section in sections(cls).items():
+        defaults = {f.name: f.default for f in dataclasses.fields(section)}
+        stored = plain.get(name, {}).items()
+        values[name] = {**defaults, **{k: v for k, v in stored if k in defaults or f"{name}.{k}" not in RETIRED}}
     try:
-        return freeze(ConfigDict(sections), cls)
+        return freeze(ConfigDict(values), cls)
     except ConfigError as error:
         raise ValueError(f"{where}: holds a configuration this version refuses: {'; '.join(error.faults)}") from None
 
@@ -129,7 +126,9 @@ def relocate(stored: Config, given: Config, overridden: list[str], where: str) -
             part = dataclasses.replace(getattr(stored, section), **{name: value})
             stored = dataclasses.replace(stored, **{section: part})
         elif value != trained:
-            faults.append(f"{path} is {value!r}, but {where} was trained with {trained!r}; accepted: that value, or none")
+            faults.append(
+                f"{path} is {value!r}, but {where} was trained with {trained!r}; accepted: that value, or none"
+            )
     if faults:
         raise ConfigError(faults)
     return freeze(ConfigDict(dataclasses.asdict(dataclasses.replace(stored, run=run))), type(stored))

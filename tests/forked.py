@@ -36,7 +36,9 @@ def run(command: list, environment: dict[str, str] | None = None, timeout: float
 
 @lru_cache
 def _server() -> subprocess.Popen:
-    server = subprocess.Popen([sys.executable, __file__], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        [sys.executable, __file__], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     atexit.register(server.stdin.close)
     return server
 

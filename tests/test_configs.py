@@ -188,13 +188,17 @@ def test_help_shows_the_flags_of_the_command():
 def test_full_help_shows_every_field_as_the_given_file_has_it():
     done = run(["train_inf_ae_diffusion.py", "--config=configs/tiny_config.py", "--config.model.nf=40", "--helpfull"])
     assert done.returncode == 0, done.stderr
-    lines = dict(line.strip().split(": ", 1) for line in done.stdout.splitlines() if line.startswith("  ") and ": " in line)
+    lines = dict(
+        line.strip().split(": ", 1) for line in done.stdout.splitlines() if line.startswith("  ") and ": " in line
+    )
     for section in dataclasses.fields(ImageConfig):
         for field in dataclasses.fields(section.type):
             assert f"{section.name}.{field.name}" in lines
     assert lines["train.steps"].endswith("(default 1000)") and lines["model.nf"].endswith("(default 40)")
     assert lines["mc_integral.q_sample"].endswith("(default 256)")  # a quarter of 32x32, derived
-    assert "one of cosine" not in lines["optimizer.schedule"] and "one of constant, cosine" in lines["optimizer.schedule"]
+    assert (
+        "one of cosine" not in lines["optimizer.schedule"] and "one of constant, cosine" in lines["optimizer.schedule"]
+    )
 
 
 def test_a_reader_of_the_help_may_leave():

@@ -176,9 +176,7 @@ class ImageStage:
 
     def weights(self, ema: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
         """The EMA weights of both networks, as `InftyDiff.from_runs` reads them."""
-        return {
-            f"{name}.{key}": tensor for name, module in ema.items() for key, tensor in module.state_dict().items()
-        }
+        return {f"{name}.{key}": tensor for name, module in ema.items() for key, tensor in module.state_dict().items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"timesteps": self.timesteps.state_dict()}

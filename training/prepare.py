@@ -147,7 +147,11 @@ def _common(
 
 
 def _start(
-    config: ImageConfig | LatentConfig, run_dir: RunDir | None, modules: dict[str, nn.Module], count: int, faults: _Faults
+    config: ImageConfig | LatentConfig,
+    run_dir: RunDir | None,
+    modules: dict[str, nn.Module],
+    count: int,
+    faults: _Faults,
 ) -> None:
     """Whether the networks, if all of them could be built, can start from the run that train.init_from names."""
     if config.train.init_from and len(modules) == count and run_dir is not None and not run_dir.begun:

@@ -97,7 +97,8 @@ class Trainer:
         next_command: what is said at the end about how to go on.
 
         Leaves with status 128 + signal after saving when SIGINT or SIGTERM asks it, or any process that trains with it,
-        to stop. Raises ValueError when train.init_from does not fit; FloatingPointError when training has diverged, with the last checkpoint as it was.
+        to stop. Raises ValueError when train.init_from does not fit, FloatingPointError when training has diverged,
+        with the last checkpoint as it was.
         """
         train, first = self.config.train, self.processes.is_rank_0
         origin = self._resume()
@@ -151,7 +152,7 @@ class Trainer:
         log.info("previews of step %d were not finished", self.step)
 
     def train_step(self, batch: torch.Tensor) -> None:
-        """One step of the optimiser on `batch` (uint8 images, or latents), and of the EMA weights where they fall due."""
+        """One step of the optimiser on `batch` (uint8 images, or latents), and of the EMA where it falls due."""
         run, train, optim = self.config.run, self.config.train, self.config.optimizer
         indices = self.step, self.processes.rank
         generator = stream(run.seed, Purpose.STEP, *indices, device=self.device)
