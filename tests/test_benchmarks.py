@@ -1,10 +1,7 @@
 """The benchmarks: their commands, and that they measure what trains and samples."""
 
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +10,10 @@ from benchmarks.published import PublishedStep
 from benchmarks.train_step import PARTS, StepTimer, point_counts
 from configs.schema import ImageConfig
 from configs.validate import freeze
+from forked import ROOT, run
 from runtime.overrides import apply_overrides, load_config
 from runtime.precision import Precision
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
     "data.img_size": "12", "data.img_width": "10", "train.batch_size": "2", "train.ema_update_every": "2",
     "model.nf": "4", "model.num_conv_blocks": "1", "model.kernel_size": "3", "model.uno_res": "4",
@@ -32,10 +29,9 @@ def small_config() -> ImageConfig:
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "benchmarks/train_step.py", "--config=configs/tiny_config.py", *arguments]
+    command = ["benchmarks/train_step.py", "--config=configs/tiny_config.py", *arguments]
     command += [f"--config.{name}={value}" for name, value in SMALL.items()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return run(command)
 
 
 def test_updates_of_the_averages_count_by_their_frequency():
@@ -103,10 +99,9 @@ def test_bad_input_leaves_with_status_2():
 def operators(tmp_path_factory):
     """The rows of a small run of benchmarks/operators.py, and what it printed."""
     path = tmp_path_factory.mktemp("operators") / "rows.json"
-    command = [sys.executable, "benchmarks/operators.py", "--device=cpu", "--sizes=8,16", "--ratios=1,0.25"]
+    command = ["benchmarks/operators.py", "--device=cpu", "--sizes=8,16", "--ratios=1,0.25"]
     command += ["--channels=16", "--batch=2", "--repeats=2", f"--json={path}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = run(command)
     assert done.returncode == 0, done.stderr
     return json.loads(path.read_text()), done.stdout
 
@@ -153,8 +148,8 @@ def test_engines_are_timed_beside_the_one_that_is_chosen():
     ],
 )
 def test_operators_refuse_what_they_cannot_measure(argument, message):
-    command = [sys.executable, "benchmarks/operators.py", argument]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = ["benchmarks/operators.py", argument]
+    done = run(command)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
@@ -173,11 +168,10 @@ def test_wrong_results_are_not_timed(monkeypatch):
 @pytest.mark.parametrize("guided", [False, True])
 def test_sampling_compares_back_ends_at_every_size(tmp_path, guided):
     path = tmp_path / "rows.json"
-    command = [sys.executable, "benchmarks/sampling.py", "--config=configs/tiny_config.py", "--sizes=12x10,36x30"]
+    command = ["benchmarks/sampling.py", "--config=configs/tiny_config.py", "--sizes=12x10,36x30"]
     command += [f"--config.{name}={value}" for name, value in SMALL.items()] + ["--repeats=2", f"--json={path}"]
     command += ["--guided"] if guided else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = run(command)
     assert done.returncode == 0, done.stderr
     rows = json.loads(path.read_text())["rows"]
     assert [(row["size"], row["backend"], row["baseline"]) for row in rows] == [
@@ -189,10 +183,10 @@ def test_sampling_compares_back_ends_at_every_size(tmp_path, guided):
 
 def test_sampling_is_measured_alone(tmp_path):
     path = tmp_path / "rows.json"
-    command = [sys.executable, "benchmarks/sampling.py", "--config=configs/tiny_config.py", "--sizes=12x10"]
+    command = ["benchmarks/sampling.py", "--config=configs/tiny_config.py", "--sizes=12x10"]
     command += [f"--config.{name}={value}" for name, value in SMALL.items()]
     command += ["--repeats=1", "--baseline=", f"--json={path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run(command)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(path.read_text())["rows"]
     assert "baseline_ms" not in row and row["ms"] > 0 and "12x10" in done.stdout

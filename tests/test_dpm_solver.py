@@ -1,10 +1,7 @@
 """DPM-Solver++ (2M) and steps even in log-SNR: order of convergence, the limit it shares with DDIM, the benchmark."""
 
 import json
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +11,10 @@ from benchmarks.sampler_error import sampler_errors
 from diffusion.process import Prediction
 from diffusion.samplers import ancestral, ddim, dpmpp
 from diffusion.schedules import Schedule
+from forked import ROOT, run
 from known_answers import coefficients, image, knows_the_image, process_of, seeded, two_modes
 from test_closed_form import Oracle
 
-ROOT = Path(__file__).resolve().parents[1]
 # Many steps, so that a subset of them can be even in log-SNR to high precision.
 FINE = process_of(steps=20000)
 
@@ -119,8 +116,7 @@ def test_twenty_steps_have_less_error_than_a_hundred_of_ddim(size):
 
 
 def test_stored_result_is_what_the_benchmark_gives(tmp_path):
-    done = subprocess.run([sys.executable, "benchmarks/sampler_error.py", f"--json={tmp_path / 'r.json'}"],
-                          cwd=ROOT, capture_output=True, text=True, timeout=120)  # fmt: skip
+    done = run(["benchmarks/sampler_error.py", f"--json={tmp_path / 'r.json'}"])
     assert done.returncode == 0, done.stderr
     assert done.stdout == (ROOT / "benchmarks" / "results" / "sampler_error.txt").read_text()
     stored = json.loads((ROOT / "benchmarks" / "results" / "sampler_error.json").read_text())

@@ -1,26 +1,20 @@
 """The benchmark of drift between sizes: its command, and its numbers against closed forms."""
 
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.resolution_drift import WAYS, gain_changes, read_at, way_of
 from diffusion.coordinates import CONVENTIONS
+from forked import run
 from models.grid_unet import GridSpec
 from models.sparse_unet import SparseSpec, SparseUNet
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "benchmarks/resolution_drift.py", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    return run(["benchmarks/resolution_drift.py", *arguments])
 
 
 def test_quick_mode_compares_both_ways_at_every_size(tmp_path):
