@@ -89,13 +89,12 @@ def wanted_loggers(run: RunConfig) -> list[str]:
         raise ValueError(
             f"run.logger is {run.logger!r}; accepted: none, {', '.join(LOGGERS)}, or several joined by commas"
         )
-    field = f"run.logger is {run.logger!r}"
-    if run.wandb_mode != "disabled" and "wandb" not in named:
-        named.append("wandb")
-        field = f"run.wandb_mode is {run.wandb_mode!r}"
-    for name in named:
+    faults = {name: f"run.logger is {run.logger!r}" for name in named}
+    if run.wandb_mode != "disabled":
+        faults.setdefault("wandb", f"run.wandb_mode is {run.wandb_mode!r}")
+    for name, fault in faults.items():
         try:
             importlib.import_module(name)
         except ImportError:
-            raise ValueError(f"{field}; accepted here: none of it, or pip install {name}") from None
-    return named
+            raise ValueError(f"{fault}; accepted: what does without {name}, or pip install {name}") from None
+    return list(faults)

@@ -49,12 +49,14 @@ class Processes:
             return cls()
         for name in _VARIABLES:
             if not given.get(name, "").isdecimal():
-                raise ValueError(f"{name}={given.get(name, '')!r}: accepted: {', '.join(_VARIABLES)} as torchrun sets "
-                                 "them, or none of them")  # fmt: skip
+                raise ValueError(
+                    f"{name} is {given.get(name, '')!r}; accepted: {', '.join(_VARIABLES)} as torchrun sets them, or "
+                    "none of them"
+                )
         rank, world_size, local_rank = (int(given[name]) for name in _VARIABLES)
         if not local_rank <= rank < world_size:
             raise ValueError(
-                f"RANK={rank}, WORLD_SIZE={world_size}, LOCAL_RANK={local_rank}: accepted: LOCAL_RANK <= RANK < "
+                f"RANK, WORLD_SIZE, LOCAL_RANK is {rank}, {world_size}, {local_rank}; accepted: LOCAL_RANK <= RANK < "
                 "WORLD_SIZE, as torchrun sets them"
             )
         return cls(rank, world_size, local_rank)

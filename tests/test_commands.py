@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -62,9 +64,16 @@ def root(tmp_path_factory) -> Path:
     for i in range(12):
         pixels = to_uint8(functions.evaluate(i, (32, 24))).permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(root / "images" / f"{i:05d}.png")
-    for command in (stage_one(root), stage_two(root)):
+    stages = ((stage_one(root), "train_latent_diffusion.py"), (stage_two(root), "experiments/generate_samples.py"))
+    for command, following in stages:
         done = run(command)
         assert done.returncode == 0, done.stderr
+        told = dict(line.split(maxsplit=1) for line in done.stderr.splitlines() if line[:1].isalpha() and " " in line)
+        assert told["weights"].endswith("weights.safetensors") and Path(told["weights"]).is_file()
+        assert told["parameters"] and told["device"] == "cpu, float32" and " held out" in told["data"]
+        assert re.search(r"step 6/6 .* images/s  0:00:00 left", done.stderr)
+        pasted = shlex.split(told["next"])
+        assert pasted[1] == following and run([*pasted[1:], "--dry_run"]).returncode == 0, told["next"]
     return root
 
 

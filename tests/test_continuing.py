@@ -140,7 +140,7 @@ def test_a_run_starts_from_the_ema_weights_of_another(tmp_path, make, caplog):
 @pytest.mark.parametrize(("changes", "said"), [
     ({"model.nf": 16}, r"is \[.*\] there, \[.*\] here and \d+ more; accepted: a run with the same networks"),
     ({"model.num_conv_blocks": 2}, r"is missing there, \[.*\] here and \d+ more"),
-    ({"train.init_from": "nowhere"}, "train.init_from is 'nowhere': nowhere/weights.safetensors: no such file"),
+    ({"train.init_from": "nowhere"}, "train.init_from is 'nowhere', but nowhere/weights.safetensors: no such file"),
 ])  # fmt: skip
 def test_weights_that_do_not_fit_are_one_line(tmp_path, changes, said):
     source = image_trainer(tmp_path / "source", {"train.steps": 1})

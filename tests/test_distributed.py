@@ -323,13 +323,16 @@ def test_malformed_variables_and_missing_devices_are_one_line(monkeypatch):
     with pytest.raises(ValueError, match="LOCAL_RANK: beyond the 1 CUDA devices"):
         pick_device("auto")
     assert pick_device("cpu") == torch.device("cpu")
-    for changes, said in (({"LOCAL_RANK": "one"}, "LOCAL_RANK='one'"), ({"RANK": "2"}, "RANK=2, WORLD_SIZE=2")):
+    for changes, said in (
+        ({"LOCAL_RANK": "one"}, "LOCAL_RANK is 'one'"),
+        ({"RANK": "2"}, "RANK, WORLD_SIZE, LOCAL_RANK is 2, 2"),
+    ):
         with monkeypatch.context() as patch, pytest.raises(ValueError, match=said):
             for name, value in changes.items():
                 patch.setenv(name, value)
             Processes.from_environment()
     monkeypatch.delenv("WORLD_SIZE")
-    with pytest.raises(ValueError, match="WORLD_SIZE=''"):
+    with pytest.raises(ValueError, match="WORLD_SIZE is ''"):
         Processes.from_environment()
 
 

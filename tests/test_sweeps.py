@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import forked
 import micro
 from experiments.support import commands
 from experiments.support.plots import bar_plots, line_plot, require_matplotlib
@@ -116,8 +117,7 @@ def command(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess]:
     environment = {**os.environ, "HOME": str(tmp_path_factory.mktemp("home"))}
 
     def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-        line = [sys.executable, f"experiments/{script}", *arguments]
-        return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        return forked.run([f"experiments/{script}", *arguments], environment, timeout=300)
 
     return run
 

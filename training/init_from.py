@@ -29,7 +29,7 @@ def fitting_weights(
     try:
         tensors, header = load_weights(Path(run) / WEIGHTS)
     except ValueError as error:
-        raise ValueError(f"train.init_from is {run!r}: {error}") from None
+        raise ValueError(f"train.init_from is {run!r}, but {error}") from None
     faults, states = [], {}
     for name, module in modules.items():
         own = module.state_dict()
