@@ -307,7 +307,7 @@ def test_a_fault_of_any_ends_all_with_one_line_of_the_first(root):
 def test_a_fault_of_the_command_line_is_said_once(tmp_path):
     (first, said), (second, silent) = together(stage_one(tmp_path, {"model.nf": 0}))
     assert (first, second) == (2, 2)
-    assert [line for line in said.splitlines() if "error" in line] == ["error: config.model.nf=0: accepted: int >= 1"]
+    assert [line for line in said.splitlines() if "error" in line] == ["error: config.model.nf is 0; accepted: int >= 1"]
     assert "error" not in silent and "Traceback" not in said + silent
 
 
