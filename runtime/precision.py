@@ -43,8 +43,8 @@ def pick_device(given: str | int | torch.device) -> torch.device:
         return device
     if device.index is None and processes.local_rank >= count:
         raise ValueError(
-            f"LOCAL_RANK: beyond the {count} CUDA devices visible to PyTorch; accepted: torchrun "
-            f"--nproc_per_node={count} or less, or run.device=cpu"
+            f"device is that of LOCAL_RANK {processes.local_rank}, beyond the {count} CUDA devices visible to PyTorch; "
+            f"accepted: torchrun --nproc_per_node={count} or less, or cpu"
         )
     device = device if device.index is not None else torch.device("cuda", processes.local_rank)
     torch.cuda.set_device(device)  # for kernels and streams that go to the current device

@@ -307,7 +307,9 @@ def test_a_fault_of_any_ends_all_with_one_line_of_the_first(root):
 def test_a_fault_of_the_command_line_is_said_once(tmp_path):
     (first, said), (second, silent) = together(stage_one(tmp_path, {"model.nf": 0}))
     assert (first, second) == (2, 2)
-    assert [line for line in said.splitlines() if "error" in line] == ["error: config.model.nf is 0; accepted: int >= 1"]
+    assert [line for line in said.splitlines() if "error" in line] == [
+        "error: config.model.nf is 0; accepted: int >= 1"
+    ]
     assert "error" not in silent and "Traceback" not in said + silent
 
 
@@ -320,7 +322,7 @@ def test_malformed_variables_and_missing_devices_are_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     assert pick_device("auto") == torch.device("cuda", 1) == taken[0]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match="LOCAL_RANK: beyond the 1 CUDA devices"):
+    with pytest.raises(ValueError, match="LOCAL_RANK 1, beyond the 1 CUDA devices"):
         pick_device("auto")
     assert pick_device("cpu") == torch.device("cpu")
     for changes, said in (

@@ -22,7 +22,7 @@ FAULTS = {
     "step string": ({"train.plot_sampling_steps": "0"}, "train.plot_sampling_steps: "),
     "attention": ({"model.attention": "flash_attn"}, "model.attention is 'flash_attn'"),
     "tiles": ({"model.tile_points": 5}, "model.tile_points is 5; accepted: "),
-    "device": ({"run.device": "cuda"}, "device"),
+    "device": ({"run.device": "abacus"}, "run.device is 'abacus'"),
     "data": ({"data.name": "folder", "data.root_dir": "/nowhere"}, "data.root_dir"),
     "start": ({"train.init_from": "/nowhere"}, "train.init_from is '/nowhere'"),
     "loggers": ({"run.logger": "wandb,paper"}, "run.logger is 'wandb,paper'; accepted: none, tensorboard, wandb"),

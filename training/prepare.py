@@ -96,7 +96,8 @@ def prepare_latent_run(configs: dict[str, ImageConfig | LatentConfig], processes
     with faults.noted():
         build_latent_process(config)
     with faults.noted():
-        decoder = InftyDiff.from_runs(image_run, device=config.run.device, given=given)
+        device = "cpu" if precision is None else config.run.device
+        decoder = InftyDiff.from_runs(image_run, device=device, given=given)
     with faults.noted(), torch.device("meta"):
         modules["latent_model"] = build_latent_model(config.model, given.model.z_dim)
     if decoder is not None:
@@ -136,7 +137,7 @@ def _common(
     config: ImageConfig | LatentConfig, processes: Processes, faults: _Faults
 ) -> tuple[Precision | None, RunDir | None]:
     precision, run_dir = None, None
-    with faults.noted():
+    with faults.noted("run."):
         precision = Precision.create(pick_device(config.run.device), config.train.amp, config.train.amp_dtype)
     with faults.noted():
         run_dir = RunDir(config, resume=config.train.load_checkpoint)
