@@ -186,7 +186,7 @@ def test_interpolation_of_samples(root, tmp_path):
     given = ["experiments/interpolate.py", "--config=configs/tiny_latent_config.py", f"--decoder_config={CONFIG}",
              *stages, *FAST, f"--out_dir={tmp_path}", "--seeds=3,7", "--frames=2", "--sampler=dpmpp",
              "--latents=slerp", "--animation=apng"]  # fmt: skip
-    fails([*given, "--config.diffusion.steps=7"], "diffusion.steps=7")
+    fails([*given, "--config.diffusion.steps=700"], "diffusion.steps is 700")
     done = run(given)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
@@ -199,7 +199,7 @@ def test_interpolation_of_samples(root, tmp_path):
     ("script", "extra", "part"),
     [
         ("inpaint", ["--input=none.png", "--box=1,1,2,2"], "--input is none.png: nothing there"),
-        ("inpaint", ["--box=1,1,3,3", "--config.model.nf=24"], "model.nf=24"),
+        ("inpaint", ["--box=1,1,3,3", "--config.model.nf=24"], "model.nf is 24"),
         ("inpaint", ["--box=1,1,3,3", "--see_hole"], "all equal with --see_hole"),
         ("super_resolution", ["--start_step=3"], "accepted: with --ddim_encoding"),
         ("generate_recons", ["--sampler=dpmpp"], "stochastic codes belong to DDIM"),

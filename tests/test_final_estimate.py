@@ -215,7 +215,7 @@ def test_tiles_give_the_same_images(tmp_path):
 def test_a_network_that_predicts_something_else_has_no_such_image(tmp_path):
     config = image_config()
     config.diffusion.final_estimate = "network"
-    said = ("config.diffusion.final_estimate='network': accepted: auto or filter with "
+    said = ("config.diffusion.final_estimate is 'network'; accepted: auto or filter with "
             "diffusion.model_mean_type=mollified_epsilon; only xstart predicts the image")  # fmt: skip
     with pytest.raises(ConfigError) as error:
         freeze(config)
