@@ -179,5 +179,5 @@ def test_imported_latent_model_computes_what_theirs_did(tmp_path):
 def test_help_says_how():
     done = run([COMMAND, "--help"])
     assert done.returncode == 0
-    for said in ("--latent_checkpoint", "latents.pkl", "--weights_from", "data.img_size", "generate_samples"):
+    for said in ("--latent_checkpoint", "latents.pkl", "--weights_from", "--helpfull", "generate_samples"):
         assert said in done.stdout
