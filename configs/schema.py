@@ -41,12 +41,17 @@ def option(
 ) -> Any:
     """Declare one field: default, one-line meaning, and accepted values (choices, or bounds included).
 
-    `derived` is the rule shown in the help of a field whose default follows from other fields. `shapes` says that
-    networks, process or data, or what is minimised, would be others with another value: it cannot change when a run is
-    continued or used, where all other fields can.
+    derived: how the default follows from other fields. shapes: whether networks, process, data or what is minimised
+    would be others with another value; then it cannot change when a run is continued or used.
     """
-    choices = None if choices is None else tuple(choices)
-    rule = {"doc": doc, "choices": choices, "low": low, "high": high, "derived": derived, "shapes": shapes}
+    rule = {
+        "doc": doc,
+        "choices": choices and tuple(choices),
+        "low": low,
+        "high": high,
+        "derived": derived,
+        "shapes": shapes,
+    }
     return field(default=default, metadata=rule)
 
 
