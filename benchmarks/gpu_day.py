@@ -155,7 +155,7 @@ def training(arguments: argparse.Namespace) -> list[Task]:
 
 def gpu_tests() -> list[str]:
     """Test files of what runs on a GPU only, or is checked there in earnest."""
-    patterns = ("gpu_s*", "*cuda*", "triton*", "autocast", "engines", "enlarged")
+    patterns = ("gpu_s*", "*cuda*", "*triton*", "autocast", "*engines", "*enlarged")
     return sorted({str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(f"tests/test_{pattern}.py")})
 
 
