@@ -13,8 +13,6 @@ images of each step. A run may be continued with another number of GPUs.
 from typing import Any
 
 from configs.schema import ImageConfig
-from data.datasets import open_dataset
-from diffusion.random import Purpose, seed_global
 from runtime.command import Command, readable_errors
 from runtime.precision import Precision, pick_device
 from runtime.processes import Processes
@@ -28,10 +26,7 @@ def main(configs: dict[str, Any], _: dict[str, list[str]], processes: Processes)
     with readable_errors():
         precision = Precision.create(pick_device(config.run.device), config.train.amp, config.train.amp_dtype)
         run_dir = RunDir(config, resume=config.train.load_checkpoint)
-        train_set = open_dataset(config.data, "train")
-        val_set = open_dataset(config.data, "val") if config.data.val_ratio else None
-        seed_global(config.run.seed, Purpose.WEIGHTS)
-        stage = ImageStage(config, train_set, val_set, precision, processes)
+        stage = ImageStage.open(config, precision, processes)
         Trainer(config, stage, run_dir, precision, processes).run()
 
 

@@ -14,27 +14,23 @@ train.batch_size latents of each step. A run may be continued with another numbe
 from typing import Any
 
 from configs.schema import ImageConfig, LatentConfig
-from diffusion.random import Purpose, seed_global
-from infty_diff.encodings import load_or_encode
-from infty_diff.model import InftyDiff
-from runtime.command import Command, readable_errors
+from runtime.command import Command, chosen_weights, define_weights_flags, readable_errors
 from runtime.precision import Precision, pick_device
 from runtime.processes import Processes
-from runtime.run_dir import RunDir, run_path
+from runtime.run_dir import RunDir
 from training.latent_stage import LatentStage
 from training.trainer import Trainer
+
+define_weights_flags("decoder_config")
 
 
 def main(configs: dict[str, Any], _: dict[str, list[str]], processes: Processes) -> None:
     config: LatentConfig = configs["config"]
-    image_run = run_path(configs["decoder_config"])
     with readable_errors():
         precision = Precision.create(pick_device(config.run.device), config.train.amp, config.train.amp_dtype)
         run_dir = RunDir(config, resume=config.train.load_checkpoint)
-        decoder = InftyDiff.from_runs(image_run, device=config.run.device, given=configs["decoder_config"])
-        latents = load_or_encode(decoder, decoder.config.data, image_run, processes)
-        seed_global(config.run.seed, Purpose.WEIGHTS)
-        stage = LatentStage(config, latents, decoder, precision, processes)
+        which = chosen_weights("decoder_config")
+        stage = LatentStage.open(config, configs["decoder_config"], precision, processes, which)
         Trainer(config, stage, run_dir, precision, processes).run()
 
 

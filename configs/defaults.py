@@ -13,7 +13,11 @@ def _section(cls: type) -> ConfigDict:
 
 
 def _sections(cls: type) -> ConfigDict:
-    return ConfigDict({f.name: _section(f.type) for f in fields(cls)})
+    config = ConfigDict({f.name: _section(f.type) for f in fields(cls)})
+    interval = FieldReference(config.train.checkpoint_steps)
+    config.train.checkpoint_steps = interval
+    config.train.ema_snapshot_steps = interval + 0  # follows the checkpoints until it is set itself
+    return config
 
 
 def image_config() -> ConfigDict:

@@ -23,15 +23,16 @@ def option(
     high: float | None = None,
     derived: str | None = None,
     shapes: bool = False,
+    items: type = int,
 ) -> Any:
     """Declare one field: default, one-line meaning, and accepted values (choices, or bounds included).
 
     `derived` is the rule shown in the help of a field whose default follows from other fields. `shapes` says that
     networks, process or data, or what is minimised, would be others with another value: it cannot change when a run is
-    continued or used, where all other fields can.
+    continued or used, where all other fields can. `items` is the type of the entries of a tuple, all above 0.
     """
     rule = {"doc": doc, "choices": choices, "low": low, "high": high, "derived": derived, "shapes": shapes}
-    return field(default=default, metadata=rule)
+    return field(default=default, metadata={**rule, "items": items})
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,21 @@ class TrainConfig:
     plot_sampling_steps: str = option("100", "step subset used for sample pictures")
     ema_update_every: int = option(10, "steps between updates of the averaged weights", low=1)
     ema_decay: float = option(0.995, "decay of the averaged weights", low=0.0, high=1.0)
+    ema_lengths: tuple = option(
+        (),
+        "relative standard deviations of power-function averages, e.g. (0.05, 0.10), kept beside the usual one; from "
+        "them experiments/choose_average.py makes averages of other lengths",
+        items=float,
+    )
+    ema_snapshot_steps: int = option(
+        10000, "steps between files of these averages", low=1, derived="train.checkpoint_steps"
+    )
+    ema_snapshots: int = option(
+        64,
+        "most such files; past it every second one goes. Each takes 2 bytes, in float32 4, per parameter and length",
+        low=4,
+    )
+    ema_snapshot_dtype: str = option("float16", "precision of these files", choices=("float16", "float32"))
     gradient_clip: float = option(1.0, "largest gradient norm per network; 0 = no clipping", low=0.0)
     compile: str = option(
         "auto",

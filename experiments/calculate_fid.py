@@ -36,7 +36,7 @@ from metrics.evaluation import evaluate, table
 from metrics.extractors import EXTRACTORS, open_extractor
 from metrics.features import Extraction
 from metrics.images import DatasetImages, ImageFolder, ImageSet, Mirrored, MollifiedSamples, config_digest
-from runtime.command import Command
+from runtime.command import Command, chosen_weights, define_weights_flags
 from runtime.files import write_json
 
 FLAGS = flags.FLAGS
@@ -44,6 +44,7 @@ define_flags("reference")
 flags.DEFINE_enum("model", "clip_vit_b_32", EXTRACTORS, "feature extractor")
 flags.DEFINE_string("weights", None, "file of the extractor's weights; default: the usual cache, else a download")
 flags.DEFINE_string("encoder_run", None, "folder of the stage-one run whose encoder --model=encoder takes")
+define_weights_flags("encoder_run")
 flags.DEFINE_integer("num_samples", None, "number of samples, the first by name; default: all", lower_bound=2)
 flags.DEFINE_integer("patches", 0, "patches an image for patch FID; 0 = no patch FID", lower_bound=0)
 flags.DEFINE_enum("protocol", "clean", ("clean", "reference"), "how images are prepared; reference = the authors' way")
@@ -61,7 +62,8 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
 
 def score(config: ImageConfig | None, folder: Path, device: torch.device) -> str:
     """Write the report of the samples in a folder or zip; return its table."""
-    extractor = open_extractor(FLAGS.model, device, FLAGS.weights, FLAGS.encoder_run)
+    which = chosen_weights("encoder_run")
+    extractor = open_extractor(FLAGS.model, device, FLAGS.weights, FLAGS.encoder_run, which)
     samples, reference = image_sets(config, extractor.channels)
     how = Extraction(FLAGS.eval_batch_size, os.cpu_count() or 1, Path(FLAGS.cache_dir), device)
     report = evaluate(samples, reference, extractor, how, FLAGS.patches)

@@ -21,7 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import flags
 
 from configs.schema import ImageConfig
-from experiments.support.pipeline import define_scoring_flags, metric_name, require_extractor, run, sample, score
+from experiments.support.pipeline import (
+    decoder_weights,
+    define_scoring_flags,
+    metric_name,
+    require_extractor,
+    run,
+    sample,
+    score,
+)
 from experiments.support.plots import bar_plots, require_matplotlib
 from experiments.support.run_log import log_lines, median_speed, training_memory
 from experiments.support.sparsity import RatioResult, parse_ratios, rows, table
@@ -81,7 +89,7 @@ def score_samples(command: Command, name: str, changes: dict[str, Any], out_dir:
     latent = {"run.root_dir": out_dir, "run.experiment": f"{name}_sampler"}
     prior = command.arguments("config", "config", latent)
     model = [*prior, *command.arguments("decoder_config", "decoder_config", changes)]
-    run("train_latent_diffusion.py", *model)
+    run("train_latent_diffusion.py", *model, decoder_weights())
     samples = out_dir / f"{name}_samples"
     sample(samples, model, f"--num_samples={FLAGS.num_samples}", f"--sampling_steps={FLAGS.sampling_steps}")
     return score(samples, out_dir / f"{name}_fid.json", command.arguments("decoder_config", "config", changes))

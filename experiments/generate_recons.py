@@ -47,7 +47,7 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         inputs = edit.open_images(model, edit.requested_size() or model.config.size)
         size = tuple(inputs.images.shape[-2:])
         settings = {"size": list(size), "seed": FLAGS.seed, "lpips": FLAGS.lpips, "lpips_weights": FLAGS.lpips_weights}
-        results = edit.open_results("recons", config, sampling, settings)
+        results = edit.open_results("recons", config, model, sampling, settings)
         ways = ("random", "code") if FLAGS.stochastic_codes else ("random",)
         names = {(i, way): f"{inputs.stem(i)}_{way}" for i in range(len(inputs.images)) for way in ways}
         missing = [key for key, name in names.items() if results.lacks(name, digest(inputs.images[key[0]]))]

@@ -34,12 +34,13 @@ from infty_diff.editing import lerp, slerp
 from infty_diff.folder import parse_seeds
 from infty_diff.model import InftyDiff, SamplingOptions
 from infty_diff.results import digest
-from runtime.command import Command, readable_errors, stages
+from runtime.command import Command, define_weights_flags, readable_errors, stages
 from runtime.files import write_atomic
 from runtime.run_dir import run_path
 
 FLAGS = flags.FLAGS
 edit.define_flags(2, "the pictures; default: the training size")
+define_weights_flags("decoder_config")
 flags.DEFINE_string("seeds", None, "two seeds of samples to join, 3,7, instead of images; with --decoder_config")
 flags.DEFINE_integer("steps", 9, "pictures of the way, both ends included", lower_bound=2)
 flags.DEFINE_enum("noise", "code", ("code", "random"), "of images: joined stochastic codes, or one random noise")
@@ -68,7 +69,7 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         made_from = digest(names) if inputs is None else digest(inputs.images[:2])
         settings = {"ends": names, "size": list(size), "steps": FLAGS.steps, "noise": FLAGS.noise,
                     "latents": FLAGS.latents, "seed": FLAGS.seed}  # fmt: skip
-        results = edit.open_results("interpolation", config, sampling, settings, latent_run)
+        results = edit.open_results("interpolation", config, model, sampling, settings)
         pictures = [f"{i:03d}" for i in range(FLAGS.steps)]
         missing = [i for i, picture in enumerate(pictures) if results.lacks(picture, made_from)]
         encoded = inputs is not None and FLAGS.noise == "code" and bool(missing)

@@ -26,7 +26,7 @@ from metrics.features import Extraction
 from metrics.images import DatasetImages, ImageFolder, ImageSet, Mirrored
 from metrics.nearest import Neighbour, nearest, pixel_distance, random_features_distance, sheet
 from metrics.similarity import LPIPS_NETS, PairDistance, load_lpips
-from runtime.command import Command
+from runtime.command import Command, chosen_weights, define_weights_flags
 from runtime.files import write_atomic, write_json
 
 FLAGS = flags.FLAGS
@@ -38,6 +38,7 @@ flags.DEFINE_integer("num_samples", None, "number of samples, the first by name;
 flags.DEFINE_integer("neighbours", 5, "neighbours shown of each", lower_bound=1)
 flags.DEFINE_integer("shortlist", 200, "training images compared by --metric, nearest by a cheap one", lower_bound=1)
 flags.DEFINE_string("encoder_run", None, "stage-one run whose encoder makes the shortlist; default: small pixels")
+define_weights_flags("encoder_run")
 flags.DEFINE_bool("mirrored", None, "search mirror images too; default: data.random_flip of --config, else yes")
 flags.DEFINE_string("out", None, "the picture, JSON beside it; default: SAMPLES_neighbours_METRIC.png")
 _SAMPLES = 8
@@ -75,7 +76,8 @@ def open_shortlist(device: torch.device) -> Extractor:
     """The features that make the shortlist."""
     if not FLAGS.encoder_run:
         return pixels_extractor(device)
-    extractor = open_extractor("encoder", device, encoder_run=FLAGS.encoder_run)
+    which = chosen_weights("encoder_run")
+    extractor = open_extractor("encoder", device, encoder_run=FLAGS.encoder_run, encoder_weights=which)
     if extractor.channels != 3:
         raise ValueError(
             f"--encoder_run={FLAGS.encoder_run}: of {extractor.channels} channels; accepted: an RGB encoder"

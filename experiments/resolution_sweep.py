@@ -24,7 +24,9 @@ from diffusion.coordinates import Size
 from experiments.support.pipeline import define_scoring_flags, metric_name, require_extractor, sample, score
 from experiments.support.plots import line_plot, require_matplotlib
 from experiments.support.scale_picture import scale_picture
+from infty_diff.filter_file import INV_SNR_HELP
 from infty_diff.folder import parse_seeds, parse_size
+from infty_diff.model import SamplingOptions
 from metrics.evaluation import SCORES
 from runtime.command import Command, readable_errors
 from runtime.files import write_atomic, write_json
@@ -37,7 +39,7 @@ flags.DEFINE_string("sizes", None, "sizes, 64,128 or 48x80,96x160; default: the 
 flags.DEFINE_string("seeds", "0-3", "the functions shown in figure 2")
 flags.DEFINE_string("sampling_steps", "100", "step subset of the images in figure 2")
 flags.DEFINE_string("steps", "20,40,60,80,100", "numbers of sampling steps in figure 7")
-flags.DEFINE_float("inv_snr", 0.05, "inverse signal-to-noise ratio of the Wiener filter that undoes the mollifier")
+flags.DEFINE_string("inv_snr", "0.05", INV_SNR_HELP)
 flags.DEFINE_bool("reference_at_size", False, "score against the data at the size of the samples, not of training")
 flags.DEFINE_string("out_dir", None, "folder of the sweep; default: resolutions in the latent run")
 _FACTORS = {"2": (0.25, 0.5, 1, 2, 4), "7": (0.5, 1, 2)}
@@ -45,6 +47,7 @@ _FACTORS = {"2": (0.25, 0.5, 1, 2, 4), "7": (0.5, 1, 2)}
 
 def main(command: Command, configs: dict[str, Any]) -> None:
     with readable_errors():
+        inv_snr = SamplingOptions(inv_snr=FLAGS.inv_snr).inv_snr
         train_size = configs["decoder_config"].size
         sizes = parse_sizes(FLAGS.sizes, train_size, _FACTORS[FLAGS.figure])
         out_dir = Path(FLAGS.out_dir) if FLAGS.out_dir else run_path(configs["config"]) / "resolutions"
@@ -53,7 +56,7 @@ def main(command: Command, configs: dict[str, Any]) -> None:
             figure, found = resolutions(model, sizes, train_size, out_dir)
         else:
             figure, found = steps_and_resolutions(command, model, sizes, out_dir)
-        settings = {"sizes": [by(size) for size in sizes], "train_size": by(train_size), "inv_snr": FLAGS.inv_snr}
+        settings = {"sizes": [by(size) for size in sizes], "train_size": by(train_size), "inv_snr": inv_snr}
         write_json(figure.with_suffix(".json"), {**settings, **found})
     print(f"written: {figure} and {figure.with_suffix('.json').name}")
 

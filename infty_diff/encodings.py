@@ -18,16 +18,19 @@ from data.latents import LatentSet
 from data.loader import sequential
 from data.pixels import to_float
 from diffusion.transfer import to_device
-from infty_diff.model import WEIGHTS, InftyDiff
+from infty_diff.model import InftyDiff
 from runtime.checkpoint import load_weights, save_weights
 from runtime.files import file_digest
 from runtime.processes import ALONE, Processes
+from runtime.stored import weights_path
 
 log = logging.getLogger(__name__)
 _BATCH = 32
 
 
-def load_or_encode(model: InftyDiff, data: DataConfig, image_run: Path, processes: Processes = ALONE) -> LatentSet:
+def load_or_encode(
+    model: InftyDiff, data: DataConfig, image_run: Path, processes: Processes = ALONE, weights: str = "newest"
+) -> LatentSet:
     """Encode the training images and their mirror images in float32, or read them from the cache.
 
     The cache is `<image_run>/latents/<key>.safetensors`; the key is a digest of the weights' file and of the data
@@ -38,9 +41,11 @@ def load_or_encode(model: InftyDiff, data: DataConfig, image_run: Path, processe
         data: which images; its training split is encoded, mirrored too where training mirrored.
         image_run: the folder of the autoencoder's run.
         processes: this process and those that share the work; all get the whole set.
+        weights: which of the run the model was loaded from, "newest" or "best".
     """
     dataset = open_dataset(data, "train")
-    key = {"weights": file_digest(image_run / WEIGHTS), "data": dataset.fingerprint(), "flips": data.random_flip}
+    key = {"weights": file_digest(weights_path(image_run, weights)), "data": dataset.fingerprint(),
+           "flips": data.random_flip}  # fmt: skip
     digest = hashlib.sha256(repr(sorted(key.items())).encode()).hexdigest()
     path = image_run / "latents" / f"{digest[:16]}.safetensors"
     names = [dataset.item_name(i) for i in range(len(dataset))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,18 +12,21 @@ import torch
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.coordinates import Points, Size, gather_points, image_to_points, points_to_image
 from diffusion.factory import build_image_process
+from diffusion.mollifier import InverseSnr
 from diffusion.noise import function_noise
 from diffusion.process import Denoised, Denoiser
 from diffusion.random import Purpose, key
 from diffusion.samplers import Callback, Correction, LastEstimate, ancestral, ddim, ddim_invert, dpmpp
 from infty_diff.cast_weights import cast_weights
+from infty_diff.filter_file import CALIBRATED, filter_path, load_filter, parse_inv_snr
 from infty_diff.latent_prior import LatentPrior
 from models.factory import build_denoiser, build_encoder, for_evaluation
 from models.sparse_encoder import SparseEncoder
 from models.sparse_unet import SparseUNet
 from runtime.checkpoint import load_weights
+from runtime.files import file_digest
 from runtime.precision import Precision, pick_device
-from runtime.stored import WEIGHTS, config_from
+from runtime.stored import config_from, weights_path
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,15 @@ class SamplingOptions:
     steps: step subset, "100", "ddim50", "10,15,20" or "logsnr20"; by default 100, and 20 for "dpmpp", which takes a
     mere number as that many steps even in log-SNR. sampler: "ddim", "ddpm" or "dpmpp". eta: noise of DDIM, in [0, 1].
     inv_snr: inverse signal-to-noise ratio of the Wiener filter that undoes the mollifier, where the network does not
-    predict the image itself. clip: keep estimates of the clean image in [−1, 1]; without it DDIM inverts
-    `encode_stochastic` exactly in the limit of many steps.
+    predict the image itself: a number or its text, or "calibrated" for what is stored with the weights. clip: keep
+    estimates of the clean image in [−1, 1]; without it DDIM inverts `encode_stochastic` exactly in the limit of many
+    steps.
     """
 
     steps: str | None = None
     sampler: str = "ddim"
     eta: float = 0.0
-    inv_snr: float = 0.05
+    inv_snr: float | str = 0.05
     clip: bool = True
 
     def __post_init__(self) -> None:
@@ -50,8 +54,7 @@ class SamplingOptions:
             raise ValueError(f"eta={self.eta}; accepted: 0 to 1")
         if self.eta > 0 and self.sampler != "ddim":
             raise ValueError(f"eta={self.eta}; accepted: 0, since {self.sampler} has no such choice")
-        if self.inv_snr <= 0:
-            raise ValueError(f"inv_snr={self.inv_snr}; accepted: a number > 0")
+        object.__setattr__(self, "inv_snr", parse_inv_snr(self.inv_snr))
         steps = self.steps or _DEFAULT_STEPS[self.sampler]
         if self.sampler == "dpmpp" and steps.isdecimal():
             steps = f"logsnr{steps}"
@@ -68,6 +71,7 @@ class InftyDiff:
         encoder, denoiser: its networks, on the device to run on; put into evaluation mode.
         prior: the latent model of stage two; needed by `sample` alone.
         precision: autocast type; full precision by default.
+        files: of the weights it was loaded from, "image_run" and "latent_run", if it was.
     """
 
     def __init__(
@@ -77,12 +81,14 @@ class InftyDiff:
         denoiser: SparseUNet,
         prior: LatentPrior | None = None,
         precision: Precision | None = None,
+        files: Mapping[str, Path] | None = None,
     ) -> None:
-        self.config, self.prior = config, prior
+        self.config, self.prior, self.files = config, prior, dict(files or {})
         self.encoder, self.denoiser = encoder.eval(), denoiser.eval()
         self.process = build_image_process(config)
         self.device = next(denoiser.parameters()).device
         self.precision = precision or Precision(self.device, None)
+        self._calibrated: InverseSnr | None = None
 
     @classmethod
     def from_runs(
@@ -92,6 +98,8 @@ class InftyDiff:
         device: str = "auto",
         given: ImageConfig | None = None,
         latent_given: LatentConfig | None = None,
+        weights: str = "newest",
+        latent_weights: str = "newest",
     ) -> InftyDiff:
         """Load the averaged weights of a stage-one run, and of a stage-two run if samples are wanted.
 
@@ -100,11 +108,13 @@ class InftyDiff:
             device: "auto", "cpu" or "cuda".
             given, latent_given: in place of the stored configurations, the same but for what does not shape what was
                 trained (`runtime.stored.relocate`), as a `Command` hands them on: the back end, where data are.
+            weights, latent_weights: of each run, "newest" or "best", those with the least loss on held-out data.
         Raises:
-            ValueError: when a folder holds no weights, or the latents of the two runs differ in size.
+            ValueError: when a folder holds no such weights, or the latents of the two runs differ in size.
         """
         where = pick_device(device)
-        tensors, header = load_weights(Path(image_run) / WEIGHTS)
+        files = {"image_run": weights_path(Path(image_run), weights)}
+        tensors, header = load_weights(files["image_run"])
         config = given or config_from(header["config"], ImageConfig, str(image_run))
         networks = {
             "encoder": build_encoder(config.model, config.data.channels, config.size),
@@ -116,7 +126,8 @@ class InftyDiff:
             for_evaluation(network).to(where)
         prior = None
         if latent_run is not None:
-            latent_tensors, latent_header = load_weights(Path(latent_run) / WEIGHTS)
+            files["latent_run"] = weights_path(Path(latent_run), latent_weights)
+            latent_tensors, latent_header = load_weights(files["latent_run"])
             latent_config = latent_given or config_from(latent_header["config"], LatentConfig, str(latent_run))
             prior = LatentPrior.from_tensors(latent_config, latent_tensors, where)
             if prior.dim != config.model.z_dim:
@@ -125,11 +136,38 @@ class InftyDiff:
                     f"model.z_dim={config.model.z_dim}"
                 )
         precision = Precision.create(where, config.train.amp, config.train.amp_dtype)
-        return cls(config, networks["encoder"], networks["denoiser"], prior, precision)
+        return cls(config, networks["encoder"], networks["denoiser"], prior, precision, files)
 
     def in_full_precision(self) -> InftyDiff:
         """The same networks without autocast."""
-        return InftyDiff(self.config, self.encoder, self.denoiser, self.prior)
+        return InftyDiff(self.config, self.encoder, self.denoiser, self.prior, files=self.files)
+
+    def provenance(self, options: SamplingOptions) -> dict[str, str]:
+        """What identifies the model in a folder of results: name and SHA-256 of its files, the filter's if it is used.
+
+        Raises:
+            ValueError: when the options ask for a calibrated filter and none is stored with the weights.
+        """
+        self.inverse_snr(options.inv_snr)
+        known = {name: file_digest(path) for name, path in self.files.items()}
+        known |= {f"{name}_weights": path.name for name, path in self.files.items()}
+        if options.inv_snr == CALIBRATED:
+            known["filter"] = file_digest(filter_path(self.files["image_run"]))
+        return known
+
+    def inverse_snr(self, inv_snr: float | str) -> float | InverseSnr:
+        """What `SamplingOptions.inv_snr` stands for.
+
+        Raises:
+            ValueError: when it is "calibrated", and no filter calibrated for the weights is stored with them.
+        """
+        if inv_snr != CALIBRATED:
+            return inv_snr
+        if self._calibrated is None:
+            if "image_run" not in self.files:
+                raise ValueError(f"inv_snr={CALIBRATED}: accepted: with a model that was loaded from a run")
+            self._calibrated = load_filter(self.files["image_run"], self.process.mollifier)
+        return self._calibrated
 
     @torch.no_grad()
     def encode_distribution(
@@ -205,6 +243,7 @@ class InftyDiff:
             (B, C, H, W), float32, about [−1, 1].
         """
         options = options or SamplingOptions()
+        self.inverse_snr(options.inv_snr)  # what is missing must not wait for the last step
         process = self.process.respaced(options.steps)
         denoise = self.denoiser_at(latents, tuple(noise.shape[-2:]), options.steps, options.clip)
         denoise = denoise if guide is None else guide(denoise)
@@ -261,7 +300,7 @@ class InftyDiff:
         keys = [key(seed, purpose, *indices) for seed in seeds]
         return self.process.mollifier.noise(function_noise(keys, self.config.data.channels, size, self.device))
 
-    def sharpened(self, x: torch.Tensor, last: Denoised, inv_snr: float = 0.05) -> torch.Tensor:
+    def sharpened(self, x: torch.Tensor, last: Denoised, inv_snr: float | str = 0.05) -> torch.Tensor:
         """The images (B, C, H, W) that a sampler's result x stands for.
 
         Where the network predicts x_0, they are its last x̂_0, to which no filter W is applied:
@@ -276,13 +315,14 @@ class InftyDiff:
             return self.deblur(x, inv_snr)
         return last.sharp + self.deblur(x - last.x_0, inv_snr)
 
-    def deblur(self, x: torch.Tensor, inv_snr: float = 0.05) -> torch.Tensor:
-        """Undo the mollifier by the Wiener filter.
+    def deblur(self, x: torch.Tensor, inv_snr: float | str = 0.05) -> torch.Tensor:
+        """Undo the mollifier by the Wiener filter; inv_snr as in `SamplingOptions`.
 
         White-noise diffusion has nothing to undo; the truncated convolution has no inverse, so its images stay as
         they are.
         """
-        return self.process.mollifier.inverse(x, inv_snr) if self.process.mollifier.kind == "dct" else x
+        ratio = self.inverse_snr(inv_snr)
+        return self.process.mollifier.inverse(x, ratio) if self.process.mollifier.kind == "dct" else x
 
     def denoiser_at(self, latents: torch.Tensor, size: Size, steps: str, clip: bool = True) -> Denoiser:
         """The denoiser of samplers: states (B, C, H, W) and steps t (B,) of the respaced process to estimates.

@@ -15,13 +15,13 @@ from torch import nn
 
 from configs.schema import ImageConfig, LatentConfig
 from infty_diff.latent_prior import LatentPrior
-from infty_diff.model import WEIGHTS
 from models.factory import build_denoiser, build_encoder, build_latent_model
 from models.operators.sparse_conv import get_backend
 from models.reference_weights import LAYOUTS, layout_of_state, state_from_reference
 from runtime.checkpoint import load_plain, save_weights
 from runtime.files import file_digest, plain, write_json
 from runtime.run_dir import run_path
+from runtime.stored import WEIGHTS
 
 IMAGE_FILE, LATENT_FILE, LATENTS_FILE = "checkpoint.pkl", "latent_checkpoint.pkl", "latents.pkl"
 CHOICES = ("auto", "averaged", "last")

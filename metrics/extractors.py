@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from diffusion.random import Purpose, stream
-from infty_diff.model import WEIGHTS, InftyDiff
+from infty_diff.model import InftyDiff
 from metrics.resize import Size, clean_resize, clip_resize
 from metrics.weights import cached_or_downloaded, hub_folder, load_script, read_state_dict
 from runtime.files import file_digest
@@ -61,7 +61,11 @@ class Extractor:
 
 
 def open_extractor(
-    name: str, device: torch.device, weights: str | None = None, encoder_run: str | None = None
+    name: str,
+    device: torch.device,
+    weights: str | None = None,
+    encoder_run: str | None = None,
+    encoder_weights: str = "newest",
 ) -> Extractor:
     """An extractor on a device.
 
@@ -71,6 +75,7 @@ def open_extractor(
             (inception-2015-12-05.pt) or of efficientnet_lite0 (its package's file or timm's); by default from the usual
             cache, else downloaded, and those of efficientnet_lite0 from the package.
         encoder_run: the run whose encoder is meant by "encoder".
+        encoder_weights: which of its weights, "newest" or "best".
     Raises:
         ValueError: when the weights cannot be had or do not fit, a package is missing, or an argument does not apply.
     """
@@ -86,7 +91,7 @@ def open_extractor(
         return _inception(device, weights)
     if name == "efficientnet_lite0":
         return _efficientnet(device, weights)
-    return _encoder(encoder_run, device) if name == "encoder" else _random_features(device)
+    return _encoder(encoder_run, device, encoder_weights) if name == "encoder" else _random_features(device)
 
 
 def pixels_extractor(device: torch.device) -> Extractor:
@@ -242,14 +247,14 @@ def _random_features(device: torch.device) -> Extractor:
     )  # fmt: skip
 
 
-def _encoder(run: str, device: torch.device) -> Extractor:
+def _encoder(run: str, device: torch.device, weights: str) -> Extractor:
     """Latents of a trained run's own encoder."""
-    model = InftyDiff.from_runs(run, device=device.type).in_full_precision()
+    model = InftyDiff.from_runs(run, device=device.type, weights=weights).in_full_precision()
     size = model.config.size
     return Extractor(
         name="encoder", metric="Fréchet distance of the run's own encoder (not FID_CLIP)",
         resize=_clean_words(size), input_size=size, channels=model.config.data.channels,
-        weights=file_digest(Path(run) / WEIGHTS), prepare=partial(clean_resize, size=size),
+        weights=file_digest(model.files["image_run"]), prepare=partial(clean_resize, size=size),
         network=lambda x: model.encode(x / 127.5 - 1),
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from configs.schema import ImageConfig, LatentConfig
 from configs.validate import ConfigError, freeze, nearest
 from runtime.processes import Processes, leave
-from runtime.stored import relocate, run_path, stage_of, stored_config
+from runtime.stored import WHICH_WEIGHTS, relocate, run_path, stage_of, stored_config
 
 _log = logging.getLogger(__name__)
 _OVERRIDE = re.compile(r"--?(no)?(\w+)\.([\w.]+)(?:=(.*))?", re.DOTALL)
@@ -176,6 +176,23 @@ def stages(argv: Sequence[str]) -> dict[str, type[ImageConfig] | type[LatentConf
     """
     both = any(re.match(r"--?((no)?decoder_config|help|h)(\W|$)", arg) for arg in argv)
     return {"config": LatentConfig, "decoder_config": ImageConfig} if both else {"config": ImageConfig}
+
+
+def define_weights_flags(*names: str) -> None:
+    """Flags for which weights are loaded of the runs that these flags name; read by `chosen_weights`."""
+    for name in names:
+        said = f"weights of the run of --{name}: the newest average, or that with the best held-out loss"
+        flags.DEFINE_enum(_weights_flag(name), "newest", tuple(WHICH_WEIGHTS), said)
+
+
+def chosen_weights(name: str = "config") -> str:
+    """Which weights of the run that a flag names the command line asks for: "newest" or "best"."""
+    return flags.FLAGS[_weights_flag(name)].value
+
+
+def _weights_flag(name: str) -> str:
+    """ "config" -> "run_weights", "decoder_config" -> "decoder_run_weights"; of another flag NAME, "NAME_weights"."""
+    return f"{name.replace('config', 'run')}_weights"
 
 
 _EXAMPLES = {ImageConfig: "configs/ffhq_256_config.py", LatentConfig: "configs/ffhq_latent_config.py"}

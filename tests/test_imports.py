@@ -37,7 +37,7 @@ ALLOWED = {
 TRAINER = {"runtime.processes", "configs.schema", "runtime.stored", "diffusion.random", "diffusion.transfer",
            "training.acceleration", "runtime.checkpoint", "training.ema", "training.guard", "training.init_from",
            "training.means", "training.parallel", "runtime.precision", "training.rates", "runtime.run_dir",
-           "runtime.signals"}  # fmt: skip
+           "runtime.signals", "training.snapshots"}  # fmt: skip
 
 
 def imports(file: Path) -> set[str]:

@@ -13,7 +13,7 @@ from torch import nn
 
 import micro
 from diffusion.mollifier import IDENTITY, Mollifier
-from infty_diff.model import WEIGHTS, InftyDiff
+from infty_diff.model import InftyDiff
 from metrics.evaluation import evaluate, table
 from metrics.extractors import Extractor, RandomFeatures, open_extractor
 from metrics.features import Extraction, cached_features, features
@@ -23,6 +23,7 @@ from metrics.resize import clean_resize, clip_resize
 from models.factory import build_denoiser, build_encoder
 from pictures import folder, noise, zipped
 from runtime.checkpoint import save_weights
+from runtime.stored import WEIGHTS
 
 CPU = torch.device("cpu")
 NETWORKS = {"encoder": build_encoder, "denoiser": build_denoiser}

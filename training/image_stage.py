@@ -11,12 +11,13 @@ from torch import nn
 
 from configs.schema import ImageConfig
 from data.base import ImageDataset
+from data.datasets import open_dataset
 from data.loader import batches, sequential
 from data.pixels import to_float
 from diffusion import losses
 from diffusion.coordinates import CONVENTIONS, Points, gather_points
 from diffusion.factory import build_image_process
-from diffusion.random import Purpose, stream
+from diffusion.random import Purpose, seed_global, stream
 from diffusion.samplers import LastEstimate
 from diffusion.subsets import draw_points
 from diffusion.transfer import to_device
@@ -24,9 +25,9 @@ from infty_diff.cast_weights import cast_weights
 from infty_diff.model import InftyDiff, SamplingOptions
 from models.factory import build_denoiser, build_encoder
 from models.interpolation import interpolate_to_grid
-from runtime.checkpoint import BEST_WEIGHTS
 from runtime.precision import Precision
 from runtime.processes import ALONE, Processes
+from runtime.stored import BEST_WEIGHTS
 from training.parallel import training_timesteps
 
 log = logging.getLogger(__name__)
@@ -63,11 +64,20 @@ class ImageStage:
         }
         self.timesteps = training_timesteps(config.diffusion, processes, self.device)
         self.val_set, self.held_out = val_set, "val_loss"
+        self.held_out_count = 0 if val_set is None else min(len(val_set), config.train.val_images)
         self.held_out_steps = 0 if val_set is None else config.train.val_loss_steps
         if val_set is None and config.train.val_loss_steps:
             log.info("no images are held out (data.val_ratio=0): no val_loss, no %s", BEST_WEIGHTS)
         shown = val_set or train_set
         self.shown = to_float(torch.stack([shown[i % len(shown)] for i in range(config.train.sample_size)]))
+
+    @classmethod
+    def open(cls, config: ImageConfig, precision: Precision, processes: Processes = ALONE) -> ImageStage:
+        """The stage with the data set of its configuration, and networks as `run.seed` makes them."""
+        train_set = open_dataset(config.data, "train")
+        val_set = open_dataset(config.data, "val") if config.data.val_ratio else None
+        seed_global(config.run.seed, Purpose.WEIGHTS)
+        return cls(config, train_set, val_set, precision, processes)
 
     def batches(self, seen: int) -> Iterator[torch.Tensor]:
         """Yield this process's uint8 images (B, C, H, W) of every step after `seen` images of all processes."""
@@ -136,7 +146,7 @@ class ImageStage:
     @torch.no_grad()
     def held_out_loss(self, averaged: dict[str, nn.Module]) -> float:
         """The mean of `loss` over held-out images, every step of the process being equally likely."""
-        count = min(len(self.val_set), self.config.train.val_images)
+        count = self.held_out_count
         averaged = {name: cast_weights(module, self.precision.dtype) for name, module in averaged.items()}
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         workers = self.config.data.num_workers

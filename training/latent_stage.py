@@ -8,18 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from configs.schema import LatentConfig
+from configs.schema import ImageConfig, LatentConfig
 from data.latents import LatentSet
 from data.loader import index_batches
 from diffusion import losses
-from diffusion.random import Purpose, stream
+from diffusion.random import Purpose, seed_global, stream
 from diffusion.samplers import LastEstimate
 from diffusion.transfer import to_device
+from infty_diff.encodings import load_or_encode
 from infty_diff.latent_prior import LatentPrior
 from infty_diff.model import InftyDiff, SamplingOptions
 from models.factory import build_latent_model
 from runtime.precision import Precision
 from runtime.processes import ALONE, Processes
+from runtime.stored import run_path
 from training.parallel import training_timesteps
 
 _HELD_OUT_BATCH = 256  # part of what the held-out loss is: the batch size of training may change, its draws may not
@@ -50,11 +52,28 @@ class LatentStage:
         self.modules: dict[str, nn.Module] = {"latent_model": self.model}
         self.train_set, self.test_set = latents.split(config.data.test_ratio)
         self.held_out = "test_loss"
-        self.held_out_steps = config.train.calculate_test_loss_steps if self.test_set.count else 0
+        self.held_out_count = self.test_set.count
+        self.held_out_steps = config.train.calculate_test_loss_steps if self.held_out_count else 0
         self.mean, self.std = latents.mean, latents.std
         self.prior = self._prior(self.model)
         self.process = self.prior.process
         self.timesteps = training_timesteps(config.diffusion, processes, self.device)
+
+    @classmethod
+    def open(
+        cls,
+        config: LatentConfig,
+        image_config: ImageConfig,
+        precision: Precision,
+        processes: Processes = ALONE,
+        weights: str = "newest",
+    ) -> LatentStage:
+        """The stage on the encodings of a stage-one run with these of its weights, and a network by `run.seed`."""
+        run = run_path(image_config)
+        decoder = InftyDiff.from_runs(run, device=config.run.device, given=image_config, weights=weights)
+        latents = load_or_encode(decoder, decoder.config.data, run, processes, weights)
+        seed_global(config.run.seed, Purpose.WEIGHTS)
+        return cls(config, latents, decoder, precision, processes)
 
     def _prior(self, model: nn.Module) -> LatentPrior:
         return LatentPrior(self.config, model, self.mean, self.std)

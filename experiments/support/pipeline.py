@@ -15,6 +15,7 @@ import torch
 from absl import flags
 
 from metrics.extractors import EXTRACTORS, open_extractor
+from runtime.command import chosen_weights, define_weights_flags
 from runtime.processes import Processes
 
 FLAGS = flags.FLAGS
@@ -26,6 +27,7 @@ def define_scoring_flags(num_samples: int) -> None:
     """The flags of experiments that draw samples and score them."""
     flags.DEFINE_integer("num_samples", num_samples, "samples scored", lower_bound=2)
     flags.DEFINE_string("latent_sampling_steps", None, "step subset of the latent model; default: all steps")
+    define_weights_flags("config", "decoder_config")
     flags.DEFINE_integer("sample_batch_size", 16, "images drawn together on a GPU", lower_bound=1)
     models = [name for name in EXTRACTORS if name != "encoder"]  # whose features differ between the models compared
     flags.DEFINE_enum("fid_model", "clip_vit_b_32", models, "feature extractor of the Fréchet distance")
@@ -62,6 +64,11 @@ def _launcher() -> list[str]:
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
 
 
+def decoder_weights() -> str:
+    """The argument that says which weights of the run of --decoder_config are loaded."""
+    return f"--decoder_run_weights={chosen_weights('decoder_config')}"
+
+
 def sample(out_dir: Path, model: Sequence[str], *options: str) -> None:
     """Draw what is missing of a folder of samples.
 
@@ -71,8 +78,8 @@ def sample(out_dir: Path, model: Sequence[str], *options: str) -> None:
         options: further arguments: which seeds, what size, how many steps.
     """
     latent = [f"--latent_sampling_steps={FLAGS.latent_sampling_steps}"] if FLAGS.latent_sampling_steps else []
-    together = f"--sample_batch_size={FLAGS.sample_batch_size}"
-    run("experiments/generate_samples.py", *model, *options, *latent, together, f"--out_dir={out_dir}")
+    how = [f"--sample_batch_size={FLAGS.sample_batch_size}", f"--run_weights={chosen_weights()}", decoder_weights()]
+    run("experiments/generate_samples.py", *model, *options, *latent, *how, f"--out_dir={out_dir}")
 
 
 def score(samples: Path, report: Path, reference: Sequence[str]) -> dict[str, Any]:
