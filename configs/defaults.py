@@ -13,7 +13,11 @@ def _section(cls: type) -> ConfigDict:
 
 
 def _sections(cls: type) -> ConfigDict:
-    return ConfigDict({name: _section(section) for name, section in schema.sections(cls).items()})
+    config = ConfigDict({name: _section(section) for name, section in schema.sections(cls).items()})
+    interval = FieldReference(config.train.checkpoint_steps)
+    config.train.checkpoint_steps = interval
+    config.train.ema_snapshot_steps = interval + 0  # follows the checkpoints until it is set itself
+    return config
 
 
 def image_config() -> ConfigDict:

@@ -5,10 +5,10 @@ This table is the one place that states a default; which names a field accepts i
 dataclasses below, which is what the rest of the code receives. Field names are those of the authors' configurations.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
+from configs.option import option
 from data.base import CHANNELS, MEMORY_MODES
 from data.datasets import DATASETS, SPLIT_RULES
 from data.images import ERROR_MODES
@@ -27,32 +27,6 @@ from models.sparse_block import KERNELS
 from training.rates import DECAYS
 
 LATENT_PREDICTIONS = tuple(name for name in PREDICTIONS if name != Prediction.MOLLIFIED_EPS.value)
-
-
-def option(
-    default: Any,
-    doc: str,
-    *,
-    choices: Iterable | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    derived: str | None = None,
-    shapes: bool = False,
-) -> Any:
-    """Declare one field: default, one-line meaning, and accepted values (choices, or bounds included).
-
-    derived: how the default follows from other fields. shapes: whether networks, process, data or what is minimised
-    would be others with another value; then it cannot change when a run is continued or used.
-    """
-    rule = {
-        "doc": doc,
-        "choices": choices and tuple(choices),
-        "low": low,
-        "high": high,
-        "derived": derived,
-        "shapes": shapes,
-    }
-    return field(default=default, metadata=rule)
 
 
 def sections(stage: type) -> dict[str, Any]:
@@ -124,6 +98,21 @@ class TrainConfig:
     plot_sampling_steps: str = option("100", "step subset used for previews")
     ema_update_every: int = option(10, "steps between updates of the EMA weights", low=1)
     ema_decay: float = option(0.995, "decay of the EMA weights", low=0.0, high=1.0)
+    ema_lengths: tuple = option(
+        (),
+        "relative standard deviations of power-function averages, e.g. (0.05, 0.10), kept beside the EMA weights; from "
+        "them experiments/choose_average.py makes averages of other lengths",
+        items=float,
+    )
+    ema_snapshot_steps: int = option(
+        10000, "steps between files of these averages", low=1, derived="train.checkpoint_steps"
+    )
+    ema_snapshots: int = option(
+        64,
+        "most such files; past it every second one goes. Each takes 2 bytes, in float32 4, per parameter and length",
+        low=4,
+    )
+    ema_snapshot_dtype: str = option("float16", "precision of these files", choices=("float16", "float32"))
     gradient_clip: float = option(1.0, "largest gradient norm per network; 0 = no clipping", low=0.0)
     compile: str = option(
         "auto",

@@ -85,6 +85,9 @@ def _section(given: dict, cls: Any, where: str) -> tuple[Any, list[str]]:
     return (None if faults else cls(**checked)), faults
 
 
+_ITEMS = {int: "positive integers", float: "numbers above 0, with a decimal point"}
+
+
 def _value(value: Any, spec: Any) -> tuple[Any, str | None]:
     """Return the value as the type of its field, and what is wrong with it or None."""
     rule = spec.metadata
@@ -94,8 +97,8 @@ def _value(value: Any, spec: Any) -> tuple[Any, str | None]:
         value = tuple(value)
     if type(value) is not spec.type:
         return value, f"accepted: {spec.type.__name__}"
-    if spec.type is tuple and not all(type(v) is int and v > 0 for v in value):
-        return value, "accepted: a tuple of positive integers"
+    if spec.type is tuple and not all(type(v) is rule["items"] and v > 0 for v in value):
+        return value, f"accepted: a tuple of {_ITEMS[rule['items']]}"
     if rule["choices"] and value not in rule["choices"]:
         hint = nearest(value, list(rule["choices"])) if isinstance(value, str) else ""
         listed = ", ".join(map(str, rule["choices"]))
@@ -139,6 +142,14 @@ def _run_faults(config: ImageConfig | LatentConfig, name: str, resolution: int |
         make_betas(diffusion.noise_schedule, diffusion.steps, resolution)
     except ValueError as error:
         faults.append(f"{name}.diffusion.noise_{one_line(error)}")
+    lengths = config.train.ema_lengths
+    _check(
+        faults,
+        not lengths or (len(set(lengths)) == len(lengths) > 1 and max(lengths) <= 0.28),
+        f"{name}.train.ema_lengths",
+        lengths,
+        "none, or at least two different numbers up to 0.28, e.g. (0.05, 0.10)",
+    )
     return faults
 
 

@@ -14,6 +14,31 @@ from diffusion.cosine import CACHED_MATRICES, FFT_FROM, cosine_matrix, dct, idct
 
 
 @dataclass(frozen=True)
+class InverseSnr:
+    """The ratio of noise to signal amplitudes in mollified images, by frequency (see `Mollifier.frequencies`).
+
+    spacing: between the frequencies 0, spacing, 2 · spacing, … of the values, above 0.
+    values: the ratios there, above 0. Between them logarithms are linear; beyond the last it stays as it is.
+    """
+
+    spacing: float
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not 0 < self.spacing < math.inf:
+            raise ValueError(f"spacing is {self.spacing}; accepted: a finite number above 0")
+        if not self.values or not all(0 < value < math.inf for value in self.values):
+            raise ValueError(f"values are {self.values}; accepted: finite numbers above 0, at least one")
+
+    def at(self, frequency: torch.Tensor) -> torch.Tensor:
+        """The ratio at frequencies ≥ 0, float64 of their shape, on the CPU."""
+        logs = torch.tensor([*self.values, self.values[-1]], dtype=torch.float64).log()
+        position = (frequency.double().cpu() / self.spacing).clamp(max=len(self.values) - 1)
+        below = position.floor().long()
+        return torch.lerp(logs[below], logs[below + 1], position - below).exp()
+
+
+@dataclass(frozen=True)
 class Mollifier:
     """T, a Gaussian of standard deviation `sigma` pixels at the training resolution, with reflecting boundary.
 
@@ -76,20 +101,34 @@ class Mollifier:
         work = white.to(torch.promote_types(white.dtype, torch.float32))
         return (self(work) * self.noise_scale(size_of(white))).to(white.dtype)
 
-    def inverse(self, x: torch.Tensor, inv_snr: float = 0.05) -> torch.Tensor:
+    def frequencies(self, size: Size) -> torch.Tensor:
+        """√((k/N_h)² + (l/N_w)²) of the cosine coefficients (k, l) at a resolution, float64 (H, W).
+
+        1 is the finest wave along an axis at the training resolution; g = exp(-π² σ² frequency² / 2) at every one.
+        """
+        k, l = (torch.arange(n, dtype=torch.float64) / own for n, own in zip(size, self.train_size))  # noqa: E741
+        return torch.hypot(k[:, None], l[None, :])
+
+    def inverse(self, x: torch.Tensor, inv_snr: float | InverseSnr = 0.05) -> torch.Tensor:
         """Undo T by the Wiener filter, coefficients times g / (g² + inv_snr²); x (..., H, W).
 
-        inv_snr: assumed ratio of noise to signal amplitudes, above 0; the amplification is at most 1 / (2 · inv_snr).
+        inv_snr: ratio of noise to signal amplitudes, above 0: a number, with which the amplification is at most
+            1 / (2 · inv_snr), or one for each frequency.
         """
         if self.identity:
             return x
         self._require_spectrum("inverse")
-        if not inv_snr > 0:
+        ratio: float | torch.Tensor
+        if isinstance(inv_snr, InverseSnr):
+            ratio = inv_snr.at(self.frequencies(size_of(x))).to(x.device)
+        elif inv_snr > 0:
+            ratio = inv_snr
+        else:
             raise ValueError(f"inv_snr is {inv_snr}; accepted: a number above 0")
         work, sigmas = self._working_copy(x)
         rows, cols = (_gains_on(n, sigma, work.dtype, work.device) for n, sigma in zip(size_of(x), sigmas))
         gain = torch.outer(rows, cols)
-        coefficients = on_rows(dct, dct(work)) * (gain / (gain**2 + inv_snr**2))
+        coefficients = on_rows(dct, dct(work)) * (gain / (gain**2 + ratio**2)).to(work.dtype)
         return idct(on_rows(idct, coefficients)).to(x.dtype)
 
     def _working_copy(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[float, float]]:

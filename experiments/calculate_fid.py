@@ -34,6 +34,7 @@ from data.datasets import SPLITS
 from diffusion.factory import build_image_process
 from experiments.support.comparing import compare, define_flags, encoder_of_run
 from experiments.support.options import define
+from infty_diff.filter_file import CALIBRATED, parse_inv_snr
 from infty_diff.folder import parse_size
 from metrics.evaluation import evaluate, table
 from metrics.extractors import open_extractor
@@ -82,8 +83,10 @@ def image_sets(config: ImageConfig | None, channels: int) -> tuple[ImageSet, Ima
     if authors and config is None:
         raise ValueError("--protocol is reference; accepted: with --config, which says how samples were mollified")
     if authors:
-        mollifier = build_image_process(config).mollifier
-        samples = MollifiedSamples(FLAGS.samples, mollifier, FLAGS.inv_snr, channels, FLAGS.num_samples)
+        mollifier, inv_snr = build_image_process(config).mollifier, parse_inv_snr(FLAGS.inv_snr)
+        if inv_snr == CALIBRATED:
+            raise ValueError(f"--inv_snr is {CALIBRATED}; accepted: a number, with --protocol=reference")
+        samples = MollifiedSamples(FLAGS.samples, mollifier, inv_snr, channels, FLAGS.num_samples)
     else:
         samples = ImageFolder(FLAGS.samples, channels, "--samples", FLAGS.num_samples)
     if config is None:

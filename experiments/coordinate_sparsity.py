@@ -83,7 +83,7 @@ def score_samples(command: Command, name: str, changes: dict[str, Any], out_dir:
     latent = {"run.root_dir": out_dir, "run.experiment": f"{name}_sampler"}
     prior = command.arguments("config", "config", latent)
     model = [*prior, *command.arguments("decoder_config", "decoder_config", changes)]
-    run("train_latent_diffusion.py", *model)
+    run("train_latent_diffusion.py", *model, f"--decoder_run_weights={FLAGS.decoder_run_weights}")
     samples = out_dir / f"{name}_samples"
     sample(samples, model, f"--num_samples={FLAGS.num_samples}", f"--sampling_steps={FLAGS.sampling_steps}")
     return score(samples, out_dir / f"{name}_fid.json", command.arguments("decoder_config", "config", changes))

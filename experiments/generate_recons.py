@@ -51,7 +51,7 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         inputs = edit.open_images(model, requested_size() or model.config.size)
         size = tuple(inputs.images.shape[-2:])
         settings = {"size": list(size), "seed": FLAGS.seed, "lpips": FLAGS.lpips, "weights": FLAGS.weights}
-        results = edit.open_results("generate_recons", config, sampling, settings)
+        results = edit.open_results("generate_recons", config, model, sampling, settings)
         ways = list(_WAYS)[: 1 + FLAGS.stochastic_codes]
         names = {(i, way): f"{inputs.stem(i)}_{way}" for i in range(len(inputs.images)) for way in ways}
         missing = [key for key, name in names.items() if results.lacks(name, digest(inputs.images[key[0]]))]

@@ -19,24 +19,25 @@ from absl import flags
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.process import DiffusionProcess, Prediction
 from experiments.support.options import define, requested_size, sampling_options, settings_name
+from infty_diff.filter_file import CALIBRATED
 from infty_diff.folder import FolderOptions, draw_folder, parse_seeds
 from infty_diff.model import InftyDiff, SamplingOptions
 from runtime.command import Command, readable_errors
-from runtime.files import file_digest
 from runtime.processes import Processes
 from runtime.run_dir import run_path
-from runtime.stored import WEIGHTS
 
 FLAGS = flags.FLAGS
 define(
     "sample_img_size", "sampling_steps", "latent_sampling_steps", "num_samples", "seeds", "sampler", "eta", "inv_snr",
-    "sample_batch_size", "out_dir",
+    "sample_batch_size", "run_weights", "decoder_run_weights", "out_dir",
     sample_img_size="; default: the training size",
     num_samples=", of seeds 0 to N-1; default: data.fid_samples",
     seeds="; instead of --num_samples",
     out_dir="; default: samples/SETTINGS in the latent run",
 )  # fmt: skip
 flags.DEFINE_bool("save_raw", False, "keep the mollified images too, float32 .npy under raw/")
+
+_NEWEST = ("newest", "newest")  # weights of both runs
 
 
 def main(configs: dict[str, Any], _: dict[str, list[str]], processes: Processes) -> None:
@@ -46,24 +47,27 @@ def main(configs: dict[str, Any], _: dict[str, list[str]], processes: Processes)
         sampling, size = sampling_options(), requested_size()
         seeds = parse_seeds(FLAGS.seeds) if FLAGS.seeds else list(range(FLAGS.num_samples or config.data.fid_samples))
         given = configs["decoder_config"], config
-        model = InftyDiff.from_runs(image_run, latent_run, config.run.device, *given)
+        which = FLAGS.decoder_run_weights, FLAGS.run_weights
+        model = InftyDiff.from_runs(image_run, latent_run, config.run.device, *given, *which)
         options = FolderOptions(
             size or model.config.size, sampling, FLAGS.latent_sampling_steps, FLAGS.sample_batch_size, FLAGS.save_raw
         )
-        provenance = {"image_run": file_digest(image_run / WEIGHTS), "latent_run": file_digest(latent_run / WEIGHTS)}
-        out_dir = Path(FLAGS.out_dir) if FLAGS.out_dir else latent_run / "samples" / folder_name(options, model.process)
-        drawn = draw_folder(model, out_dir, seeds, options, provenance, processes)
+        name = folder_name(options, model.process, which)
+        out_dir = Path(FLAGS.out_dir) if FLAGS.out_dir else latent_run / "samples" / name
+        drawn = draw_folder(model, out_dir, seeds, options, model.provenance(sampling), processes)
     if processes.is_rank_0:
         print(f"{drawn} images drawn, {len(seeds) - drawn} were there: {out_dir}")
 
 
-def folder_name(options: FolderOptions, process: DiffusionProcess) -> str:
-    """Name a folder of samples after its settings, e.g. 192x320_ddim100."""
+def folder_name(options: FolderOptions, process: DiffusionProcess, weights: tuple[str, str] = _NEWEST) -> str:
+    """Name a folder of samples after its settings, e.g. 192x320_ddim100; weights: which of both runs."""
     sampling = options.sampling
     name = settings_name(options.size, sampling.steps, sampling.sampler)
     name += f"_eta{sampling.eta:g}" if sampling.eta else ""
-    name += f"_snr{sampling.inv_snr:g}" if sampling.inv_snr != SamplingOptions.inv_snr else ""
+    name += "_calibrated" if sampling.inv_snr == CALIBRATED else ""
+    name += f"_snr{sampling.inv_snr:g}" if sampling.inv_snr not in (CALIBRATED, SamplingOptions.inv_snr) else ""
     name += "_filter" if process.prediction is Prediction.X0 and not process.keep_sharp else ""
+    name += "".join(f"_{which}" for which in weights) if weights != _NEWEST else ""
     return name + (f"_latent{options.latent_steps.replace(',', '-')}" if options.latent_steps else "")
 
 

@@ -64,7 +64,7 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         inputs = edit.open_images(model, size)
         masks = [hole(inputs, i) for i in range(len(inputs.images))]
         settings = {"size": list(size), "mask": FLAGS.mask, "box": FLAGS.box, "paste": FLAGS.paste, **asdict(options)}
-        results = edit.open_results("inpaint", config, sampling, settings)
+        results = edit.open_results("inpaint", config, model, sampling, settings)
         names = [[f"{inputs.stem(i)}_seed{seed}" for seed in seeds] for i in range(len(masks))]
         given = [digest(image, mask) for image, mask in zip(inputs.images, masks)]
         missing = [

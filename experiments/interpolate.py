@@ -33,12 +33,11 @@ from infty_diff.editing import require_no_noise
 from infty_diff.folder import parse_seeds
 from runtime.command import Command, readable_errors, stages
 from runtime.files import write_atomic
-from runtime.run_dir import run_path
 
 FLAGS = flags.FLAGS
 edit.define_flags(None)
-define("seeds", "seed", seeds="; here two, of samples to join instead of images, with --decoder_config",
-       seed=" (with --noise=random)")  # fmt: skip
+define("seeds", "seed", "decoder_run_weights", seed=" (with --noise=random)",
+       seeds="; here two, of samples to join instead of images, with --decoder_config")  # fmt: skip
 flags.DEFINE_integer("frames", 9, "pictures of the way, both ends included", lower_bound=2)
 flags.DEFINE_enum("noise", "code", ("code", "random"), "of images: joined stochastic codes, or one random noise")
 flags.DEFINE_enum("latents", "lerp", ("lerp", "slerp"), "join latents by a line or by a great circle")
@@ -51,11 +50,10 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
     image = "decoder_config" if "decoder_config" in configs else "config"
     config: ImageConfig = configs[image]
     latent = configs["config"] if image != "config" else None
-    latent_run = run_path(latent) if latent else None
     with readable_errors():
         sampling = sampling_options()
         require_no_noise(sampling)
-        if (FLAGS.seeds is None) != (latent_run is None):
+        if (FLAGS.seeds is None) != (latent is None):
             raise ValueError("--seeds, --decoder_config; accepted: both, with --config of the sampler, or neither")
         model = edit.open_model(config, sampling, latent)
         size = requested_size() or model.config.size
@@ -67,7 +65,7 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         source = f"samples of {' and '.join(names)}" if inputs is None else None
         settings = {"ends": names, "size": list(size), "frames": FLAGS.frames, "noise": FLAGS.noise,
                     "latents": FLAGS.latents, "seed": FLAGS.seed}  # fmt: skip
-        results = edit.open_results("interpolate", config, sampling, settings, latent_run, source)
+        results = edit.open_results("interpolate", config, model, sampling, settings, source)
         pictures = [f"{i:03d}" for i in range(FLAGS.frames)]
         missing = [i for i, picture in enumerate(pictures) if results.lacks(picture, made_from)]
         encoded = inputs is not None and FLAGS.noise == "code" and bool(missing)

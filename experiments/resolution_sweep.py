@@ -24,6 +24,7 @@ from diffusion.coordinates import Size
 from experiments.support.commands import define_scoring_flags, metric_name, require_extractor, sample, score
 from experiments.support.options import define, settings_name
 from experiments.support.plots import line_plot, require_matplotlib
+from infty_diff.filter_file import parse_inv_snr
 from infty_diff.folder import parse_seeds, parse_size
 from metrics.evaluation import SCORES
 from metrics.resize import by
@@ -45,6 +46,7 @@ _FACTORS = {"2": (0.25, 0.5, 1, 2, 4), "7": (0.5, 1, 2)}
 
 def main(command: Command, configs: dict[str, Any]) -> None:
     with readable_errors():
+        inv_snr = parse_inv_snr(FLAGS.inv_snr)
         train_size = configs["decoder_config"].size
         sizes = parse_sizes(FLAGS.sizes, train_size, _FACTORS[FLAGS.figure])
         out_dir = Path(FLAGS.out_dir) if FLAGS.out_dir else run_path(configs["config"]) / "resolution_sweep"
@@ -53,7 +55,7 @@ def main(command: Command, configs: dict[str, Any]) -> None:
             figure, found = resolutions(model, sizes, train_size, out_dir)
         else:
             figure, found = steps_and_resolutions(command, model, sizes, out_dir)
-        settings = {"sizes": [by(size) for size in sizes], "train_size": by(train_size), "inv_snr": FLAGS.inv_snr}
+        settings = {"sizes": [by(size) for size in sizes], "train_size": by(train_size), "inv_snr": inv_snr}
         write_json(figure.with_suffix(".json"), {**settings, **found})
     print(f"written: {figure} and {figure.with_suffix('.json').name}")
 

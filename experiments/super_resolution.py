@@ -55,7 +55,7 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         start = parse_step(FLAGS.start_step or str(last), last + 1) if FLAGS.ddim_encoding else None
         inputs = edit.open_images(model, low)
         settings = {"input_size": list(low), "size": list(size), "seed": FLAGS.seed, "start_step": start}
-        results = edit.open_results("super_resolution", config, sampling, settings)
+        results = edit.open_results("super_resolution", config, model, sampling, settings)
         missing = [i for i, image in enumerate(inputs.images) if results.lacks(inputs.stem(i), digest(image))]
         steps = edit.step_count(model, sampling, start, encoded=FLAGS.ddim_encoding)
         with edit.steps_bar(steps * len(missing), "super-resolution") as bar:

@@ -21,7 +21,6 @@ from infty_diff.model import InftyDiff
 from runtime.checkpoint import load_weights, save_weights
 from runtime.files import file_digest
 from runtime.processes import ALONE, Processes
-from runtime.stored import WEIGHTS
 
 log = logging.getLogger(__name__)
 _BATCH = 32
@@ -30,26 +29,26 @@ _BATCH = 32
 def load_or_encode(
     model: InftyDiff,
     data: DataConfig,
-    image_run: Path,
+    weights: Path,
     processes: Processes = ALONE,
     dataset: ImageDataset | None = None,
 ) -> LatentSet:
     """Encode the training images and their mirror images in float32, or read them from the cache.
 
-    The cache is `<image_run>/latents/<key>.safetensors`; the key is a digest of the weights' file and of the data
-    set, so that training on, or changing the images, encodes anew.
+    The cache is `latents/<key>.safetensors` beside the weights; the key is a digest of their file and of the data set,
+    so that training on, or changing the images, encodes anew.
 
     Args:
         model: the autoencoder.
         data: which images; its training split is encoded, mirrored too where training mirrored.
-        image_run: the folder of the autoencoder's run.
+        weights: the file that the autoencoder was loaded from.
         processes: this process and those that share the work; all get the whole set.
         dataset: the training split, if it is open already.
     """
     dataset = dataset or open_dataset(data, "train")
-    key = {"weights": file_digest(image_run / WEIGHTS), "data": dataset.fingerprint(), "flips": data.random_flip}
+    key = {"weights": file_digest(weights), "data": dataset.fingerprint(), "flips": data.random_flip}
     digest = hashlib.sha256(repr(sorted(key.items())).encode()).hexdigest()
-    path = image_run / "latents" / f"{digest[:16]}.safetensors"
+    path = weights.parent / "latents" / f"{digest[:16]}.safetensors"
     names = [dataset.item_name(i) for i in range(len(dataset))]
     tensors = _cached(path, key)
     if processes.agree(int(tensors is None)):

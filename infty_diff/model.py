@@ -5,27 +5,27 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from configs.schema import ImageConfig, LatentConfig
+from configs.schema import ImageConfig
 from diffusion.coordinates import Points, Size, gather_points, image_to_points, points_to_image, validate_points
 from diffusion.factory import build_image_process
+from diffusion.mollifier import InverseSnr
 from diffusion.noise import function_noise
 from diffusion.process import Denoised, Denoiser, DiffusionProcess
 from diffusion.random import Purpose, key
 from diffusion.samplers import SAMPLERS, Callback, Correction, LastEstimate, ddim_invert
 from infty_diff.cast_weights import cast_weights
 from infty_diff.editing import inpaint, interpolate, super_resolve
+from infty_diff.filter_file import parse_inv_snr
 from infty_diff.images import Images, as_images, as_size
 from infty_diff.latent_prior import LatentPrior
+from infty_diff.loading import from_runs, inverse_snr, provenance, save
 from infty_diff.sampling import SamplingOptions
-from infty_diff.shipped import IMAGE, LATENT, load_stage, resolve, save_stages
-from models.factory import build_denoiser, build_encoder, for_evaluation
 from models.sparse_encoder import SparseEncoder
 from models.sparse_unet import SparseUNet
 from runtime.precision import Precision, pick_device
@@ -46,6 +46,7 @@ class InftyDiff:
         precision: autocast type; full precision by default.
         sampling: what methods take where they are given no options.
         trained: steps of training by stage, "image" and "latent", as far as known.
+        files: the weights that it was loaded from, by stage, if it was.
     """
 
     def __init__(
@@ -57,76 +58,19 @@ class InftyDiff:
         precision: Precision | None = None,
         sampling: SamplingOptions | None = None,
         trained: Mapping[str, int] | None = None,
+        files: Mapping[str, Path] | None = None,
     ) -> None:
-        self.config, self.prior, self.trained = config, prior, dict(trained or {})
+        self.config, self.prior, self.trained, self.files = config, prior, dict(trained or {}), dict(files or {})
         self.encoder, self.denoiser = encoder.eval(), denoiser.eval()
         self.process = build_image_process(config)
         self.precision, self._autocast = precision or Precision(self.device, None), precision is not None
         self.sampling = sampling or SamplingOptions()
+        self.calibrated: InverseSnr | None = None  # the filter stored with the weights, once it was asked for
 
-    @classmethod
-    def from_runs(
-        cls,
-        image_run: str | Path,
-        latent_run: str | Path | None = None,
-        device: str | int | torch.device = "auto",
-        given: ImageConfig | None = None,
-        latent_given: LatentConfig | None = None,
-    ) -> InftyDiff:
-        """Load averaged weights: of a stage-one run, and of a stage-two run if samples are wanted.
-
-        Args:
-            image_run, latent_run: a run's folder, a file of weights, a folder that `save` wrote, or the name of a model
-                in weights/ (`infty_diff.shipped.resolve`). The last two hold both stages: they need no `latent_run`.
-            device: "auto", or what `torch.device` takes, of a CPU or a CUDA device.
-            given, latent_given: in place of the stored configurations, the same but for what does not shape what was
-                trained (`runtime.stored.relocate`), as a `Command` hands them on: the back end, where data are.
-        Raises:
-            ValueError: when there are no weights, or the latents of the two runs differ in size.
-        """
-        where, files = pick_device(device), resolve(image_run)
-        config, tensors, header = load_stage(files.image, ImageConfig, given)
-        networks = {
-            "encoder": build_encoder(config.model, config.data.channels, config.size),
-            "denoiser": build_denoiser(config.model, config.data.channels, config.size),
-        }
-        for name, network in networks.items():
-            prefix = f"{name}."
-            network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-            for_evaluation(network).to(where)
-        prior, headers = None, {"image": header}
-        if latent_run is not None:
-            files = resolve(latent_run)
-        latent_file = files.latent or (None if latent_run is None else files.image)
-        if latent_file is not None:
-            latent_config, tensors, headers["latent"] = load_stage(latent_file, LatentConfig, latent_given)
-            prior = LatentPrior.from_tensors(latent_config, tensors, where)
-            if prior.dim != config.model.z_dim:
-                raise ValueError(
-                    f"{latent_file} draws latents of size {prior.dim}; {image_run} decodes "
-                    f"model.z_dim={config.model.z_dim}"
-                )
-        precision = Precision.create(where, config.train.amp, config.train.amp_dtype)
-        sampling = SamplingOptions(**header.get("sampling", {}))
-        trained = {stage: known["step"] for stage, known in headers.items() if "step" in known}
-        return cls(config, networks["encoder"], networks["denoiser"], prior, precision, sampling, trained)
-
-    def save(self, folder: str | Path, *, half: bool = False) -> Path:
-        """Write a folder that `from_runs` loads: weights, configurations and `sampling`.
-
-        Args:
-            folder: a new or an empty one; it appears whole or not at all.
-            half: round weights to float16, for half the size. Without it they load back bit for bit.
-        Raises:
-            ValueError: when the folder holds something.
-        """
-        modules = {"encoder": self.encoder, "denoiser": self.denoiser}
-        tensors = {f"{name}.{key}": v for name, module in modules.items() for key, v in module.state_dict().items()}
-        steps = {stage: {"step": step} for stage, step in self.trained.items()}
-        stages = {IMAGE: (self.config, tensors, {"sampling": asdict(self.sampling), **steps.get("image", {})})}
-        if self.prior is not None:
-            stages[LATENT] = (self.prior.config, self.prior.to_tensors(), steps.get("latent", {}))
-        return save_stages(folder, stages, half)
+    from_runs = classmethod(from_runs)
+    save = save
+    provenance = provenance
+    inverse_snr = inverse_snr
 
     @property
     def device(self) -> torch.device:
@@ -163,9 +107,8 @@ class InftyDiff:
 
     def in_full_precision(self) -> InftyDiff:
         """The same networks without autocast."""
-        return InftyDiff(
-            self.config, self.encoder, self.denoiser, self.prior, sampling=self.sampling, trained=self.trained
-        )
+        known = {"sampling": self.sampling, "trained": self.trained, "files": self.files}
+        return InftyDiff(self.config, self.encoder, self.denoiser, self.prior, **known)
 
     def encode_distribution(
         self, images: Images, points: Points | None = None
@@ -251,6 +194,7 @@ class InftyDiff:
                 f"noise has shape {tuple(noise.shape)}; accepted: ({len(latents)}, {self.channels}, H, W), one for "
                 "each latent"
             )
+        self.inverse_snr(options.inv_snr)  # what is missing must not wait for the last step
         process = self.process.respaced(options.steps)
         denoise = self.denoiser_at(latents, tuple(noise.shape[-2:]), process, options.clip)
         denoise = denoise if guide is None else guide(denoise)
@@ -333,7 +277,7 @@ class InftyDiff:
         keys = [key(seed, purpose, *indices) for seed in seeds]
         return self.process.mollifier.noise(function_noise(keys, self.channels, as_size(size), self.device))
 
-    def sharpened(self, x: torch.Tensor, last: Denoised, inv_snr: float | None = None) -> torch.Tensor:
+    def sharpened(self, x: torch.Tensor, last: Denoised, inv_snr: float | str | None = None) -> torch.Tensor:
         """The images (B, C, H, W) that a sampler's result x stands for.
 
         Where the network predicts x_0, they are its last x̂_0, to which no filter W is applied:
@@ -348,14 +292,14 @@ class InftyDiff:
             return self.deblur(x, inv_snr)
         return last.sharp + self.deblur(x - last.smooth, inv_snr)
 
-    def deblur(self, x: torch.Tensor, inv_snr: float | None = None) -> torch.Tensor:
-        """Undo the mollifier by the Wiener filter; inv_snr: that of `sampling` by default.
+    def deblur(self, x: torch.Tensor, inv_snr: float | str | None = None) -> torch.Tensor:
+        """Undo the mollifier by the Wiener filter; inv_snr as in `SamplingOptions`, that of `sampling` by default.
 
         White-noise diffusion has nothing to undo; the truncated convolution has no inverse, so its images stay as
         they are.
         """
-        inv_snr = self.sampling.inv_snr if inv_snr is None else inv_snr
-        return self.process.mollifier.inverse(x, inv_snr) if self.process.mollifier.kind == "dct" else x
+        ratio = self.inverse_snr(self.sampling.inv_snr if inv_snr is None else parse_inv_snr(inv_snr))
+        return self.process.mollifier.inverse(x, ratio) if self.process.mollifier.kind == "dct" else x
 
     def denoiser_at(self, latents: torch.Tensor, size: Size, process: DiffusionProcess, clip: bool = True) -> Denoiser:
         """The denoiser of samplers: states (B, C, H, W) and steps t (B,) of a respaced process to estimates.

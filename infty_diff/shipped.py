@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from configs.schema import ImageConfig, LatentConfig
 from infty_diff import __version__
 from runtime.checkpoint import load_weights, save_weights
 from runtime.files import plain
-from runtime.stored import WEIGHTS, Config, config_from, stage_of
+from runtime.stored import Config, config_from, stage_of, weights_path
 
 IMAGE, LATENT = "image.safetensors", "latent.safetensors"  # of a saved model; its sampling options are in the first
 FOLDER = Path(__file__).resolve().parents[1] / "weights"
@@ -36,18 +36,20 @@ def shipped_names() -> list[str]:
     return sorted(path.parent.name for path in FOLDER.glob(f"*/{IMAGE}"))
 
 
-def resolve(given: str | Path) -> Files:
+def resolve(given: str | Path, weights: str = "newest") -> Files:
     """The files that a user means. What is there as a path is taken as one, before it is looked up as a name.
 
     Args:
         given: the folder of a run, a folder that `InftyDiff.save` wrote, a file of weights, or the name of a model in
             weights/.
+        weights: of a run, "newest" or "best" (`runtime.stored.weights_path`).
     Raises:
-        ValueError: for a name that is none of these; says which there are.
+        ValueError: for a name that is none of these; says which there are. For weights that a run does not have, and
+            for any but the newest of what is not a run.
     """
     path = Path(given).expanduser()
     if path.is_file():
-        return Files(path)
+        return _only(Files(path), weights)
     if not path.exists() and len(path.parts) == 1:
         path = FOLDER / path
         if not path.is_dir():
@@ -57,8 +59,14 @@ def resolve(given: str | Path) -> Files:
                 f"model in weights/ ({there})"
             )
     if (path / IMAGE).exists():
-        return Files(path / IMAGE, path / LATENT if (path / LATENT).exists() else None)
-    return Files(path / WEIGHTS)
+        return _only(Files(path / IMAGE, path / LATENT if (path / LATENT).exists() else None), weights)
+    return Files(weights_path(path, weights))
+
+
+def _only(files: Files, weights: str) -> Files:
+    if weights != "newest":
+        raise ValueError(f"weights is {weights!r}, but {files.image} is not of a run; accepted: newest")
+    return files
 
 
 def load_stage(
@@ -80,6 +88,7 @@ def save_stages(
     folder: str | Path,
     stages: Mapping[str, tuple[ImageConfig | LatentConfig, Mapping[str, torch.Tensor], dict[str, Any]]],
     half: bool,
+    finish: Callable[[Path], None] = lambda _: None,
 ) -> Path:
     """Write a folder of weights, whole or not at all. Paths of this machine are left out of the configurations.
 
@@ -87,6 +96,7 @@ def save_stages(
         folder: a new or an empty one.
         stages: name of the file -> configuration, tensors, and what else its header says.
         half: round float32 tensors to float16.
+        finish: called with the folder of the files before they are moved to `folder`, to add others.
     Raises:
         ValueError: when the folder holds something.
         FloatingPointError: when a tensor is not finite, or too large for half precision.
@@ -99,6 +109,7 @@ def save_stages(
         for name, (config, tensors, facts) in stages.items():
             header = {**facts, "config": _portable(config), "version": __version__}
             save_weights(temporary / name, {k: _rounded(v) if half else v for k, v in tensors.items()}, header)
+        finish(temporary)
         os.replace(temporary, folder)
     finally:
         with contextlib.suppress(FileNotFoundError):

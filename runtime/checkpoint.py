@@ -18,8 +18,6 @@ from runtime.stored import read_header
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d{8})\.pt")
 
-BEST_WEIGHTS = "best_weights.safetensors"  # of a run: those with the least held-out loss
-
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in `folder`, newest first."""

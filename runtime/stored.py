@@ -23,11 +23,27 @@ SHAPING = frozenset(
 RETIRED = frozenset({"data.fid_samples", "train.recompute"})  # fields that had no effect in one of the stages
 
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"  # of a run
+BEST_WEIGHTS = "best_weights.safetensors"  # those with the least held-out loss
+WHICH_WEIGHTS = {"newest": WEIGHTS, "best": BEST_WEIGHTS}  # which weights of a run are loaded
 
 
 def run_path(config: ImageConfig | LatentConfig) -> Path:
     """The folder of a run: `<run.root_dir>/<run.experiment>`."""
     return Path(config.run.root_dir) / config.run.experiment
+
+
+def weights_path(run: Path, which: str = "newest") -> Path:
+    """The file of a run's weights: those saved last, or the "best" on held-out data.
+
+    Raises:
+        ValueError: for another word, or where the best were never kept.
+    """
+    if which not in WHICH_WEIGHTS:
+        raise ValueError(f"weights is {which!r}; accepted: {', '.join(WHICH_WEIGHTS)}")
+    path = run / WHICH_WEIGHTS[which]
+    if which == "best" and not path.exists():
+        raise ValueError(f"{path}: no such file; accepted: the newest weights, or a run that logged a held-out loss")
+    return path
 
 
 def read_header(path: Path) -> dict[str, Any]:

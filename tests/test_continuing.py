@@ -11,9 +11,9 @@ import torch
 import micro
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.random import Purpose, stream
-from runtime.checkpoint import BEST_WEIGHTS, load_checkpoint, load_weights, save_checkpoint
+from runtime.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from runtime.run_dir import RunDir
-from runtime.stored import SHAPING
+from runtime.stored import BEST_WEIGHTS, SHAPING
 from test_training import CPU, everything, image_trainer, latent_trainer, metrics
 
 CHANGED = {

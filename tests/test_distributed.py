@@ -277,7 +277,7 @@ def test_encodings_are_shared_out(root):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     decoder = InftyDiff.from_runs(run, device="cpu")
-    latents = load_or_encode(decoder, decoder.config.data, run)
+    latents = load_or_encode(decoder, decoder.config.data, decoder.files["image"])
     torch.set_num_threads(threads)
     assert len(latents) == 72 and cache.read_bytes() == found
 

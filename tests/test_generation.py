@@ -248,7 +248,7 @@ def test_encodings_are_cached_by_weights_and_data(tmp_path):
     run = tmp_path / "micro"
     tensors = {f"encoder.{k}": v for k, v in model.encoder.state_dict().items()}
     save_weights(run / "weights.safetensors", tensors, {"step": 1})
-    latents = load_or_encode(model, model.config.data, run)
+    latents = load_or_encode(model, model.config.data, run / "weights.safetensors")
     images = open_dataset(model.config.data, "train")
     assert latents.mu.shape == (len(images), 2, 6)
     first = images[0][None].float() / 127.5 - 1
@@ -256,11 +256,11 @@ def test_encodings_are_cached_by_weights_and_data(tmp_path):
     assert torch.allclose(latents.mu[0, 1], model.encode(first.flip(-1))[0], atol=1e-5)
 
     model.encoder.forward = None  # a cached set needs no network
-    again = load_or_encode(model, model.config.data, run)
+    again = load_or_encode(model, model.config.data, run / "weights.safetensors")
     assert torch.equal(again.mu, latents.mu) and torch.equal(again.std, latents.std)
     save_weights(run / "weights.safetensors", tensors, {"step": 2})
     with pytest.raises(TypeError):  # other weights: encoded anew
-        load_or_encode(model, model.config.data, run)
+        load_or_encode(model, model.config.data, run / "weights.safetensors")
 
 
 def test_encodings_for_stage_two_are_float32(tmp_path):
@@ -269,7 +269,7 @@ def test_encodings_for_stage_two_are_float32(tmp_path):
     images = open_dataset(model.config.data, "train").pixels[:3].float() / 127.5 - 1
     assert not torch.allclose(half.encode(images), model.encode(images), atol=1e-5)
     save_weights(tmp_path / "micro" / "weights.safetensors", {"w": torch.zeros(1)}, {})
-    latents = load_or_encode(half, model.config.data, tmp_path / "micro")
+    latents = load_or_encode(half, model.config.data, tmp_path / "micro" / "weights.safetensors")
     assert torch.allclose(latents.mu[:3, 0], model.encode(images), atol=1e-5)
 
 

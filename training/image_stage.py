@@ -25,9 +25,9 @@ from infty_diff.cast_weights import cast_weights
 from infty_diff.model import InftyDiff, SamplingOptions
 from models.factory import build_denoiser, build_encoder
 from models.interpolation import interpolate_to_grid
-from runtime.checkpoint import BEST_WEIGHTS
 from runtime.precision import Precision
 from runtime.processes import ALONE, Processes
+from runtime.stored import BEST_WEIGHTS
 from training.parallel import stacked
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class ImageStage:
         self.timesteps = build_timesteps(config.diffusion, self.device, partial(stacked, processes=processes))
         self.val_set, self.held_out = val_set, "val_loss"
         self.examples = {"images": len(train_set), "held out": 0 if val_set is None else len(val_set)}
+        self.held_out_count = 0 if val_set is None else min(len(val_set), config.train.val_images)
         self.held_out_steps = 0 if val_set is None else config.train.val_loss_steps
         if val_set is None and config.train.val_loss_steps:
             log.info("no images are held out (data.val_ratio=0): no val_loss, no %s", BEST_WEIGHTS)
@@ -129,7 +130,7 @@ class ImageStage:
     @torch.no_grad()
     def held_out_loss(self, ema: dict[str, nn.Module]) -> float:
         """The mean of `loss` over held-out images, every step of the process being equally likely."""
-        count = min(len(self.val_set), self.config.train.val_images)
+        count = self.held_out_count
         ema = {name: cast_weights(module, self.precision.dtype) for name, module in ema.items()}
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         workers = self.config.data.num_workers

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -39,7 +38,7 @@ class ImageRun:
 
 @dataclass
 class LatentRun:
-    """What stage two trains with. images: those whose latents it learns. image_run: the folder of their encoder."""
+    """What stage two trains with. images: those whose latents it learns."""
 
     config: LatentConfig
     processes: Processes
@@ -47,7 +46,6 @@ class LatentRun:
     run_dir: RunDir
     decoder: InftyDiff
     images: ImageDataset
-    image_run: Path
 
 
 def prepare_image_run(configs: dict[str, ImageConfig], processes: Processes) -> ImageRun:
@@ -81,15 +79,18 @@ def prepare_image_run(configs: dict[str, ImageConfig], processes: Processes) -> 
     return ImageRun(config, processes, precision, run_dir, train_set, val_set)
 
 
-def prepare_latent_run(configs: dict[str, ImageConfig | LatentConfig], processes: Processes) -> LatentRun:
+def prepare_latent_run(
+    configs: dict[str, ImageConfig | LatentConfig], processes: Processes, weights: str = "newest"
+) -> LatentRun:
     """Load the autoencoder that `decoder_config` names, open its images, and build the network on the meta device.
+
+    weights: of the autoencoder, "newest" or "best".
 
     Raises:
         ConfigError: with one line for each fault.
     """
     config, given, faults = configs["config"], configs["decoder_config"], _Faults()
     assert isinstance(config, LatentConfig) and isinstance(given, ImageConfig)
-    image_run = run_path(given)
     modules: dict[str, nn.Module] = {}
     precision, run_dir = _common(config, processes, faults)
     decoder, images = None, None
@@ -97,7 +98,7 @@ def prepare_latent_run(configs: dict[str, ImageConfig | LatentConfig], processes
         build_latent_process(config)
     with faults.noted():
         device = "cpu" if precision is None else config.run.device
-        decoder = InftyDiff.from_runs(image_run, device=device, given=given)
+        decoder = InftyDiff.from_runs(run_path(given), device=device, given=given, weights=weights)
     with faults.noted(), torch.device("meta"):
         modules["latent_model"] = build_latent_model(config.model, given.model.z_dim)
     if decoder is not None:
@@ -108,7 +109,7 @@ def prepare_latent_run(configs: dict[str, ImageConfig | LatentConfig], processes
     _start(config, run_dir, modules, 1, faults)
     faults.tell()
     assert precision is not None and run_dir is not None and decoder is not None and images is not None
-    return LatentRun(config, processes, precision, run_dir, decoder, images, image_run)
+    return LatentRun(config, processes, precision, run_dir, decoder, images)
 
 
 class _Faults:

@@ -47,10 +47,11 @@ def next_of_stage_one(command: Command) -> str:
     return shell_line("train_latent_diffusion.py", *latent, *command.place("config", "decoder_config"))
 
 
-def next_of_stage_two(command: Command) -> str:
-    """The command that draws samples from both runs."""
+def next_of_stage_two(command: Command, decoder_weights: str = "newest") -> str:
+    """The command that draws samples from both runs; decoder_weights: of the autoencoder, whose latents were learnt."""
     places = [*command.place("config", "config"), *command.place("decoder_config", "decoder_config")]
-    return shell_line("experiments/generate_samples.py", *places, "--num_samples=16")
+    which = [] if decoder_weights == "newest" else [f"--decoder_run_weights={decoder_weights}"]
+    return shell_line("experiments/generate_samples.py", *places, *which, "--num_samples=16")
 
 
 def _latent_file(image_file: Path) -> Path:

@@ -12,12 +12,14 @@ class Stage(Protocol):
 
     examples: what it trains on, for people, e.g. {"images": 900, "held out": 100}.
     held_out: name of the loss on held-out data in the log. held_out_steps: steps between two of them, 0 for none.
+    held_out_count: examples that it is of, 0 where nothing is held out.
     """
 
     modules: dict[str, nn.Module]
     examples: dict[str, int]
     held_out: str
     held_out_steps: int
+    held_out_count: int
 
     def batches(self, seen: int) -> Iterator[torch.Tensor]:
         """Yield this process's share of every batch after the first `seen` examples of all processes, without end."""

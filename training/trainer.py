@@ -23,7 +23,6 @@ from configs.schema import ImageConfig, LatentConfig
 from diffusion.random import Purpose, seed_global, stream
 from diffusion.transfer import to_device
 from runtime.checkpoint import (
-    BEST_WEIGHTS,
     checkpoint_steps,
     drop_checkpoints,
     load_checkpoint,
@@ -35,15 +34,16 @@ from runtime.precision import Precision, describe
 from runtime.processes import ALONE, Processes
 from runtime.run_dir import RunDir
 from runtime.signals import Signals
-from runtime.stored import WEIGHTS
+from runtime.stored import BEST_WEIGHTS, WEIGHTS
 from training.acceleration import accelerate
-from training.ema import Ema
+from training.ema import Ema, PowerAverages
 from training.guard import StepGuard
 from training.init_from import take_over
 from training.means import Means
 from training.parallel import data_parallel
 from training.rates import rate_factor
 from training.report import Clock, announce, conclude
+from training.snapshots import FOLDER, drop_snapshots, save_snapshot
 from training.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ class Trainer:
         )
         self.scaler = precision.scaler()
         self.ema = Ema(stage.modules, config.train.ema_decay)
+        self.power_averages = PowerAverages(stage.modules, config.train.ema_lengths)
         accelerate(stage.modules, config.train, self.device)
         self.step = self.seen = 0  # steps taken, and examples seen in them by all processes
         self.means, self.guard = Means(processes), StepGuard(optim, self.device)
@@ -104,6 +105,7 @@ class Trainer:
         origin = self._resume()
         batches = itertools.islice(self.stage.batches(self.seen), max(train.steps - self.step, 0))
         if first:
+            drop_snapshots(self.run_dir.path / FOLDER, self.step)
             self.run_dir.start(self.step, origin)
             announce(self.run_dir, self.stage, train, describe(self.device, self.precision.dtype), self.step)
         bar = tqdm(
@@ -131,6 +133,8 @@ class Trainer:
                     if first:
                         self._save_previews()
                     clock.restart(self.step)
+                if first and train.ema_lengths and (self.step % train.ema_snapshot_steps == 0 or done):
+                    self._save_snapshot()
                 due |= self.step % train.checkpoint_steps == 0
                 if done or (due and not self.guard.read()[1]):
                     self._save()
@@ -150,6 +154,13 @@ class Trainer:
             self.run_dir.save_previews(self.step, self.stage.previews(self.ema.modules))
             return
         log.info("previews of step %d were not finished", self.step)
+
+    def _save_snapshot(self) -> None:
+        """Write the power-function averages of this step."""
+        try:
+            save_snapshot(self.run_dir.path / FOLDER, self.step, self.power_averages, self.config.train)
+        except FloatingPointError as error:
+            raise self._diverged(str(error)) from None
 
     def train_step(self, batch: torch.Tensor) -> None:
         """One step of the optimiser on `batch` (uint8 images, or latents), and of the EMA where it falls due."""
@@ -179,6 +190,7 @@ class Trainer:
         self.seen += train.batch_size
         if self.step % train.ema_update_every == 0:
             self.ema.update()
+            self.power_averages.update()
         self.means.add(
             {
                 "loss": loss.detach(),
@@ -258,6 +270,7 @@ class Trainer:
             "seen": self.seen,
             "modules": {name: module.state_dict() for name, module in self.stage.modules.items()},
             "ema": self.ema.state_dict(),
+            "power_averages": self.power_averages.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "stage": self.stage.state_dict(),
@@ -302,6 +315,7 @@ class Trainer:
         for name, module in self.stage.modules.items():
             module.load_state_dict(state["modules"][name])
         self.ema.load_state_dict(state["ema"])
+        self.power_averages.load_state_dict(state.get("power_averages", {}), step)
         # Moments are of the state; rates and decays are of the configuration, which may have changed.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})

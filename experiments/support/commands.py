@@ -26,6 +26,7 @@ _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of ru_maxrss
 def define_scoring_flags(num_samples: int) -> None:
     """The flags of experiments that draw samples and score them."""
     define(f"num_samples={num_samples}", "latent_sampling_steps", "sample_batch_size", "model", "weights",
+           "run_weights", "decoder_run_weights",
            num_samples=" that are scored")  # fmt: skip
 
 
@@ -70,8 +71,8 @@ def sample(out_dir: Path, model: Sequence[str], *options: str) -> None:
         options: further arguments: which seeds, what size, how many steps.
     """
     latent = [f"--latent_sampling_steps={FLAGS.latent_sampling_steps}"] if FLAGS.latent_sampling_steps else []
-    together = f"--sample_batch_size={FLAGS.sample_batch_size}"
-    run("experiments/generate_samples.py", *model, *options, *latent, together, f"--out_dir={out_dir}")
+    how = [f"--{name}={FLAGS[name].value}" for name in ("sample_batch_size", "run_weights", "decoder_run_weights")]
+    run("experiments/generate_samples.py", *model, *options, *latent, *how, f"--out_dir={out_dir}")
 
 
 def score(samples: Path, report: Path, reference: Sequence[str]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from absl import flags
 from configs.schema import ImageConfig
 from experiments.support.options import define
 from infty_diff.model import InftyDiff
-from infty_diff.shipped import resolve
 from metrics.extractors import Extractor, encoder_extractor
 from runtime.command import readable_errors
 from runtime.files import file_digest
@@ -26,7 +25,7 @@ def define_flags(compared: str, encoder: str) -> None:
         compared: what the images are called that samples are compared with.
         encoder: what the encoder of --encoder_run is for.
     """
-    define("device", "cache_dir", "weights")
+    define("device", "cache_dir", "weights", "encoder_run_weights")
     flags.DEFINE_string("samples", None, "folder or zip of samples")
     flags.DEFINE_string("encoder_run", None, f"stage-one run whose encoder {encoder}")
     flags.DEFINE_string("reference", None, f"folder or zip of {compared} images, instead of --config")
@@ -46,6 +45,6 @@ def compare(configs: dict[str, Any], work: Callable[[ImageConfig | None, Path, t
 
 def encoder_of_run(device: torch.device) -> Extractor:
     """The encoder of --encoder_run."""
-    model = InftyDiff.from_runs(FLAGS.encoder_run, device=device).in_full_precision()
-    weights = file_digest(resolve(FLAGS.encoder_run).image)
+    model = InftyDiff.from_runs(FLAGS.encoder_run, device=device, weights=FLAGS.encoder_run_weights)
+    model, weights = model.in_full_precision(), file_digest(model.files["image"])
     return encoder_extractor(model.encode, model.config.size, model.config.data.channels, weights)

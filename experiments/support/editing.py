@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.coordinates import Size
-from diffusion.factory import build_image_process
 from experiments.support.inputs import Inputs, open_inputs
 from experiments.support.options import define
 from experiments.support.results import Results, digest
@@ -18,28 +17,33 @@ from infty_diff.folder import check_steps, final_estimate
 from infty_diff.model import InftyDiff
 from infty_diff.sampling import SamplingOptions
 from metrics.similarity import SSIM_WINDOW, PairDistance, psnr, ssim
-from runtime.files import file_digest
 from runtime.run_dir import run_path
-from runtime.stored import WEIGHTS
 
 FLAGS = flags.FLAGS
 
 
 def define_flags(num_images: int | None, default_size: str = "the training size") -> None:
     """Flags of every such command; num_images: the default of --num_images, None for a command without it."""
+    define_input_flags(num_images)
+    define("sample_img_size", "sampling_steps", "sampler", "eta", "inv_snr", "run_weights", "out_dir",
+           sample_img_size=f"; default: {default_size}",
+           out_dir="; default: COMMAND/INPUT-DIGEST_OF_SETTINGS in the folder of the run")  # fmt: skip
+
+
+def define_input_flags(num_images: int | None) -> None:
+    """Which images are taken."""
     flags.DEFINE_string("input", None, "image, folder or zip of images of any size; default: --split of the data set")
     flags.DEFINE_enum("split", "val", ("train", "val"), "split of the data set, without --input")
     if num_images is not None:
         flags.DEFINE_integer("num_images", num_images, "take at most so many images", lower_bound=1)
-    define("sample_img_size", "sampling_steps", "sampler", "eta", "inv_snr", "out_dir",
-           sample_img_size=f"; default: {default_size}",
-           out_dir="; default: COMMAND/INPUT-DIGEST_OF_SETTINGS in the folder of the run")  # fmt: skip
 
 
 def open_model(config: ImageConfig, sampling: SamplingOptions, latent: LatentConfig | None = None) -> InftyDiff:
     """The model of a run, which must have the steps of `sampling`; latent: of the sampler, where one is needed."""
     latent_run = run_path(latent) if latent else None
-    model = InftyDiff.from_runs(run_path(config), latent_run, config.run.device, config, latent)
+    which = [FLAGS.decoder_run_weights, FLAGS.run_weights] if latent else [FLAGS.run_weights]
+    model = InftyDiff.from_runs(run_path(config), latent_run, config.run.device, config, latent, *which)
+    model.inverse_snr(sampling.inv_snr)
     check_steps(model.process, sampling.steps, "sampling_steps")
     return model
 
@@ -52,26 +56,26 @@ def open_images(model: InftyDiff, size: Size, count: int | None = None) -> Input
 def open_results(
     command: str,
     config: ImageConfig,
+    model: InftyDiff,
     sampling: SamplingOptions,
     settings: dict[str, Any],
-    latent_run: Path | None = None,
     source: str | None = None,
 ) -> Results:
     """The folder of the results of a command.
 
     Args:
         command: its name.
+        config: of the run in whose folder results go by default.
+        model: what makes them.
         settings: what the pictures depend on beside the model, the images and the flags common to all commands.
-        latent_run: of the sampler, where one is needed.
         source: what the pictures are made from, if not --input or --split.
     """
     name = source or (PurePath(FLAGS.input).stem if FLAGS.input else FLAGS.split)
     source = source or (str(Path(FLAGS.input).expanduser().resolve()) if FLAGS.input else f"split {FLAGS.split}")
-    settings = {"input": source, "sampling": asdict(sampling), **settings} | final_estimate(build_image_process(config))
-    runs = {"image_run": run_path(config), **({"latent_run": latent_run} if latent_run else {})}
-    model = {name: file_digest(run / WEIGHTS) for name, run in runs.items()}
-    default = f"{name.replace(' ', '_')}-{digest(settings, model)[:8]}"
-    return Results(Path(FLAGS.out_dir) if FLAGS.out_dir else run_path(config) / command / default, settings, model)
+    settings = {"input": source, "sampling": asdict(sampling), **settings} | final_estimate(model.process)
+    known = model.provenance(sampling)
+    default = f"{name.replace(' ', '_')}-{digest(settings, known)[:8]}"
+    return Results(Path(FLAGS.out_dir) if FLAGS.out_dir else run_path(config) / command / default, settings, known)
 
 
 def step_count(model: InftyDiff, sampling: SamplingOptions, start: int | None = None, *, encoded: bool = False) -> int:

@@ -12,23 +12,36 @@ from infty_diff.sampling import SamplingOptions
 from metrics.extractors import EXTRACTORS
 from metrics.features import Extraction
 from metrics.resize import by
+from runtime.stored import WHICH_WEIGHTS
 
 FLAGS = flags.FLAGS
 _LEAST_0, _LEAST_1 = {"lower_bound": 0}, {"lower_bound": 1}
 _STEPS = ", ".join(f"{sampler.steps} for {name}" for name, sampler in SAMPLERS.items())
 
-# Name -> what defines it, its default, its help, what it accepts.
-_FLAGS: dict[str, tuple[Callable[..., Any], Any, str, dict[str, Any]]] = {
+# What defines a flag, its default, its help, what it accepts.
+_Flag = tuple[Callable[..., Any], Any, str, dict[str, Any]]
+
+
+def _which_weights(name: str) -> _Flag:
+    text = f"weights of the run of --{name}: newest, or best = those with the least loss on held-out data"
+    return flags.DEFINE_enum, "newest", text, {"enum_values": tuple(WHICH_WEIGHTS)}
+
+
+_FLAGS: dict[str, _Flag] = {
     "cache_dir": (flags.DEFINE_string, str(Extraction.cache_dir), "folder that keeps features of real images", {}),
+    "decoder_run_weights": _which_weights("decoder_config"),
     "device": (flags.DEFINE_string, "auto", "device to run on: auto, cpu, cuda or cuda:1", {}),
+    "encoder_run_weights": _which_weights("encoder_run"),
     "eta": (flags.DEFINE_float, SamplingOptions.eta, "noise of DDIM, 0 to 1", {}),
-    "inv_snr": (flags.DEFINE_float, SamplingOptions.inv_snr,
-                "inverse signal-to-noise ratio of the Wiener filter that undoes the mollifier", {}),
+    "inv_snr": (flags.DEFINE_string, str(SamplingOptions.inv_snr),
+                "inverse signal-to-noise ratio of the Wiener filter that undoes the mollifier; calibrated = by "
+                "frequency, as experiments/calibrate_filter.py stored it with the weights", {}),
     "latent_sampling_steps": (flags.DEFINE_string, None, "step subset of the latent model; default: all steps", {}),
     "model": (flags.DEFINE_enum, "clip_vit_b_32", "feature extractor of the metrics",
               {"enum_values": (*EXTRACTORS, "encoder")}),
     "num_samples": (flags.DEFINE_integer, None, "number of samples", _LEAST_1),
     "out_dir": (flags.DEFINE_string, None, "folder of the results", {}),
+    "run_weights": _which_weights("config"),
     "sample_batch_size": (flags.DEFINE_integer, 16, "images drawn together on a GPU", _LEAST_1),
     "sample_img_size": (flags.DEFINE_string, None, "size of the results, a side or height x width as in 192x320", {}),
     "sampler": (flags.DEFINE_enum, SamplingOptions.sampler, "sampler of the images", {"enum_values": SAMPLERS}),

@@ -1,0 +1,84 @@
+"""The filter that was calibrated for weights: a small JSON file beside them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from diffusion.mollifier import InverseSnr, Mollifier
+from runtime.files import file_digest, write_json
+
+log = logging.getLogger(__name__)
+CALIBRATED = "calibrated"
+
+
+_OTHER = {"weights_sha256": "other weights", "mollifier": "another mollifier"}
+
+
+def parse_inv_snr(given: float | str) -> float | str:
+    """A number above 0, or "calibrated".
+
+    Raises:
+        ValueError: for anything else.
+    """
+    try:
+        number = given if given == CALIBRATED else float(given)
+    except ValueError:
+        number = math.nan
+    if number != CALIBRATED and not 0 < number < math.inf:
+        raise ValueError(f"inv_snr is {given}; accepted: a number > 0, or {CALIBRATED}")
+    return number
+
+
+def filter_path(weights: Path) -> Path:
+    """`weights.safetensors` -> `weights.filter.json`."""
+    return weights.with_suffix(".filter.json")
+
+
+def save_filter(weights: Path, mollifier: Mollifier, ratios: InverseSnr, facts: dict[str, Any]) -> Path:
+    """Write the ratios atomically beside the weights they belong to, with facts about how they were found."""
+    path = filter_path(weights)
+    write_json(path, {**_key(weights, mollifier), "spacing": ratios.spacing, "inv_snr": ratios.values, **facts})
+    return path
+
+
+def load_filter(weights: Path, mollifier: Mollifier) -> InverseSnr:
+    """The ratios calibrated for a file of weights.
+
+    Raises:
+        ValueError: when there are none, they cannot be read, or belong to other weights or another mollifier.
+    """
+    path, advice = filter_path(weights), "accepted: a number, or experiments/calibrate_filter.py before"
+    try:
+        stored = json.loads(path.read_text())
+        ratios = InverseSnr(float(stored["spacing"]), tuple(map(float, stored["inv_snr"])))
+    except FileNotFoundError:
+        raise ValueError(f"inv_snr is calibrated, but {path} is not there; {advice}") from None
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"inv_snr is calibrated, but {path} is no calibrated filter ({error!r}); {advice}") from None
+    for name, value in _key(weights, mollifier).items():
+        if stored.get(name) != value:
+            raise ValueError(f"inv_snr is calibrated, but {path} was made for {_OTHER[name]}; {advice} again")
+    return ratios
+
+
+def copy_filter(weights: Path, copy: Path, mollifier: Mollifier) -> None:
+    """Store the filter of a file of weights, if it has one, beside a copy of them."""
+    if not filter_path(weights).exists():
+        return
+    try:
+        ratios = load_filter(weights, mollifier)
+    except ValueError as error:
+        log.warning("%s; it is not copied", error)
+        return
+    save_filter(copy, mollifier, ratios, {"copied_from": json.loads(filter_path(weights).read_text())})
+
+
+def _key(weights: Path, mollifier: Mollifier) -> dict[str, Any]:
+    return {
+        "weights_sha256": file_digest(weights),
+        "mollifier": {"sigma": mollifier.sigma, "train_size": list(mollifier.train_size)},
+    }

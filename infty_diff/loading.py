@@ -1,0 +1,128 @@
+"""How a model is read from files and written to them: methods of `InftyDiff`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from configs.schema import ImageConfig, LatentConfig
+from diffusion.mollifier import InverseSnr
+from infty_diff.filter_file import CALIBRATED, copy_filter, filter_path, load_filter
+from infty_diff.latent_prior import LatentPrior
+from infty_diff.sampling import SamplingOptions
+from infty_diff.shipped import IMAGE, LATENT, load_stage, resolve, save_stages
+from models.factory import build_denoiser, build_encoder, for_evaluation
+from runtime.files import file_digest
+from runtime.precision import Precision, pick_device
+
+if TYPE_CHECKING:
+    from infty_diff.model import InftyDiff
+
+
+def from_runs(
+    cls: type[InftyDiff],
+    image_run: str | Path,
+    latent_run: str | Path | None = None,
+    device: str | int | torch.device = "auto",
+    given: ImageConfig | None = None,
+    latent_given: LatentConfig | None = None,
+    weights: str = "newest",
+    latent_weights: str = "newest",
+) -> InftyDiff:
+    """Load averaged weights: of a stage-one run, and of a stage-two run if samples are wanted.
+
+    Args:
+        image_run, latent_run: a run's folder, a file of weights, a folder that `save` wrote, or the name of a model in
+            weights/ (`infty_diff.shipped.resolve`). The last two hold both stages: they need no `latent_run`.
+        device: "auto", or what `torch.device` takes, of a CPU or a CUDA device.
+        given, latent_given: in place of the stored configurations, the same but for what does not shape what was
+            trained (`runtime.stored.relocate`), as a `Command` hands them on: the back end, where data are.
+        weights, latent_weights: of each run, "newest" or "best", those with the least loss on held-out data.
+    Raises:
+        ValueError: when there are no such weights, or the latents of the two runs differ in size.
+    """
+    if latent_run is None and latent_weights != "newest":
+        raise ValueError(f"latent_weights is {latent_weights!r}; accepted: newest, or a latent_run that they are of")
+    where, found = pick_device(device), resolve(image_run, weights)
+    files = {"image": found.image}
+    config, tensors, header = load_stage(found.image, ImageConfig, given)
+    networks = {
+        "encoder": build_encoder(config.model, config.data.channels, config.size),
+        "denoiser": build_denoiser(config.model, config.data.channels, config.size),
+    }
+    for name, network in networks.items():
+        prefix = f"{name}."
+        network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        for_evaluation(network).to(where)
+    prior, headers = None, {"image": header}
+    if latent_run is not None:
+        found = resolve(latent_run, latent_weights)
+    latent_file = found.latent or (None if latent_run is None else found.image)
+    if latent_file is not None:
+        files["latent"] = latent_file
+        latent_config, tensors, headers["latent"] = load_stage(latent_file, LatentConfig, latent_given)
+        prior = LatentPrior.from_tensors(latent_config, tensors, where)
+        if prior.dim != config.model.z_dim:
+            raise ValueError(
+                f"{latent_file} draws latents of size {prior.dim}; {image_run} decodes model.z_dim={config.model.z_dim}"
+            )
+    precision = Precision.create(where, config.train.amp, config.train.amp_dtype)
+    sampling = SamplingOptions(**header.get("sampling", {}))
+    trained = {stage: known["step"] for stage, known in headers.items() if "step" in known}
+    return cls(config, networks["encoder"], networks["denoiser"], prior, precision, sampling, trained, files)
+
+
+def save(model: InftyDiff, folder: str | Path, *, half: bool = False) -> Path:
+    """Write a folder that `from_runs` loads: weights, configurations, `sampling`, and the calibrated filter if any.
+
+    Args:
+        folder: a new or an empty one; it appears whole or not at all.
+        half: round weights to float16, for half the size. Without it they load back bit for bit.
+    Raises:
+        ValueError: when the folder holds something, or `sampling` asks for a calibrated filter and there is none.
+    """
+    inverse_snr(model, model.sampling.inv_snr)
+    modules = {"encoder": model.encoder, "denoiser": model.denoiser}
+    tensors = {f"{name}.{key}": v for name, module in modules.items() for key, v in module.state_dict().items()}
+    steps = {stage: {"step": step} for stage, step in model.trained.items()}
+    stages = {IMAGE: (model.config, tensors, {"sampling": asdict(model.sampling), **steps.get("image", {})})}
+    if model.prior is not None:
+        stages[LATENT] = (model.prior.config, model.prior.to_tensors(), steps.get("latent", {}))
+
+    def add_filter(temporary: Path) -> None:
+        if "image" in model.files:
+            copy_filter(model.files["image"], temporary / IMAGE, model.process.mollifier)
+
+    return save_stages(folder, stages, half, add_filter)
+
+
+def provenance(model: InftyDiff, options: SamplingOptions) -> dict[str, str]:
+    """What identifies the model in a folder of results: name and SHA-256 of its files, the filter's if it is used.
+
+    Raises:
+        ValueError: when the options ask for a calibrated filter and none is stored with the weights.
+    """
+    inverse_snr(model, options.inv_snr)
+    known = {f"{stage}_run": file_digest(path) for stage, path in model.files.items()}
+    known |= {f"{stage}_run_weights": path.name for stage, path in model.files.items()}
+    if options.inv_snr == CALIBRATED:
+        known["filter"] = file_digest(filter_path(model.files["image"]))
+    return known
+
+
+def inverse_snr(model: InftyDiff, inv_snr: float | str) -> float | InverseSnr:
+    """What `SamplingOptions.inv_snr` stands for.
+
+    Raises:
+        ValueError: when it is "calibrated", and no filter calibrated for the weights is stored with them.
+    """
+    if inv_snr != CALIBRATED:
+        return inv_snr
+    if model.calibrated is None:
+        if "image" not in model.files:
+            raise ValueError(f"inv_snr is {CALIBRATED}; accepted: a number, or a model that was loaded from files")
+        model.calibrated = load_filter(model.files["image"], model.process.mollifier)
+    return model.calibrated
