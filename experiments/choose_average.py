@@ -25,7 +25,7 @@ import torch
 from absl import flags
 
 from data.datasets import open_dataset
-from experiments.support.options import define
+from experiments.support.options import define, require_run_of_weights
 from infty_diff.encodings import load_or_encode
 from infty_diff.model import InftyDiff
 from runtime.checkpoint import load_weights, save_weights
@@ -49,6 +49,7 @@ _LARGEST_MISFIT = 0.1
 def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
     run = run_path(configs["config"])
     with readable_errors():
+        require_run_of_weights("decoder_run_weights", configs.get("decoder_config"))
         averages = Reconstruction(read_snapshots(run))
         misfits = {length: averages.misfit(length) for length in parse_lengths()}
         if FLAGS.length and FLAGS.write and misfits[FLAGS.length] > _LARGEST_MISFIT:

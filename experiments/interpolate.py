@@ -27,7 +27,7 @@ from PIL import Image
 
 from configs.schema import ImageConfig
 from experiments.support import editing as edit
-from experiments.support.options import define, requested_size, sampling_options
+from experiments.support.options import define, requested_size, require_run_of_weights, sampling_options
 from experiments.support.results import digest
 from infty_diff.editing import require_no_noise
 from infty_diff.folder import parse_seeds
@@ -55,6 +55,7 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         require_no_noise(sampling)
         if (FLAGS.seeds is None) != (latent is None):
             raise ValueError("--seeds, --decoder_config; accepted: both, with --config of the sampler, or neither")
+        require_run_of_weights("decoder_run_weights", latent)
         model = edit.open_model(config, sampling, latent)
         size = requested_size() or model.config.size
         inputs = None if FLAGS.seeds else edit.open_images(model, size, count=2)

@@ -107,6 +107,7 @@ def test_wrong_input_is_one_line(place):
     fails(command(place, "none", random, against), "--samples:")
     fails(command(place, "a", random), "exactly one of them")
     fails(command(place, "a", random, "--config.data.img_size=3"), "--config: missing")
+    fails(command(place, "a", random, against, "--encoder_run_weights=best"), "--encoder_run_weights is best; accepted")
     broken = folder(place / "broken", 3)
     file = broken / "part1" / "0001.png"
     file.write_bytes(file.read_bytes()[:60])

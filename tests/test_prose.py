@@ -57,8 +57,6 @@ def flags_of(source: Path) -> set[str]:
         called = getattr(node.func, "attr", getattr(node.func, "id", ""))
         if called == "add_argument" or called.lower().startswith("define"):
             names = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
-            if called == "define_weights_flags":  # see runtime/command.py
-                names = [f"{name.replace('config', 'run')}_weights" for name in names]
             found |= {name.partition("=")[0].removeprefix("--") for name in names}
     return found
 

@@ -11,7 +11,7 @@ import torch
 import micro
 from infty_diff.encodings import load_or_encode
 from infty_diff.model import InftyDiff
-from runtime.checkpoint import save_weights
+from runtime.checkpoint import load_weights, save_weights
 from runtime.files import file_digest
 from runtime.stored import weights_path
 from test_commands import ROOT, fails, run
@@ -80,6 +80,20 @@ def test_the_manifest_says_which(runs):
     fails(sampling(runs, f"--out_dir={folder}"), "holds results of other model")
     newest.with_name("best_weights.safetensors").unlink()
     fails(sampling(runs, "--decoder_run_weights=best"), "best_weights.safetensors: no such file")
+
+
+def test_stage_two_learns_from_the_weights_it_is_told_to(runs):
+    place = {**micro.LATENT, "train.steps": 2, "run.root_dir": runs, "run.device": "cpu", "run.experiment": "other"}
+    decoder = micro.arguments("decoder_config", {"run.root_dir": runs, "run.experiment": "micro"})
+    command = ["train_latent_diffusion.py", "--config=configs/tiny_latent_config.py", *micro.arguments("config", place),
+               "--decoder_config=configs/tiny_config.py", *decoder]  # fmt: skip
+    done = run([*command, "--decoder_run_weights=best"])
+    assert done.returncode == 0, done.stderr
+    (cache,) = (runs / "micro" / "latents").iterdir()
+    assert load_weights(cache)[1]["weights"] == file_digest(runs / "micro" / "best_weights.safetensors")
+    assert re.search(r"next +python experiments/generate_samples\.py .* --decoder_run_weights=best ", done.stderr)
+    (runs / "micro" / "best_weights.safetensors").unlink()
+    fails([*command, "--decoder_run_weights=best", "--dry_run"], "best_weights.safetensors: no such file")
 
 
 def test_every_command_that_loads_a_run_has_the_flag():

@@ -8,7 +8,7 @@ import torch
 from absl import flags
 
 from configs.schema import ImageConfig
-from experiments.support.options import define
+from experiments.support.options import define, require_run_of_weights
 from infty_diff.model import InftyDiff
 from metrics.extractors import Extractor, encoder_extractor
 from runtime.command import readable_errors
@@ -39,6 +39,7 @@ def compare(configs: dict[str, Any], work: Callable[[ImageConfig | None, Path, t
             raise ValueError("--samples is missing; accepted: a folder or zip of images")
         if (config is None) == (FLAGS.reference is None):
             raise ValueError("--reference, --config; accepted: exactly one of them")
+        require_run_of_weights("encoder_run_weights", FLAGS.encoder_run)
         said = work(config, Path(FLAGS.samples), pick_device(FLAGS.device))
     print(said)
 

@@ -72,6 +72,12 @@ def sampling_options() -> SamplingOptions:
     return SamplingOptions(FLAGS.sampling_steps, FLAGS.sampler, FLAGS.eta, FLAGS.inv_snr)
 
 
+def require_run_of_weights(flag: str, run: object) -> None:
+    """Refuse a choice of weights of a run that is not given."""
+    if FLAGS[flag].value != "newest" and not run:
+        raise ValueError(f"--{flag} is {FLAGS[flag].value}; accepted: newest, or with the run that it is of")
+
+
 def requested_size() -> tuple[int, int] | None:
     """--sample_img_size as (H, W), or None."""
     return parse_size(FLAGS.sample_img_size) if FLAGS.sample_img_size else None
