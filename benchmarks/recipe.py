@@ -33,7 +33,7 @@ import torch
 from benchmarks.report import machine
 from infty_diff.folder import claim_folder
 from runtime.checkpoint import load_weights
-from runtime.files import write_atomic, write_json
+from runtime.files import to_json, write_atomic, write_json
 from runtime.stored import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -267,7 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.only:
         path, candidate = recipes.out / name / "result.json", list(CANDIDATES[name])
         known = json.loads(path.read_text()) if path.exists() else {}
-        if known.get("candidate") == json.loads(json.dumps(candidate)):
+        if known.get("candidate") == json.loads(to_json(candidate)):
             continue
         print(f"{name}: {candidate[0]}", flush=True)
         try:

@@ -110,8 +110,9 @@ def _sizes(row: Row, room: int) -> list[Size]:
 
 
 def _true_sizes(row: Row, width: int) -> list[Size]:
-    """Sizes in proportion, by a whole number where it is not below 1, that fill a row of at most `width`."""
+    """Sizes in proportion, by a whole number where it is not below 1, that fill a row of at most `width`, no taller."""
     scale = (width - _GAP * (len(row.images) - 1)) / sum(image.width for image in row.images)
+    scale = min(scale, width / max(image.height for image in row.images))
     scale = int(scale) if scale >= 1 else max(scale, 1e-6)
     return [(max(1, int(i.width * scale)), max(1, int(i.height * scale))) for i in row.images]
 

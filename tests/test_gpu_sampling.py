@@ -121,8 +121,7 @@ def test_no_step_of_a_sampler_waits(tmp_path, fake_gpu, sampler, size, changes):
         with fake_gpu(), Waits() as waits:
             for network in (drawer.encoder, drawer.denoiser):
                 moved(network)
-            drawer.device = torch.device("cuda")
-            drawer.precision = Precision(drawer.device, torch.bfloat16)
+            drawer.precision = Precision(torch.device("cuda"), torch.bfloat16)
             noise = drawer.initial_noise([3, 4], size)
             latents = torch.empty(2, drawer.config.model.z_dim, device="cuda")
             options = SamplingOptions(steps, sampler, eta=0.5 * (sampler == "ddim"))
