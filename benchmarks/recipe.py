@@ -57,7 +57,7 @@ _TINY = (
     "model.uno_base_channels=32", "model.uno_mults=(1,2,2)", "model.uno_blocks_per_level=(1,1,1)",
     "model.uno_attn_resolutions=(8,4)",
 )  # fmt: skip
-_LEVELS = ("model.uno_blocks_per_level=(1,1,1)", "model.uno_attn_resolutions=(4,)")
+_TWO = ("model.uno_blocks_per_level=(1,1)", "model.uno_attn_resolutions=(8,)", "model.uno_mults=(1,2)")
 _COSINE = "optimizer.schedule=cosine"
 CANDIDATES = {
     "config": Candidate("the configuration as it is"),
@@ -78,12 +78,10 @@ CANDIDATES = {
     "batch_16": Candidate("batches of 16", ("train.batch_size=16",)),
     "batch_64": Candidate("batches of 64", ("train.batch_size=64",)),
     "blocks_1": Candidate("one sparse block each way", ("model.num_conv_blocks=1",)),
-    "unet_32": Candidate("a narrower U-Net, more steps", ("model.uno_base_channels=32",)),
-    "unet_64": Candidate("a wider U-Net, fewer steps", ("model.uno_base_channels=64",)),
-    "unet_40_3": Candidate(
-        "a U-Net of three levels", ("model.uno_base_channels=40", "model.uno_mults=(1,2,2)", *_LEVELS)
-    ),
-    "unet_32_3": Candidate("a narrower one", ("model.uno_base_channels=32", "model.uno_mults=(1,2,3)", *_LEVELS)),
+    "unet_24": Candidate("a narrower U-Net, more steps", ("model.uno_base_channels=24",)),
+    "unet_48": Candidate("a wider U-Net, fewer steps", ("model.uno_base_channels=48",)),
+    "unet_48_2": Candidate("a wider U-Net of two levels", ("model.uno_base_channels=48", *_TWO)),
+    "unet_32_2": Candidate("a U-Net of two levels", _TWO),
     "nf_24": Candidate("fewer channels at the points", ("model.nf=24",)),
     "nf_48": Candidate("more channels at the points", ("model.nf=48",)),
     "ratio_2": Candidate("half of the points seen", ("mc_integral.ratio=0.5",)),

@@ -24,10 +24,10 @@ def small_image_config(name: str, size: int) -> ConfigDict:
     config.model.time_emb_dim = 128
     config.model.num_conv_blocks = 2
     config.model.uno_res = size // 2
-    config.model.uno_base_channels = 48 if size == 32 else 32
-    config.model.uno_mults = (1, 2) if size == 32 else (1, 2, 3, 4)
+    config.model.uno_base_channels = 32
+    config.model.uno_mults = (1, 2, 3) if size == 32 else (1, 2, 3, 4)
     config.model.uno_blocks_per_level = (1,) * len(config.model.uno_mults)
-    config.model.uno_attn_resolutions = (8,)
+    config.model.uno_attn_resolutions = (4,) if size == 32 else (8,)
     config.model.uno_dropout = 0.0
     config.model.z_dim = 64 if size == 32 else 128
     config.diffusion.model_mean_type = "xstart"

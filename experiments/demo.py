@@ -26,8 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "demo"
 SIZES = ("32", "64", "48x80")
 COLUMNS = 8
-# A model of two minutes has no use for the last, noisiest step nor for much sharpening.
-OPTIONS = SamplingOptions("ddim50", inv_snr=0.2)
+OPTIONS = SamplingOptions("ddim50")
 
 
 def main() -> None:
@@ -44,7 +43,6 @@ def main() -> None:
             f"--sample_img_size={size}",
             f"--seeds=0-{COLUMNS - 1}",
             f"--sampling_steps={OPTIONS.steps}",
-            f"--inv_snr={OPTIONS.inv_snr}",
             f"--out_dir={OUT}/samples_{size}",
         )
     save_sheet(OUT / "overview.png", overview())
