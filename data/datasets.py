@@ -21,7 +21,6 @@ images are good and val_ratio is above 0, there is one on either side.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable
@@ -30,10 +29,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data.base import ImageDataset, check_lattice
+from data.decoding import can_be_used
 from data.fashion_mnist import ACCEPTED, FashionImages, index_name, read_fashion_mnist
 from data.functions import FunctionImages
-from data.images import ImageFiles, ImageSource, can_be_used, existing_path, open_source
+from data.images import ImageFiles
 from data.lsun import LsunSource, is_lmdb
+from data.opening import read_json
+from data.sources import ImageSource, existing_path, open_source
 from data.splits import Split, hashed_split, number_split, tail_split
 
 SPLITS = ("train", "val", "all")
@@ -197,10 +199,10 @@ def _fallback(cfg: Any, source: ImageSource, wanted: str) -> Split:
 def _listed_split(table: Path, source: ImageSource) -> Split:
     """The split of a JSON file {"train": [names], "val": [names]}; names are paths, file names or stems."""
     try:
-        listed = json.loads(table.read_text())
-        wanted = {part: [str(name) for name in listed[part]] for part in ("train", "val")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'data.root_dir: {table} must hold {{"train": [names], "val": [names]}}') from error
+        listed = read_json(table, '{"train": [names], "val": [names]}', _is_split)
+    except ValueError as error:
+        raise ValueError(f"data.root_dir: {error}") from None
+    wanted = {part: [str(name) for name in listed[part]] for part in ("train", "val")}
     position: dict[str, int] = {}
     for i, name in enumerate(source.names):
         path = PurePosixPath(name)
@@ -212,6 +214,12 @@ def _listed_split(table: Path, source: ImageSource) -> Split:
             f"data.root_dir: {table} lists {missing[0]} (and {len(missing) - 1} more) not found in {source.path}"
         )
     return {part: [position[name] for name in names] for part, names in wanted.items()}
+
+
+def _is_split(content: Any) -> bool:
+    """Whether it has lists of names for both parts."""
+    parts = [content.get(part) for part in ("train", "val")] if isinstance(content, dict) else [None]
+    return all(isinstance(part, list) and all(isinstance(name, str | int) for name in part) for part in parts)
 
 
 def _no_validation(cfg: Any) -> str:

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from data.base import check_lattice, digest
-from data.images import fitted, with_channels
+from data.decoding import fitted, one_line, with_channels
+from data.opening import LARGEST, open_regular, read_at_most
 
 SIDE, PADDED = 28, 32
 IDX = "train-images-idx3-ubyte"
@@ -46,13 +47,17 @@ def read_fashion_mnist(path: Path) -> np.ndarray:
 
 def _of_npz(path: Path) -> np.ndarray:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays["images"]
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            largest = max((member.file_size for member in archive.infolist()), default=0)
+            if largest > LARGEST:
+                raise OSError(f"an array of {largest} bytes; accepted: at most {LARGEST}")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                return arrays["images"]
     except KeyError:
         raise ValueError(f"data.root_dir: {path} has no array images, accepted is {ACCEPTED}") from None
-    except (OSError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        # A plain .npy file is an array, which is no context; a pickle is refused.
-        raise ValueError(f"data.root_dir: {path} cannot be read, accepted is {ACCEPTED}") from error
+    except Exception as error:  # damaged archives and headers of arrays raise nearly anything
+        raise ValueError(f"data.root_dir: {path} cannot be read ({one_line(error)}), accepted is {ACCEPTED}") from error
 
 
 def _of_idx(folder: Path) -> np.ndarray:
@@ -62,7 +67,8 @@ def _of_idx(folder: Path) -> np.ndarray:
     if path is None:
         raise ValueError(f"data.root_dir: {folder} holds no {IDX} or {IDX}.gz, accepted is {ACCEPTED}")
     try:
-        content = (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes())
+        with open_regular(path) as file:
+            content = read_at_most(gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file)
         axes = np.frombuffer(content, ">u4", content[3], offset=4)
         if content[:3] != b"\0\0\x08":
             raise ValueError("another kind of file")

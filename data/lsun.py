@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import weakref
 from pathlib import Path
 from typing import BinaryIO, ClassVar
 
+from data.opening import open_regular
+
 DATABASE_FILE = "data.mdb"
+_MAGIC = 0xBEEFC0DE
+_META = struct.Struct("=16xIIQQI92xQQ")  # magic, version, address, map size, page size, last page, transaction
 
 
 class LsunSource:
@@ -21,8 +26,11 @@ class LsunSource:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._database = _Database.shared(path)
-        with self._database.begin() as transaction:
-            self._keys = sorted(bytes(key) for key in transaction.cursor().iternext(keys=True, values=False))
+        try:
+            with self._database.begin() as transaction:
+                self._keys = sorted(bytes(key) for key in transaction.cursor().iternext(keys=True, values=False))
+        except Exception as error:  # the package lmdb, and so the class of its errors, is optional
+            raise ValueError(f"data.root_dir: {path} is not a readable LMDB ({error})") from error
         self.names = [key.decode("ascii", "backslashreplace") for key in self._keys]
         if not self._keys:
             raise ValueError(f"data.root_dir: the LMDB {path} holds no images")
@@ -73,9 +81,34 @@ def _open_environment(path: str):
     except ImportError as error:
         raise ValueError("data.root_dir: LSUN databases need the package lmdb: pip install lmdb") from error
     try:
+        _check_size(Path(path) / DATABASE_FILE)
         return lmdb.open(path, readonly=True, lock=False, readahead=False, meminit=False, create=False)
-    except lmdb.Error as error:
+    except (lmdb.Error, OSError) as error:
         raise ValueError(f"data.root_dir: {path} is not a readable LMDB ({error})") from error
+
+
+def _check_size(file: Path) -> None:
+    """Raise OSError where a database is shorter than it says: what is mapped beyond the end of a file kills a process.
+
+    A page begins with a header of 16 bytes. The first two hold, each as of another transaction: a magic number, the
+    version, an address, the size of the map, two trees of 48 bytes, of which the first begins with the size of a page,
+    then the last page in use and the number of the transaction.
+    """
+    with open_regular(file, largest=1 << 62) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        pages: list[tuple[int, ...]] = []
+        for _ in range(2):
+            stream.seek(pages[0][4] if pages else 0)  # the second page lies where the first one ends
+            page = stream.read(_META.size)
+            if len(page) < _META.size:
+                raise OSError(f"it is cut short, at {size} bytes")
+            pages.append(_META.unpack(page))
+            if pages[-1][0] != _MAGIC:
+                return  # another kind of file, or of another byte order, which LMDB itself refuses
+    newest = max(pages, key=lambda page: page[6])
+    needed = (newest[5] + 1) * newest[4]
+    if size < needed:
+        raise OSError(f"it is cut short: {size} bytes, of {needed}")
 
 
 def is_lmdb(path: Path) -> bool:

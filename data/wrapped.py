@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from PIL import Image, ImageOps
 
 from data.base import check_lattice, digest
-from data.images import fitted, with_channels
+from data.decoding import fitted, in_memory, with_channels
+from data.depth import Deep, White
 
 _ACCEPTED = "accepted: a PIL image, or uint8 (C, H, W) or (H, W), alone or first in a tuple"
 
@@ -42,6 +44,7 @@ class WrappedImages:
         if len(items) == 0:
             raise ValueError("items are none; accepted: one image or more")
         self._items, self.channels = items, channels
+        self._white = White("items", self._deep_items)
         check_lattice(size or (1, 1), channels)
         self.size = tuple(size or self._picture(0).size[::-1])
 
@@ -57,11 +60,20 @@ class WrappedImages:
             raise ValueError(f"item {i} {error}") from None
         return pixels[None] if self.channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
-    def _picture(self, i: int) -> Image.Image:
+    def _item(self, i: int) -> Any:
         item = self._items[i]
-        image = item[0] if isinstance(item, tuple | list) and item else item
+        return item[0] if isinstance(item, tuple | list) and item else item
+
+    def _deep_items(self) -> Iterator[Deep]:
+        for image in map(self._item, range(len(self))):
+            deep = in_memory(image) if isinstance(image, Image.Image) else None
+            if deep is not None:
+                yield deep
+
+    def _picture(self, i: int) -> Image.Image:
+        image = self._item(i)
         if isinstance(image, Image.Image):
-            return with_channels(ImageOps.exif_transpose(image), self.channels)
+            return with_channels(ImageOps.exif_transpose(image), self.channels, self._white)
         values = image.numpy() if isinstance(image, torch.Tensor) else image
         if not isinstance(values, np.ndarray) or values.dtype != np.uint8:
             kind = getattr(values, "dtype", type(values).__name__)

@@ -60,7 +60,8 @@ def overview() -> list[Row]:
     rows.append(Row(to_pictures(reconstructions), "encoded and decoded, 32x32"))
     for size in SIZES:
         files = [OUT / f"samples_{size}" / f"{seed:06d}.png" for seed in range(COLUMNS)]
-        rows.append(Row([Image.open(file) for file in files], f"samples, seeds 0-{COLUMNS - 1}, {size}"))
+        pictures = [Image.open(file, formats=("PNG",)) for file in files]
+        rows.append(Row(pictures, f"samples, seeds 0-{COLUMNS - 1}, {size}"))
     return rows
 
 

@@ -3,7 +3,8 @@
     python experiments/inpaint.py --config configs/ffhq_256_config.py --config.run.experiment="ffhq_mollified_256" \\
         --input=face.png --box=96,96,64,64 --seeds=0-3
 
-The hole is --box, in pixels of the working size, or the white part of --mask, an image of the size of the input.
+The hole is --box, in pixels of the working size, or the white part of --mask, a black and white image of the size of
+the input. Where the opacity of --mask varies, the hole is what is transparent.
 Reconstruction guidance of strength --guidance holds the rest. By default what is in the hole is never looked at: the
 encoder gets exactly the visible pixels, which it can, and sampling starts from fresh noise there. With --see_hole, as
 in the paper, latents and the state at step --start_step are encodings of the whole image, so that an earlier start step
@@ -27,7 +28,7 @@ from absl import flags
 from configs.schema import ImageConfig
 from diffusion.conditioning import check_mask
 from experiments.support import editing as edit
-from experiments.support.inputs import Inputs, parse_box, parse_step, read_mask
+from experiments.support.inputs import MASK, Inputs, parse_box, parse_step, read_mask
 from experiments.support.options import define, requested_size, sampling_options
 from experiments.support.results import digest
 from infty_diff.editing import InpaintOptions
@@ -36,7 +37,7 @@ from runtime.command import Command, readable_errors
 
 FLAGS = flags.FLAGS
 edit.define_flags(4)
-flags.DEFINE_string("mask", None, "image of the size of the input, white where pixels are unknown")
+flags.DEFINE_string("mask", None, f"image of the size of the input, {MASK}")
 flags.DEFINE_string("box", None, "top,left,height,width of the unknown pixels, in pixels of the working size")
 define("seeds=0-2")
 flags.DEFINE_float("guidance", None, "λ, 0 for none; default: 0.4, or 0.003 with --plain_guidance")
@@ -96,7 +97,7 @@ def hole(inputs: Inputs, i: int) -> torch.Tensor:
         check_mask(known, size)
     except ValueError as error:
         raise ValueError(
-            f"--box is {FLAGS.box}: {error}" if FLAGS.box else f"--mask is {FLAGS.mask}: {error}"
+            f"--box is {FLAGS.box}: {error}" if FLAGS.box else f"--mask is {FLAGS.mask}: {error}, in an image {MASK}"
         ) from None
     return known
 

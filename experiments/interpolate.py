@@ -111,7 +111,7 @@ def two_seeds() -> list[int]:
 
 def animate(folder: Path, pictures: list[str]) -> None:
     """Write the pictures, there and back, as one endless animation."""
-    there = [Image.open(folder / f"{picture}.png").convert("RGB") for picture in pictures]
+    there = [Image.open(folder / f"{picture}.png", formats=("PNG",)).convert("RGB") for picture in pictures]
     frames = there + there[-2:0:-1]
     kind, name = ("GIF", "animation.gif") if FLAGS.animation == "gif" else ("PNG", "animation.png")
     options = {"save_all": True, "append_images": frames[1:], "duration": FLAGS.frame_ms, "loop": 0}

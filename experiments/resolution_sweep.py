@@ -69,7 +69,7 @@ def resolutions(model: list[str], sizes: list[Size], train_size: Size, out_dir: 
                f"--sampling_steps={FLAGS.sampling_steps}", f"--inv_snr={FLAGS.inv_snr}")  # fmt: skip
     names = [f"{by(size)} (training)" if size == train_size else by(size) for size in sizes]
     framed = [i for i, size in enumerate(sizes) if size == train_size]
-    pictures = [[Image.open(folders[size] / f"{seed:06d}.png") for size in sizes] for seed in seeds]
+    pictures = [[Image.open(folders[size] / f"{seed:06d}.png", formats=("PNG",)) for size in sizes] for seed in seeds]
     rows = [Row(pictures[0], f"seed {seeds[0]}, sizes in proportion", names, framed, true_sizes=True)]
     rows += [Row(row, f"seed {seed}", framed=framed) for seed, row in zip(seeds, pictures)]
     figure = out_dir / "resolutions.png"

@@ -136,7 +136,7 @@ def save_png(path: Path, image: torch.Tensor, texts: Mapping[str, str] | None = 
 def whole_png(path: Path) -> tuple[Size, dict[str, str]] | None:
     """The size (H, W) and the texts of a PNG if it is there and undamaged."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG",)) as image:
             size, texts = image.size[::-1], {k: v for k, v in image.info.items() if isinstance(v, str)}
             image.verify()
             return size, texts
@@ -183,7 +183,7 @@ def contact_sheet(out_dir: Path) -> None:
     per_row = math.ceil(math.sqrt(len(files)))
     pictures = []
     for file in files:
-        with Image.open(file) as image:
+        with Image.open(file, formats=("PNG",)) as image:
             image.thumbnail((WIDTH // per_row, image.height))  # no more than the sheet shows is held
             pictures.append(image.copy())
     save_sheet(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from data.images import with_channels
+from data.decoding import with_channels
 from data.pixels import to_float, to_pictures
 from diffusion.conditioning import check_mask
 from diffusion.coordinates import Size

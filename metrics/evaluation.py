@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from metrics.features import Extraction, cached_features, features, patch
 from metrics.frechet import frechet_distance, gaussian_of, kernel_distance
 from metrics.images import ImageSet
 from metrics.manifold import precision_recall
-from metrics.resize import by
+from metrics.resize import Size, by
 
 SCORES = ("fid", "floor", "kid", "precision", "recall")  # what every table of a report gives
 NEIGHBOURS = 3  # k of precision and recall, as published
 _MANIFOLD_IMAGES = 50_000  # at most, of each set
+_SIZES_SHOWN = 4  # of a mixed set
 
 
 def evaluate(
@@ -38,6 +40,7 @@ def evaluate(
         if patches:
             patch(images, extractor, patches, 0)  # refuses small images now, not after an hour
     sizes = [tuple(images[0].shape[:2]) for images in (samples, reference)]
+    mixed = {name: images.sizes() for name, images in (("samples", samples), ("reference images", reference))}
     real, made = _both(samples, reference, extractor, how)
     kid, kid_error = kernel_distance(real, made)
     report = {
@@ -53,7 +56,8 @@ def evaluate(
         "extractor": extractor.identity(),
         "samples": {"path": samples.path, "size": sizes[0], "fingerprint": samples.fingerprint()},
         "reference": {"path": reference.path, "size": sizes[1], "fingerprint": reference.fingerprint()},
-        "warnings": _warnings(len(samples), len(reference), real.shape[1], sizes, extractor, patches),
+        "warnings": _mixed_sizes(mixed)
+        + _warnings(len(samples), len(reference), real.shape[1], sizes, extractor, patches),
     }
     if patches:
         real, made = _both(samples, reference, extractor, how, patches)
@@ -88,6 +92,17 @@ def _precision_recall(real: torch.Tensor, made: torch.Tensor) -> dict[str, Any]:
     chosen = (x[torch.randperm(len(x), generator=generator)[:count]] if len(x) > count else x for x in (real, made))
     precision, recall = precision_recall(*chosen, k=NEIGHBOURS)
     return {"precision": precision, "recall": recall, "precision_recall_images": count}
+
+
+def _mixed_sizes(counts: dict[str, Counter[Size]]) -> list[str]:
+    """A line for each set whose images are not all of one size."""
+    found = []
+    for name, sizes in counts.items():
+        if len(sizes) > 1:
+            shown = ", ".join(f"{count} of {by(size)}" for size, count in sizes.most_common(_SIZES_SHOWN))
+            more = f", and {len(sizes) - _SIZES_SHOWN} more sizes" if len(sizes) > _SIZES_SHOWN else ""
+            found.append(f"{name} are of {len(sizes)} sizes, which are resized differently: {shown}{more}")
+    return found
 
 
 def _warnings(

@@ -17,13 +17,19 @@ from torch.nn import functional
 
 from diffusion.random import Purpose, stream
 from metrics.resize import Size, by, clean_resize, clip_resize
-from metrics.weights import cached_or_downloaded, hub_folder, load_script, read_state_dict
+from metrics.weights import (
+    CLIP_SHA256,
+    INCEPTION_SHA256,
+    cached_or_downloaded,
+    hub_folder,
+    load_script,
+    read_state_dict,
+)
 from runtime.files import file_digest
 
 CLIP_SIDE, INCEPTION_SIDE, EFFICIENTNET_SIDE, RANDOM_SIDE, PIXELS_SIDE = 224, 299, 224, 64, 16
 _CLIP_NAME = "ViT-B-32-quickgelu"  # OpenAI trained with the fast approximation of GELU
-_CLIP_SHA256 = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
-_CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{_CLIP_SHA256}/ViT-B-32.pt"
+_CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/ViT-B-32.pt"
 _CLIP_HUB = "timm/vit_base_patch32_clip_224.openai"
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
@@ -129,7 +135,7 @@ def _cached_clip() -> Path:
             return Path(path)
     urls = [_CLIP_URL, f"https://huggingface.co/{_CLIP_HUB}/resolve/main/open_clip_model.safetensors"]
     path = hub_folder() / "clip_vit_b_32_openai"
-    return cached_or_downloaded("CLIP ViT-B/32", path, urls, _CLIP_SHA256, _OFFLINE)
+    return cached_or_downloaded("CLIP ViT-B/32", path, urls, CLIP_SHA256, _OFFLINE)
 
 
 def _load_visual(visual: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
@@ -163,7 +169,7 @@ def _inception(device: torch.device, weights: str | None) -> Extractor:
 
 def _cached_inception() -> Path:
     path = hub_folder() / _INCEPTION_URL.rpartition("/")[2]
-    return cached_or_downloaded("Inception-v3", path, [_INCEPTION_URL], otherwise=_OFFLINE)
+    return cached_or_downloaded("Inception-v3", path, [_INCEPTION_URL], INCEPTION_SHA256, _OFFLINE)
 
 
 def _efficientnet(device: torch.device, weights: str | None) -> Extractor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,9 +15,12 @@ import torch
 from PIL import Image
 
 from configs.schema import ImageConfig
-from data.base import digest
+from data.base import CHANNELS, digest
 from data.datasets import open_dataset
-from data.images import existing_path, open_source, read_image, stored_bytes, with_channels
+from data.decoding import Decoder, one_line, with_channels
+from data.opening import check_regular
+from data.sources import existing_path, open_source
+from diffusion.coordinates import Size
 from diffusion.mollifier import Mollifier
 from diffusion.random import Purpose, numpy_stream
 
@@ -32,6 +37,9 @@ class ImageSet(Protocol):
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Image i, uint8 (H, W, C)."""
+
+    def sizes(self) -> Counter[Size]:
+        """How many images there are of each size (H, W)."""
 
     def item_name(self, i: int) -> str:
         """Where image i comes from, for people."""
@@ -57,6 +65,7 @@ class ImageFolder:
             ValueError: when there is nothing, no image, or fewer than `limit`.
         """
         self._source, self.path, self._channels, self._field = open_source(path, field), str(path), channels, field
+        self._decoder = Decoder(self._source, channels)
         drawn = (self._source.path / "manifest.json").is_file()
         wanted = [
             i
@@ -70,7 +79,17 @@ class ImageFolder:
 
     def __getitem__(self, i: int) -> np.ndarray:
         try:
-            return _pixels(read_image(stored_bytes(self._source, self._indices[i]), self._channels))
+            return _pixels(self._decoder(self._indices[i]))
+        except ValueError as error:
+            raise ValueError(f"{self._field}: {self.path}: {self.item_name(i)} {error}") from error
+
+    def sizes(self) -> Counter[Size]:
+        with ThreadPoolExecutor() as pool:
+            return Counter(pool.map(self._size, range(len(self))))
+
+    def _size(self, i: int) -> Size:
+        try:
+            return self._decoder.header(self._indices[i]).size[::-1]
         except ValueError as error:
             raise ValueError(f"{self._field}: {self.path}: {self.item_name(i)} {error}") from error
 
@@ -95,6 +114,9 @@ class DatasetImages:
     def __getitem__(self, i: int) -> np.ndarray:
         return _converted(self._dataset[i], self._channels)
 
+    def sizes(self) -> Counter[Size]:
+        return Counter({tuple(self._dataset.size): len(self)})
+
     def item_name(self, i: int) -> str:
         return self._dataset.item_name(i)
 
@@ -117,6 +139,9 @@ class Mirrored:
     def __getitem__(self, i: int) -> np.ndarray:
         pixels = self._images[i]
         return np.ascontiguousarray(pixels[:, ::-1]) if self._turned[i] else pixels
+
+    def sizes(self) -> Counter[Size]:
+        return self._images.sizes()
 
     def item_name(self, i: int) -> str:
         return f"{self._images.item_name(i)}{' mirrored' if self._turned[i] else ''}"
@@ -143,14 +168,31 @@ class MollifiedSamples:
         return len(self._files)
 
     def __getitem__(self, i: int) -> np.ndarray:
-        try:
-            stored = torch.from_numpy(np.load(self._files[i]))
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{self._files[i]} cannot be read ({error}); accepted: whole files") from error
-        x = stored.half().float()
+        x = torch.from_numpy(self._array(i).copy()).half().float()
         if self._mollifier.kind == "dct":
             x = self._mollifier.inverse(x, self._inv_snr)
         return _converted(((x + 1) / 2 * 255).clamp(0, 255).to(torch.uint8), self._channels)
+
+    def _array(self, i: int) -> np.ndarray:
+        """The stored sample (C, H, W), mapped, so that its size is checked against that of its file."""
+        path, accepted = self._files[i], "accepted: whole files of floating-point images (C, H, W)"
+        try:
+            check_regular(path)
+            stored = np.load(path, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # a damaged header raises nearly anything
+            raise ValueError(f"{path} cannot be read ({one_line(error)}); {accepted}") from None
+        if (
+            not isinstance(stored, np.ndarray)
+            or stored.ndim != 3
+            or stored.shape[0] not in CHANNELS
+            or (not np.issubdtype(stored.dtype, np.floating))
+        ):
+            kind = f"{stored.dtype} {stored.shape}" if isinstance(stored, np.ndarray) else "several arrays"
+            raise ValueError(f"{path} holds {kind}; {accepted}")
+        return stored
+
+    def sizes(self) -> Counter[Size]:
+        return Counter(self._array(i).shape[1:] for i in range(len(self)))
 
     def item_name(self, i: int) -> str:
         return self._files[i].name

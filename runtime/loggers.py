@@ -40,7 +40,7 @@ class TensorBoardLogger:
             self._writer.add_scalar(name, value, step)
 
     def image(self, path: Path, rows: list[str], step: int) -> None:
-        self._writer.add_image(", ".join(rows), pil_to_tensor(Image.open(path)), step)
+        self._writer.add_image(", ".join(rows), pil_to_tensor(Image.open(path, formats=("PNG",))), step)
 
     def close(self) -> None:
         self._writer.close()

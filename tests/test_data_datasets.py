@@ -194,7 +194,11 @@ def test_celeba_with_the_authors_list(tmp_path, layout):
     cfg = config("celeba", images if layout == "beside" else tmp_path / "root")
     assert names_of(cfg, "train") == ["00004.png", "00001.png", "00000.png"]
     assert names_of(cfg, "val") == ["00002.png"]
-    faults = (({"train": []}, "must hold"), ({"train": ["x.png"], "val": []}, r"lists x\.png"), ([1], "must hold"))
+    faults = (
+        ({"train": []}, "accepted: {.train.: .names"),
+        ({"train": ["x.png"], "val": []}, r"lists x\.png"),
+        ([1], "holds a list of 1; accepted"),
+    )
     for bad, message in faults:
         (tmp_path / "root" / "split.json").write_text(json.dumps(bad))
         with pytest.raises(ValueError, match=message):

@@ -14,8 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data.images import FolderSource, ImageFiles, ZipSource, decode_image, open_source
+from data.decoding import decode_image
+from data.images import ImageFiles
 from data.lsun import LsunSource
+from data.sources import FolderSource, ZipSource, open_source
 
 SIZE = (12, 20)
 

@@ -1,5 +1,6 @@
 """Resizes, extractors, image sets and the cache of features, against clean-fid and open_clip."""
 
+import hashlib
 import importlib.util
 import sys
 import types
@@ -13,6 +14,7 @@ from torch import nn
 import micro
 from diffusion.mollifier import IDENTITY, Mollifier
 from infty_diff.model import InftyDiff
+from metrics import weights
 from metrics.evaluation import evaluate, table
 from metrics.extractors import Extractor, RandomFeatures, encoder_extractor, open_extractor
 from metrics.features import Extraction, cached_features, features
@@ -99,13 +101,14 @@ class ToyInception(nn.Module):
         return self.layers(x)
 
 
-def test_inception_features_are_clean_fid_s(tmp_path, how):
+def test_inception_features_are_clean_fid_s(tmp_path, how, monkeypatch):
     theirs = pytest.importorskip("cleanfid.inception_torchscript")
     from cleanfid import fid
 
     torch.manual_seed(0)
     path = tmp_path / "inception-2015-12-05.pt"
     torch.jit.script(ToyInception()).save(str(path))
+    monkeypatch.setattr(weights, "SCRIPTS", {hashlib.sha256(path.read_bytes()).hexdigest(): path.name})
     samples = images_of(folder(tmp_path / "a", 3, (40, 330)))
     extractor = open_extractor("inception_v3", CPU, weights=str(path))
     expected = fid.get_folder_features(str(tmp_path / "a"), theirs.InceptionV3W(str(tmp_path), download=False),

@@ -74,7 +74,7 @@ class Results:
             self._sheet.append(Row([*pictures, *map(self._picture, names)], label, captions))
 
     def _picture(self, name: str) -> Image.Image:
-        with Image.open(self.folder / f"{name}.png") as image:
+        with Image.open(self.folder / f"{name}.png", formats=("PNG",)) as image:
             return image.copy()
 
     def finish(self, columns: Sequence[str] = ()) -> dict[str, float]:

@@ -35,14 +35,22 @@ def library() -> ctypes.CDLL | None:
     """The kernels, or None where no compiler is found or none of its options works (logged once)."""
     sources = sorted(Path(__file__).parent.rglob("*.[ch]"))
     compiler = shlex.split(os.environ.get("CC") or "cc")
-    path = _cache_folder() / f"kernels-{_fingerprint(compiler, sources)}.so"
-    if not path.exists():
-        failure = _build(compiler, sources, path)
-        if failure is not None:
-            log.warning("no C compiler for the fast kernels, using slower ones: %s", failure)
-            return None
+    name = f"kernels-{_fingerprint(compiler, sources)}"
     try:
-        return ctypes.CDLL(str(path))
+        kept = _kept(_cache_folder(), name)
+        if kept is not None:
+            return ctypes.CDLL(str(kept))
+        content = _build(compiler, sources)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("the fast kernels cannot be built, using slower ones: %s", error)
+        return None
+    try:
+        return ctypes.CDLL(str(_keep(content, _cache_folder(), name)))
+    except OSError as error:
+        log.info("the fast kernels are built anew in each process, as they cannot be kept: %s", error)
+    try:
+        with tempfile.TemporaryDirectory() as folder:  # what is loaded stays when its file is gone
+            return ctypes.CDLL(str(_keep(content, Path(folder), name)))
     except OSError as error:
         log.warning("the compiled kernels do not load, using slower ones: %s", error)
         return None
@@ -90,21 +98,48 @@ def _processor() -> str:
     return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
 
 
-def _build(compiler: list[str], sources: list[Path], path: Path) -> str | None:
-    """Write the library to `path`, whole or not at all; return why it could not be built."""
-    failure = ""
+def _kept(folder: Path, name: str) -> Path | None:
+    """A library that was kept whole: its name ends in the digest of its content. Loading a cut one kills a process."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            built = Path(folder) / path.name
-            units = [source for source in sources if source.suffix == ".c"]
-            for options in _OPTIONS:
-                command = [*compiler, *options, "-std=gnu11", "-shared", "-fPIC", "-o", built, *units, "-lm"]
-                done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-                if done.returncode == 0:
-                    os.replace(built, path)
-                    return None
-                failure = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"status {done.returncode}"
-    except (OSError, subprocess.SubprocessError) as error:
-        failure = str(error)
-    return failure
+        for path in sorted(folder.glob(f"{name}-*.so")):
+            if path == _named(folder, name, path.read_bytes()):
+                return path
+            log.warning("%s is damaged, and is built anew", path)
+            path.unlink()
+    except OSError:
+        pass  # what cannot be read is built anew
+    return None
+
+
+def _keep(content: bytes, folder: Path, name: str) -> Path:
+    """Write a library, whole or not at all; OSError where that cannot be done."""
+    path = _named(folder, name, content)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        built = Path(temporary) / path.name
+        built.write_bytes(content)
+        built.chmod(0o755)
+        os.replace(built, path)
+    return path
+
+
+def _named(folder: Path, name: str, content: bytes) -> Path:
+    return folder / f"{name}-{hashlib.sha256(content).hexdigest()[:24]}.so"
+
+
+def _build(compiler: list[str], sources: list[Path]) -> bytes:
+    """The library.
+
+    Raises:
+        OSError: no compiler, or one that fails with all options, with what it says.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / "kernels.so"
+        units = [source for source in sources if source.suffix == ".c"]
+        for options in _OPTIONS:
+            command = [*compiler, *options, "-std=gnu11", "-shared", "-fPIC", "-o", built, *units, "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            if done.returncode == 0:
+                return built.read_bytes()
+            failure = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"status {done.returncode}"
+    raise OSError(failure)
