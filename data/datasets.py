@@ -198,10 +198,15 @@ def _fallback(cfg: Any, source: ImageSource, wanted: str) -> Split:
 
 def _listed_split(table: Path, source: ImageSource) -> Split:
     """The split of a JSON file {"train": [names], "val": [names]}; names are paths, file names or stems."""
+    accepted = '{"train": [names], "val": [names]}'
     try:
-        listed = read_json(table, '{"train": [names], "val": [names]}', _is_split)
+        listed = read_json(table, dict, accepted)
     except ValueError as error:
         raise ValueError(f"data.root_dir: {error}") from None
+    for part in ("train", "val"):
+        names = listed.get(part)
+        if not isinstance(names, list) or not all(isinstance(name, str | int) for name in names):
+            raise ValueError(f"data.root_dir: {table}: holds no list of names {part!r}; accepted: {accepted}")
     wanted = {part: [str(name) for name in listed[part]] for part in ("train", "val")}
     position: dict[str, int] = {}
     for i, name in enumerate(source.names):
@@ -214,12 +219,6 @@ def _listed_split(table: Path, source: ImageSource) -> Split:
             f"data.root_dir: {table} lists {missing[0]} (and {len(missing) - 1} more) not found in {source.path}"
         )
     return {part: [position[name] for name in names] for part, names in wanted.items()}
-
-
-def _is_split(content: Any) -> bool:
-    """Whether it has lists of names for both parts."""
-    parts = [content.get(part) for part in ("train", "val")] if isinstance(content, dict) else [None]
-    return all(isinstance(part, list) and all(isinstance(name, str | int) for name in part) for part in parts)
 
 
 def _no_validation(cfg: Any) -> str:

@@ -6,8 +6,9 @@ import io
 import json
 import os
 import stat
-from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
+
+_T = TypeVar("_T")
 
 LARGEST = 1 << 30  # bytes of one image, array or table in memory
 _KINDS = {
@@ -54,45 +55,36 @@ def read_at_most(stream: BinaryIO, largest: int = LARGEST) -> bytes:
     return content.getvalue()
 
 
-def read_json(
-    path: str | os.PathLike, accepted: str, fits: Callable[[Any], bool] = lambda content: isinstance(content, dict)
-) -> Any:
-    """The content of a JSON file in UTF-8.
+def read_json(path: str | os.PathLike, kind: type[_T], accepted: str) -> _T:
+    """The content of a JSON file.
 
     Args:
         path: the file.
-        accepted: what the file is to hold, for the message.
-        fits: whether a content has that structure; by default whether it is an object.
+        kind: what it must be at the top, e.g. dict.
+        accepted: what the file should hold, for the message.
     Raises:
-        ValueError: the file cannot be read, is no JSON, or has another structure.
+        ValueError: naming the file, when it cannot be read, holds no JSON, or another kind of value.
     """
     try:
         with open_regular(path) as file:
-            text = file.read().decode()
+            text = file.read()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error}); accepted: {accepted}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: is not text in UTF-8; accepted: {accepted}") from None
-    return parse_json(text, str(path), accepted, fits)
+    return parse_json(text, kind, str(path), accepted)
 
 
-def parse_json(
-    text: str, where: str, accepted: str, fits: Callable[[Any], bool] = lambda content: isinstance(content, dict)
-) -> Any:
+def parse_json(text: bytes, kind: type[_T], where: str, accepted: str) -> _T:
     """`read_json` of a text found in `where`."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise ValueError(f"{where}: is not JSON ({reason}); accepted: {accepted}") from None
-    if not fits(content):
-        raise ValueError(f"{where}: holds {_shown(content)}; accepted: {accepted}")
+        raise ValueError(f"{where}: holds no JSON ({' '.join(str(error).split())}); accepted: {accepted}") from None
+    if not isinstance(content, kind):
+        raise ValueError(f"{where}: holds {_in_json(content)}; accepted: {accepted}")
     return content
 
 
-def _shown(content: Any) -> str:
-    if isinstance(content, dict):
-        return f"an object with {', '.join(map(repr, list(content)[:4])) or 'nothing'} in it"
-    if isinstance(content, list):
-        return f"a list of {len(content)}"
-    return repr(content)[:60] if content is not None else "null"
+def _in_json(content: Any) -> str:
+    """What a value is called in JSON."""
+    names = {dict: "an object", list: "an array", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(content), "a number")

@@ -17,7 +17,6 @@ predicts x_0, the PNGs hold its own estimate, which no filter touched. Its raw f
 --protocol=reference scores their filtered form, as for any other model, and --protocol=clean the network's estimate.
 """
 
-import json
 import os
 import sys
 from dataclasses import asdict, replace
@@ -39,7 +38,7 @@ from infty_diff.folder import parse_size
 from metrics.evaluation import evaluate, table
 from metrics.extractors import open_extractor
 from metrics.features import Extraction
-from metrics.images import DatasetImages, ImageFolder, ImageSet, Mirrored, MollifiedSamples, config_digest
+from metrics.images import DatasetImages, ImageFolder, ImageSet, Mirrored, MollifiedSamples, config_digest, manifest_of
 from runtime.command import Command
 from runtime.files import write_json
 
@@ -70,8 +69,7 @@ def score(config: ImageConfig | None, folder: Path, device: torch.device) -> str
     report = evaluate(samples, reference, extractor, how, FLAGS.patches)
     report["protocol"] = FLAGS.protocol
     report["config_sha256"] = config_digest(asdict(config)) if config else None
-    manifest = folder / "manifest.json"
-    report["samples"]["manifest"] = json.loads(manifest.read_text()) if manifest.is_file() else None
+    report["samples"]["manifest"] = manifest_of(folder)
     path = Path(FLAGS.json) if FLAGS.json else default_report(folder)
     write_json(path, report)
     return f"{table(report)}\nwritten: {path}"

@@ -10,7 +10,6 @@ the log of stage one. Memory is the device's in training (stage one), or on a CP
 process.
 """
 
-import json
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import flags
 
 from configs.schema import ImageConfig
+from data.opening import read_json
 from experiments.support.commands import define_scoring_flags, metric_name, require_extractor, run, sample, score
 from experiments.support.options import define
 from experiments.support.plots import bar_plots, require_matplotlib
@@ -73,7 +73,9 @@ def measure(command: Command, image: str, ratio: Fraction, out_dir: Path) -> Rat
 def largest(run_folder: Path, resident: float) -> float:
     """The largest resident set of a run in GB: a command that only finds it finished takes less."""
     path = run_folder / "resident_memory.json"
-    known = json.loads(path.read_text())["gb"] if path.exists() else 0.0
+    known = read_json(path, dict, '{"gb": number}').get("gb") if path.exists() else 0.0
+    if not isinstance(known, int | float):
+        raise ValueError(f"{path}: holds no number gb; accepted: what this command wrote")
     write_json(path, {"gb": max(known, resident)})
     return max(known, resident)
 

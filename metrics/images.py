@@ -18,7 +18,7 @@ from configs.schema import ImageConfig
 from data.base import CHANNELS, digest
 from data.datasets import open_dataset
 from data.decoding import Decoder, one_line, with_channels
-from data.opening import check_regular
+from data.opening import check_regular, read_json
 from data.sources import existing_path, open_source
 from diffusion.coordinates import Size
 from diffusion.mollifier import Mollifier
@@ -200,6 +200,12 @@ class MollifiedSamples:
     def fingerprint(self) -> str:
         stats = ((path.name, path.stat()) for path in self._files)
         return digest({"inv_snr": self._inv_snr}, (f"{name} {s.st_size}-{s.st_mtime_ns}" for name, s in stats))
+
+
+def manifest_of(samples: Path) -> dict[str, Any] | None:
+    """What a folder of samples says of itself, None for other folders."""
+    path = samples / "manifest.json"
+    return read_json(path, dict, "the manifest of a folder of samples") if path.exists() else None
 
 
 def config_digest(config: Any) -> str:

@@ -197,7 +197,7 @@ def test_celeba_with_the_authors_list(tmp_path, layout):
     faults = (
         ({"train": []}, "accepted: {.train.: .names"),
         ({"train": ["x.png"], "val": []}, r"lists x\.png"),
-        ([1], "holds a list of 1; accepted"),
+        ([1], "holds an array; accepted"),
     )
     for bad, message in faults:
         (tmp_path / "root" / "split.json").write_text(json.dumps(bad))

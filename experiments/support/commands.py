@@ -3,7 +3,6 @@
 Under torchrun rank 0 of the experiment runs them, each under a torchrun of its own with as many processes.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -14,11 +13,13 @@ from typing import Any
 import torch
 from absl import flags
 
+from data.opening import read_json
 from experiments.support.options import define
 from metrics.extractors import open_extractor
 from runtime.processes import Processes
 
 FLAGS = flags.FLAGS
+_REPORT = "the report of calculate_fid.py"
 ROOT = Path(__file__).resolve().parents[2]
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of ru_maxrss
 
@@ -84,9 +85,11 @@ def score(samples: Path, report: Path, reference: Sequence[str]) -> dict[str, An
         reference: the arguments that name the reference images: --config with its overrides.
     """
     newest = max(file.stat().st_mtime_ns for file in samples.glob("[0-9]*.png"))
-    known = json.loads(report.read_text()) if report.exists() and report.stat().st_mtime_ns > newest else {}
-    if (known.get("num_samples"), known.get("extractor", {}).get("name")) != (FLAGS.num_samples, FLAGS.model):
+    known = read_json(report, dict, _REPORT) if report.exists() and report.stat().st_mtime_ns > newest else {}
+    extractor = known.get("extractor")
+    name = extractor.get("name") if isinstance(extractor, dict) else None
+    if (known.get("num_samples"), name) != (FLAGS.num_samples, FLAGS.model):
         weights = [f"--weights={FLAGS.weights}"] if FLAGS.weights else []
         run("experiments/calculate_fid.py", f"--samples={samples}", *reference, f"--model={FLAGS.model}", *weights,
             f"--num_samples={FLAGS.num_samples}", f"--json={report}")  # fmt: skip
-    return json.loads(report.read_text())
+    return read_json(report, dict, _REPORT)

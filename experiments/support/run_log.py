@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
+
+from data.opening import open_regular, parse_json
+
+_ACCEPTED = "the log of a run"
 
 
 def log_lines(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`, in order.
 
     Raises:
-        ValueError: when the run has none.
+        ValueError: when the run has none, or holds another one.
     """
     path = run / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = []
+    if path.exists():
+        with open_regular(path) as file:
+            for number, line in enumerate(file.read().splitlines(), 1):
+                parsed = parse_json(line, dict, f"{path}, line {number}", _ACCEPTED)
+                if not all(isinstance(parsed.get(name), int | float) for name in ("step", "images_per_second")):
+                    raise ValueError(f"{path}, line {number}: holds no step and speed; accepted: {_ACCEPTED}")
+                lines.append(parsed)
     if not lines:
         raise ValueError(f"{path}: holds no log line; accepted: a run of at least train.plot_graph_steps steps")
     return lines

@@ -15,7 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+from configs.schema import DataConfig
 from data import opening, sources
+from data.datasets import open_dataset
 from data.decoding import read_image
 from data.fashion_mnist import read_fashion_mnist
 from data.images import ImageFiles
@@ -23,7 +25,8 @@ from data.lsun import LsunSource
 from data.opening import read_at_most, read_json
 from data.sources import open_source, stored_bytes
 from experiments.support.inputs import read_mask
-from metrics.images import MollifiedSamples
+from experiments.support.run_log import log_lines
+from metrics.images import MollifiedSamples, manifest_of
 from metrics.weights import load_script, read_state_dict
 from models.operators import compiled
 
@@ -128,7 +131,7 @@ def test_what_is_no_file_is_refused_by_its_kind(tmp_path, monkeypatch, make):
     with pytest.raises(ValueError, match=f"{kind}, not a file"):
         read_mask("a.png", (8, 8), (8, 8))
     with pytest.raises(ValueError, match=f"a.png: cannot be read .{kind}, not a file"):
-        read_json("a.png", "a manifest")
+        read_json("a.png", dict, "a manifest")
     if make is not Path.mkdir:
         for read in (open_source, read_fashion_mnist):
             with pytest.raises(ValueError, match=f"{kind}, not a file"):
@@ -246,22 +249,32 @@ def test_a_missing_compiler_is_said(kernels, monkeypatch, caplog):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "is not JSON"),
-        (b"[]", "holds a list of 0"),
+        (b"", "holds no JSON"),
+        (b"[]", "holds an array"),
         (b"null", "holds null"),
-        (b"3", "holds 3"),
-        (b'"a"', "holds 'a'"),
-        (b"{", "is not JSON"),
-        (b"[" * 100_000, "is not JSON .nested too deeply"),
-        (b"1" * 5000, "is not JSON"),
-        (b'{"a": "\xff"}', "is not text in UTF-8"),
-        (b"\xff\xfe{\0}\0", "is not text in UTF-8"),
+        (b"3", "holds a number"),
+        (b'"a"', "holds text"),
+        (b"true", "holds true or false"),
+        (b"{", "holds no JSON"),
+        (b"[" * 100_000, "holds no JSON"),
+        (b"1" * 5000, "holds no JSON"),
+        (b'{"a": "\xff"}', "holds no JSON"),
     ],
 )
 def test_json_of_another_structure(tmp_path, content, message):
-    (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"a\.json: {message}.*; accepted: an object") as caught:
-        read_json(tmp_path / "a.json", "an object")
-    assert "\n" not in str(caught.value)
+    """Wherever the project reads JSON: one line that names the file and what it should hold."""
+    (tmp_path / "samples").mkdir()
+    places = {
+        "a.json": lambda: read_json(tmp_path / "a.json", dict, "an object"),
+        "split.json": lambda: open_dataset(DataConfig(name="celeba", root_dir=str(tmp_path), img_size=8), "train"),
+        "metrics.jsonl": lambda: log_lines(tmp_path),
+        "samples/manifest.json": lambda: manifest_of(tmp_path / "samples"),
+    }
+    (tmp_path / "00001.png").write_bytes(png())
+    for name, read in places.items():
+        (tmp_path / name).write_bytes(content or b"\n")
+        with pytest.raises(ValueError, match=rf"{name}(, line 1)?: {message}.*; accepted: ") as caught:
+            read()
+        assert "\n" not in str(caught.value)
     (tmp_path / "a.json").write_text(json.dumps({"a": 1}))
-    assert read_json(tmp_path / "a.json", "an object") == {"a": 1}
+    assert read_json(tmp_path / "a.json", dict, "an object") == {"a": 1}
