@@ -21,7 +21,8 @@ from PIL import Image
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # what is decoded; other decoders run programs
 BITS = (8, 10, 12, 14, 16)
 LIMIT = 65535  # the largest sample of 16 bits
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _MAX_SAMPLE, _WHITE_IS_ZERO = 258, 262, 281, 0  # TIFF tags, and a value
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _MAX_SAMPLE, _PLANES = 258, 262, 281, 284  # TIFF tags
+_WHITE_IS_ZERO, _SEPARATE = 0, 2  # values of two of them
 _LOW_FIRST = "L" if sys.byteorder == "little" else "B"
 # Pillow cuts these to their high bytes; in the other byte order it cuts them to their low ones.
 _OTHER_HALF = {
@@ -97,7 +98,7 @@ def open_image(stream) -> Image.Image:
 
 def is_deep(image: Image.Image) -> bool:
     """Whether an image, opened and not decoded yet, has more than 8 bits a sample."""
-    if image.mode.startswith("I"):
+    if image.mode.startswith("I") or max(getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE) or (1,)) > 8:
         return True
     for _, _, _, arguments in getattr(image, "tile", ()):
         parts = arguments if isinstance(arguments, tuple) else (arguments,)
@@ -123,6 +124,8 @@ def deep_image(encoded: bytes) -> Deep | None:
             samples, white = _netpbm_samples(image, encoded)
         else:
             tags = getattr(image, "tag_v2", {})
+            if tags.get(_PLANES) == _SEPARATE and len(image.getbands()) > 1:
+                raise ValueError("has more than 8 bits a sample in separate planes; accepted: bands pixel by pixel")
             samples, white = _samples(image, encoded), _white_of_tags(tags)
             if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
                 samples = (white or measured_white(int(samples.max()))) - samples

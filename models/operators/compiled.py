@@ -35,19 +35,16 @@ def library() -> ctypes.CDLL | None:
     """The kernels, or None where no compiler is found or none of its options works (logged once)."""
     sources = sorted(Path(__file__).parent.rglob("*.[ch]"))
     compiler = shlex.split(os.environ.get("CC") or "cc")
-    name = f"kernels-{_fingerprint(compiler, sources)}"
+    name, cache = f"kernels-{_fingerprint(compiler, sources)}", _cache_folder()
     try:
-        kept = _kept(_cache_folder(), name)
-        if kept is not None:
-            return ctypes.CDLL(str(kept))
-        content = _build(compiler, sources)
+        content = _kept(cache, name) or _build(compiler, sources)
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("the fast kernels cannot be built, using slower ones: %s", error)
         return None
     try:
-        return ctypes.CDLL(str(_keep(content, _cache_folder(), name)))
+        return ctypes.CDLL(str(_keep(content, cache, name)))
     except OSError as error:
-        log.info("the fast kernels are built anew in each process, as they cannot be kept: %s", error)
+        log.info("the fast kernels are kept for this process alone, as %s cannot be used: %s", cache, error)
     try:
         with tempfile.TemporaryDirectory() as folder:  # what is loaded stays when its file is gone
             return ctypes.CDLL(str(_keep(content, Path(folder), name)))
@@ -98,12 +95,13 @@ def _processor() -> str:
     return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
 
 
-def _kept(folder: Path, name: str) -> Path | None:
+def _kept(folder: Path, name: str) -> bytes | None:
     """A library that was kept whole: its name ends in the digest of its content. Loading a cut one kills a process."""
     try:
         for path in sorted(folder.glob(f"{name}-*.so")):
-            if path == _named(folder, name, path.read_bytes()):
-                return path
+            content = path.read_bytes()
+            if path == _named(folder, name, content):
+                return content
             log.warning("%s is damaged, and is built anew", path)
             path.unlink()
     except OSError:
@@ -114,6 +112,8 @@ def _kept(folder: Path, name: str) -> Path | None:
 def _keep(content: bytes, folder: Path, name: str) -> Path:
     """Write a library, whole or not at all; OSError where that cannot be done."""
     path = _named(folder, name, content)
+    if path.exists():  # `_kept` has looked at it
+        return path
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         built = Path(temporary) / path.name

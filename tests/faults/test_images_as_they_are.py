@@ -34,9 +34,10 @@ def png(samples: np.ndarray, bits: int = 16) -> bytes:
 
 
 def tiff(samples: np.ndarray, *, order: str = "<", more: dict[int, int] | None = None) -> bytes:
-    """An uncompressed TIFF of (H, W, 1 or 3) samples of 16 bits, written by hand; `more`: further tags."""
+    """A TIFF of (H, W, 1 or 3) samples of 16 bits, written by hand; `more`: further tags."""
     height, width, bands = samples.shape
     pixels = samples.astype(f"{order}u2").tobytes()
+    pixels = zlib.compress(pixels) if more and more.get(259) == 8 else pixels
     tags = {256: width, 257: height, 258: 16, 259: 1, 262: 1 if bands == 1 else 2, 273: 0, 277: bands, 278: height,
             279: len(pixels), **(more or {})}  # fmt: skip
     start = 8 + 2 + 12 * len(tags) + 4
@@ -98,6 +99,33 @@ def test_compressed_and_inverted_tiffs():
     assert np.array_equal(np.asarray(read_image(saved_tiff(values), 1)), to_8bit(values, 4095)[..., 0])
     inverted = read_image(tiff(values, more={262: 0}), 1)
     assert np.array_equal(np.asarray(inverted), to_8bit(4095 - values, 4095)[..., 0])
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_compressed_tiffs_of_several_bands(order):
+    """These are decoded by libtiff, which gives samples in the order of bytes of the machine."""
+    values = samples(3, 4095)
+    found = read_image(tiff(values, order=order, more={259: 8}), 3)
+    assert np.array_equal(np.asarray(found), to_8bit(values, 4095))
+
+
+@pytest.mark.parametrize("bands", [1, 3])
+def test_a_transparent_colour_of_16_bits(bands):
+    """A PNG may name a colour that is transparent, to the last bit."""
+    values = samples(bands, 4000)
+    values[1, 1], values[2, 2] = 3000, 3001
+    encoded = png(values)
+    chunk = b"tRNS" + struct.pack(">H", 3000) * bands
+    at = encoded.index(b"IDAT") - 4
+    chunk = struct.pack(">I", 2 * bands) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    found = np.asarray(read_image(encoded[:at] + chunk + encoded[at:], 4))
+    assert np.array_equal(found[..., 3] == 0, (values == 3000).all(axis=2))
+    assert found[2, 2, 3] == 255 and np.array_equal(found[..., 0], to_8bit(values, 4095)[..., 0])
+
+
+def test_separate_planes_are_refused():
+    with pytest.raises(ValueError, match="more than 8 bits a sample in separate planes"):
+        read_image(tiff(samples(3, 4095), more={284: 2}), 3)
 
 
 def test_a_stated_white_counts():
