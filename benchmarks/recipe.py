@@ -31,12 +31,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.report import machine
+from data.opening import read_json
 from infty_diff.folder import claim_folder
 from runtime.checkpoint import load_weights
 from runtime.files import to_json, write_atomic, write_json
 from runtime.stored import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[1]
+_RESULT = "the result of a candidate"
 _FEWER, _MORE = 5, 45  # steps of the two runs whose difference is the time of a step: what they begin with cancels
 _UNTIMED = {"train.plot_graph_steps": 5, "train.val_loss_steps": 0, "train.sample_size": 1, "data.num_images": 256}
 
@@ -132,7 +134,7 @@ class Recipes:
         self.call(name, "experiments/calculate_fid.py", *image, f"--samples={here / 'samples'}", "--split=val",
                   f"--model={options.model}", "--device=cpu", f"--cache_dir={self.out / 'features'}",
                   f"--num_samples={options.num_samples}", f"--json={here / 'scores.json'}")  # fmt: skip
-        scores = json.loads((here / "scores.json").read_text())
+        scores = read_json(here / "scores.json", dict, "the report of calculate_fid.py")
         kept = ("metric", "fid", "floor", "kid", "kid_standard_error", "precision", "recall", "num_samples",
                 "num_reference", "warnings")  # fmt: skip
         psnr = json.loads((here / "recons" / "result.json").read_text())["mean"]["random_psnr"]
@@ -141,7 +143,7 @@ class Recipes:
     def train(self, run: str) -> dict[str, Any]:
         """Both stages of a candidate, unless they are there; what they took."""
         record = self.out / "runs" / f"{run}.json"
-        done = json.loads(record.read_text()) if record.exists() else {}
+        done = read_json(record, dict, "the record of a run") if record.exists() else {}
         if "step_cpu_s" not in done:
             done["step_cpu_s"] = self.step_seconds(run)
             done["steps"] = max(1, round(self.options.budget_s / done["step_cpu_s"]))
@@ -206,7 +208,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def read_results(out: Path) -> dict[str, dict[str, Any]]:
     """The results of the candidates that are done, the best first."""
-    found = {path.parent.name: json.loads(path.read_text()) for path in out.glob("*/result.json")}
+    found = {path.parent.name: read_json(path, dict, _RESULT) for path in out.glob("*/result.json")}
     return dict(sorted(found.items(), key=lambda item: item[1]["fid"]))
 
 
@@ -264,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
     recipes, failed = Recipes(options), []
     for name in options.only:
         path, candidate = recipes.out / name / "result.json", list(CANDIDATES[name])
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = read_json(path, dict, _RESULT) if path.exists() else {}
         if known.get("candidate") == json.loads(to_json(candidate)):
             continue
         print(f"{name}: {candidate[0]}", flush=True)

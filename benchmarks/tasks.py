@@ -7,7 +7,6 @@ The last names a digest of the command, the files it reads and the tasks it need
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import signal
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.opening import read_json
 from runtime.files import to_json, write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +64,7 @@ class Day:
     def record(self, task: Task) -> dict[str, Any]:
         """What is known of a task with these settings: at least its state, "" if it never ran."""
         path = self.out / task.name / "state.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = read_json(path, dict, "the state of a task") if path.exists() else {}
         return known if known.get("digest") == self.digest(task) else {"state": ""}
 
     def run(self, names: Sequence[str]) -> bool:
