@@ -73,7 +73,7 @@ def read_json(path: str | os.PathLike, kind: type[_T], accepted: str) -> _T:
     return parse_json(text, kind, str(path), accepted)
 
 
-def parse_json(text: bytes, kind: type[_T], where: str, accepted: str) -> _T:
+def parse_json(text: bytes | str, kind: type[_T], where: str, accepted: str) -> _T:
     """`read_json` of a text found in `where`."""
     try:
         content = json.loads(text)

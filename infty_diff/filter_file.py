@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from pathlib import Path
 from typing import Any
 
+from data.opening import read_json
 from diffusion.mollifier import InverseSnr, Mollifier
 from runtime.files import file_digest, write_json
 
@@ -52,12 +52,12 @@ def load_filter(weights: Path, mollifier: Mollifier) -> InverseSnr:
         ValueError: when there are none, they cannot be read, or belong to other weights or another mollifier.
     """
     path, advice = filter_path(weights), "accepted: a number, or experiments/calibrate_filter.py before"
+    if not path.exists():
+        raise ValueError(f"inv_snr is calibrated, but {path} is not there; {advice}")
     try:
-        stored = json.loads(path.read_text())
+        stored = read_json(path, dict, "a calibrated filter")
         ratios = InverseSnr(float(stored["spacing"]), tuple(map(float, stored["inv_snr"])))
-    except FileNotFoundError:
-        raise ValueError(f"inv_snr is calibrated, but {path} is not there; {advice}") from None
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"inv_snr is calibrated, but {path} is no calibrated filter ({error!r}); {advice}") from None
     for name, value in _key(weights, mollifier).items():
         if stored.get(name) != value:
@@ -74,7 +74,7 @@ def copy_filter(weights: Path, copy: Path, mollifier: Mollifier) -> None:
     except ValueError as error:
         log.warning("%s; it is not copied", error)
         return
-    save_filter(copy, mollifier, ratios, {"copied_from": json.loads(filter_path(weights).read_text())})
+    save_filter(copy, mollifier, ratios, {"copied_from": read_json(filter_path(weights), dict, "a calibrated filter")})
 
 
 def _key(weights: Path, mollifier: Mollifier) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from data.opening import parse_json
 from data.pixels import to_pictures, to_uint8
 from infty_diff.folder import claim_folder, save_png, whole_png
 from runtime.files import to_json, write_json
@@ -29,6 +30,14 @@ def digest(*parts: Any) -> str:
         else:
             sha.update(json.dumps(part, sort_keys=True, allow_nan=False).encode())
     return sha.hexdigest()[:16]
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """The text in a picture's header; of a picture made elsewhere nothing is known."""
+    try:
+        return parse_json(text, dict, "header", "an object")
+    except ValueError:
+        return {}
 
 
 class Results:
@@ -54,8 +63,8 @@ class Results:
     def lacks(self, name: str, made_from: str) -> bool:
         """Whether NAME.png, made from inputs of this digest, must still be made; asked of every picture of a report."""
         found = whole_png(self.folder / f"{name}.png")
-        stored = json.loads(found[1].get(_KEYWORD, "{}")) if found else {}
-        there = stored.get("made_from") == made_from
+        stored = _parsed(found[1].get(_KEYWORD, "{}")) if found else {}
+        there = stored.get("made_from") == made_from and isinstance(stored.get("row"), dict)
         self._rows[name] = stored["row"] if there else {}
         return not there
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from configs.schema import DataConfig
 from data import opening, sources
@@ -25,6 +26,7 @@ from data.lsun import LsunSource
 from data.opening import read_at_most, read_json
 from data.sources import open_source, stored_bytes
 from experiments.support.inputs import read_mask
+from experiments.support.results import Results
 from experiments.support.run_log import log_lines
 from metrics.images import MollifiedSamples, manifest_of
 from metrics.weights import load_script, read_state_dict
@@ -58,6 +60,18 @@ class Leaves(torch.nn.Module):
 
     def forward(self) -> torch.Tensor:
         return self.weight
+
+
+HEADERS = ["[]", "null", "{", "[" * 50_000, '{"made_from": "a"}', '{"made_from": "a", "row": []}']
+
+
+@pytest.mark.parametrize("text", HEADERS)
+def test_a_picture_of_others_counts_as_missing(tmp_path, text):
+    results = Results(tmp_path, {}, {})
+    info = PngInfo()
+    info.add_text("result", text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=info)
+    assert results.lacks("x", "a")
 
 
 def test_torchscript_is_not_opened(tmp_path, capfd):
