@@ -94,6 +94,7 @@ class TrainConfig:
     plot_samples_steps: int = option(5000, "steps between previews", low=1)
     checkpoint_steps: int = option(10000, "steps between checkpoints", low=1)
     keep_checkpoints: int = option(2, "newest checkpoints kept on disk", low=1)
+    keep_every: int = option(0, "also keep the checkpoints and weights of multiples of this step; 0 = none", low=0)
     sample_size: int = option(8, "images in a preview", low=1)
     plot_sampling_steps: str = option("100", "step subset used for previews")
     ema_update_every: int = option(10, "steps between updates of the EMA weights", low=1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from data.base import digest
 from data.splits import hashed_split
 
 
@@ -57,6 +59,11 @@ class LatentSet:
     def count(self) -> int:
         """Number of latents N·V."""
         return self.mu.shape[0] * self.mu.shape[1]
+
+    def fingerprint(self) -> str:
+        """Hex digest of the latents and of the names of their images."""
+        values = (hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for t in self.to_tensors().values())
+        return digest({"shape": list(self.mu.shape)}, [*values, *self.names])
 
     def split(self, part: float) -> tuple[LatentSet, LatentSet]:
         """The images to train on, and about a `part` of them held out by a hash of their names.

@@ -8,6 +8,8 @@ with any batch size; every step has exactly B images whatever the size of the se
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
@@ -165,7 +167,22 @@ def _read(dataset: ImageDataset, chosen, num_workers: int, pin_memory: bool) -> 
         prefetch_factor=4 if workers else None,
         worker_init_fn=_leave_signals_to_the_main_process,
     )
-    for batch in loader:
+    batches = iter(loader)
+    if workers and threading.current_thread() is threading.main_thread():
+        # PyTorch's handler raises wherever the main thread is when a worker dies, in the middle of a step too. Without
+        # it the loader notices when it is asked for the next batch.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
+                raise
+            raise ChildProcessError(
+                "a process that reads images died, perhaps for want of memory; accepted: fewer data.num_workers"
+            ) from error
         if isinstance(batch, ValueError):
             raise batch
         yield batch

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -18,7 +17,7 @@ from data.latents import LatentSet
 from data.loader import sequential
 from diffusion.transfer import to_device
 from infty_diff.model import InftyDiff
-from runtime.checkpoint import load_weights, save_weights
+from runtime.checkpoint import load_cache, save_weights
 from runtime.files import file_digest
 from runtime.processes import ALONE, Processes
 
@@ -50,7 +49,7 @@ def load_or_encode(
     digest = hashlib.sha256(repr(sorted(key.items())).encode()).hexdigest()
     path = weights.parent / "latents" / f"{digest[:16]}.safetensors"
     names = [dataset.item_name(i) for i in range(len(dataset))]
-    tensors = _cached(path, key)
+    tensors = load_cache(path, key)
     if processes.agree(int(tensors is None)):
         full = model.in_full_precision()
         views = [_encode(full, dataset, data, flip, processes) for flip in (False, True)[: 1 + data.random_flip]]
@@ -61,14 +60,6 @@ def load_or_encode(
     else:
         log.info("latents of %d images from %s", len(dataset), path)
     return LatentSet.from_tensors({name: tensor.to(model.device) for name, tensor in tensors.items()}, names)
-
-
-def _cached(path: Path, key: dict[str, Any]) -> dict[str, torch.Tensor] | None:
-    """The tensors that the cache holds for `key`, or None."""
-    if not path.exists():
-        return None
-    tensors, header = load_weights(path)
-    return tensors if header == key else None
 
 
 def _encode(

@@ -14,8 +14,9 @@ from diffusion.random import Purpose, key, normals
 from diffusion.samplers import ancestral
 from models.factory import build_latent_model, for_evaluation
 from models.latent_mlp import MLPSkipNet
+from runtime.checkpoint import load_networks
 
-_MODEL = "latent_model."
+_MODEL, _STATISTICS = "latent_model", ("mean", "std")
 _STEPS_AT_ONCE = 50  # whose noise is drawn together
 
 
@@ -47,16 +48,20 @@ class LatentPrior:
 
     @classmethod
     def from_tensors(
-        cls, config: LatentConfig, tensors: Mapping[str, torch.Tensor], device: torch.device
+        cls, config: LatentConfig, tensors: Mapping[str, torch.Tensor], device: torch.device, where: str = "weights"
     ) -> LatentPrior:
-        """Rebuild the prior from the tensors of `to_tensors`."""
-        model = build_latent_model(config.model, tensors["mean"].shape[0])
-        model.load_state_dict({k.removeprefix(_MODEL): v for k, v in tensors.items() if k.startswith(_MODEL)})
-        return cls(config, for_evaluation(model).to(device), tensors["mean"], tensors["std"])
+        """Rebuild the prior from the tensors of `to_tensors`; ValueError naming `where` when they are others."""
+        sizes = {tuple(tensors[name].shape) if name in tensors else None for name in _STATISTICS}
+        dim = next(iter(sizes)) or ()
+        if len(sizes) > 1 or len(dim) != 1:
+            raise ValueError(f"{where}: its mean and std are no two vectors of a size; accepted: weights of stage two")
+        model = build_latent_model(config.model, dim[0])
+        load_networks({_MODEL: model}, {k: v for k, v in tensors.items() if k not in _STATISTICS}, where)
+        return cls(config, for_evaluation(model).to(device), *(tensors[name] for name in _STATISTICS))
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of the inference file."""
-        model = {_MODEL + name: tensor for name, tensor in self.model.state_dict().items()}
+        model = {f"{_MODEL}.{name}": tensor for name, tensor in self.model.state_dict().items()}
         return {**model, "mean": self.mean, "std": self.std}
 
     def normalise(self, latents: torch.Tensor) -> torch.Tensor:

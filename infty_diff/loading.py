@@ -15,6 +15,7 @@ from infty_diff.latent_prior import LatentPrior
 from infty_diff.sampling import SamplingOptions
 from infty_diff.shipped import IMAGE, LATENT, load_stage, resolve, save_stages
 from models.factory import build_denoiser, build_encoder, for_evaluation
+from runtime.checkpoint import load_networks
 from runtime.files import file_digest
 from runtime.precision import Precision, pick_device
 
@@ -53,9 +54,8 @@ def from_runs(
         "encoder": build_encoder(config.model, config.data.channels, config.size),
         "denoiser": build_denoiser(config.model, config.data.channels, config.size),
     }
-    for name, network in networks.items():
-        prefix = f"{name}."
-        network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    load_networks(networks, tensors, str(found.image))
+    for network in networks.values():
         for_evaluation(network).to(where)
     prior, headers = None, {"image": header}
     if latent_run is not None:
@@ -64,7 +64,7 @@ def from_runs(
     if latent_file is not None:
         files["latent"] = latent_file
         latent_config, tensors, headers["latent"] = load_stage(latent_file, LatentConfig, latent_given)
-        prior = LatentPrior.from_tensors(latent_config, tensors, where)
+        prior = LatentPrior.from_tensors(latent_config, tensors, where, str(latent_file))
         if prior.dim != config.model.z_dim:
             raise ValueError(
                 f"{latent_file} draws latents of size {prior.dim}; {image_run} decodes model.z_dim={config.model.z_dim}"

@@ -16,7 +16,7 @@ from configs.schema import ImageConfig, LatentConfig
 from infty_diff import __version__
 from runtime.checkpoint import load_weights, save_weights
 from runtime.files import plain
-from runtime.stored import Config, config_from, stage_of, weights_path
+from runtime.stored import Config, config_from, require_config, stage_of, weights_path
 
 IMAGE, LATENT = "image.safetensors", "latent.safetensors"  # of a saved model; its sampling options are in the first
 FOLDER = Path(__file__).resolve().parents[1] / "weights"
@@ -79,6 +79,7 @@ def load_stage(
     """
     tensors, header = load_weights(file)
     stored = header.get("config", {})
+    require_config(stored, str(file))
     if stage_of(stored) not in (stage, None):
         raise ValueError(f"{file} has weights of {stage_of(stored).__name__}; accepted: weights of {stage.__name__}")
     return given or config_from(stored, stage, str(file)), tensors, header

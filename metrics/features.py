@@ -20,7 +20,7 @@ from tqdm import tqdm
 from diffusion.random import Purpose, numpy_stream
 from metrics.extractors import Extractor
 from metrics.images import ImageSet
-from runtime.checkpoint import load_weights, save_weights
+from runtime.checkpoint import load_cache, save_weights
 from runtime.files import plain
 
 _log = logging.getLogger(__name__)
@@ -73,11 +73,10 @@ def cached_features(
     key = plain({"images": images.fingerprint(), "extractor": extractor.identity(), "patches": patches})
     name = hashlib.sha256(json.dumps(key, sort_keys=True, allow_nan=False).encode()).hexdigest()[:24]
     path = how.cache_dir.expanduser() / "features" / f"{name}.safetensors"
-    if path.exists():
-        tensors, stored = load_weights(path)
-        if stored == key:
-            _log.info("features of %d %s from %s", len(tensors["features"]), title, path)
-            return tensors["features"]
+    tensors = load_cache(path, key)
+    if tensors is not None:
+        _log.info("features of %d %s from %s", len(tensors["features"]), title, path)
+        return tensors["features"]
     computed = features(images, extractor, how, patches=patches, title=title)
     save_weights(path, {"features": computed}, key)
     return computed

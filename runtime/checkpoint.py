@@ -1,6 +1,14 @@
-"""Training states and inference weights on disk: atomic, rotated, loaded without executing code."""
+"""Training states and inference weights on disk: atomic, rotated, checked, loaded without executing code.
 
+Both say in which format they are and carry a SHA-256: a training state of its file, in the comment at the end of the
+zip archive that PyTorch writes; weights of their tensors and header, in the header. Files without are not checked.
+"""
+
+import errno
+import hashlib
+import json
 import logging
+import os
 import pickle
 import re
 import warnings
@@ -10,32 +18,51 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from runtime.files import to_json, write_atomic
-from runtime.stored import read_header
+from configs.validate import one_line
+from runtime.files import present, sweep, to_json, write_atomic
+from runtime.stored import GUARD, read_header
 
 log = logging.getLogger(__name__)
-_NAME = re.compile(r"step_(\d{8})\.pt")
+_NAME = re.compile(r"step_(\d{8,})\.pt")
+
+FORMAT = 1
+_SEAL = re.compile(rb"infty-diff (\d+) sha256 ([0-9a-f]{64})")
+_NO_DIGEST = "0" * 64  # in place of the digest, where that is computed
+_SEAL_LENGTH = len(b"infty-diff 0001 sha256 ") + 64
+
+
+class DamagedFile(ValueError):
+    """A file whose content is not what was written, or that never was one of the kind."""
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in `folder`, newest first."""
-    names = (_NAME.fullmatch(path.name) for path in folder.glob("step_*.pt"))
+    """Steps of the checkpoints in `folder`, newest first; OSError when the folder cannot be read."""
+    try:
+        names = [_NAME.fullmatch(name) for name in os.listdir(folder)]
+    except FileNotFoundError:
+        return []
     return sorted((int(name[1]) for name in names if name), reverse=True)
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int | None) -> Path:
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int | None, keep_every: int = 0) -> Path:
     """Write the training state of `step` atomically and delete all but the newest `keep`, none for None.
+
+    keep_every: states of multiples of it are kept beside those, 0 for none.
 
     Raises:
         FloatingPointError: when a tensor of the state is not finite; then nothing is written.
+        OSError: when it cannot be written; then nothing is deleted.
     """
-    path = _path(folder, step)
+    path = checkpoint_path(folder, step)
     require_finite(state)
-    write_atomic(path, lambda temporary: torch.save(state, temporary))
-    for old in [] if keep is None else checkpoint_steps(folder)[keep:]:
-        _path(folder, old).unlink(missing_ok=True)
+    sweep(folder)
+    write_atomic(path, lambda temporary: _write_sealed(temporary, {"format": FORMAT, **state}))
+    passing = [old for old in checkpoint_steps(folder) if not (keep_every and old % keep_every == 0)]
+    for old in [] if keep is None else passing[keep:]:
+        checkpoint_path(folder, old).unlink(missing_ok=True)
     return path
 
 
@@ -43,7 +70,7 @@ def drop_checkpoints(folder: Path, after: int) -> None:
     """Delete the training states of steps past `after`."""
     for step in checkpoint_steps(folder):
         if step > after:
-            _path(folder, step).unlink(missing_ok=True)
+            checkpoint_path(folder, step).unlink(missing_ok=True)
 
 
 def require_finite(state: Mapping[str, Any]) -> None:
@@ -62,22 +89,116 @@ def _tensors(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def load_checkpoint(folder: Path, step: int, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Return the training state of `step`; ValueError when it is missing or damaged."""
-    return load_plain(_path(folder, step), device)
+    """Return the training state of `step`.
+
+    Raises:
+        DamagedFile: when it is damaged, or holds no training state. ValueError: when it is missing, or of a newer
+            format. OSError: when it cannot be read, which says nothing about what it holds.
+    """
+    path = checkpoint_path(folder, step)
+    sealed = _check_seal(path)
+    state = load_plain(path, device)
+    if not isinstance(state, dict) or "step" not in state:
+        raise DamagedFile(f"{path} holds no training state")
+    if not sealed and state.get("format", 0):
+        raise DamagedFile(f"{path} is damaged: its checksum is missing")
+    try:
+        require_finite(state)
+    except FloatingPointError as error:
+        raise DamagedFile(f"{path} is of no use: {error}") from None
+    return state
 
 
 def load_newest_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
-    """Return the newest readable training state, or None; a damaged one is named in a warning and passed over."""
+    """Return the newest training state that is not damaged, or None where there are no checkpoints at all.
+
+    A damaged one is named in a warning and renamed to `step_XXXXXXXX.pt.damaged`, so that it counts no longer among
+    those that are kept.
+
+    Raises:
+        ValueError: when all are damaged, or one is of a newer format. OSError: when one cannot be read.
+    """
+    faults: dict[Path, str] = {}
     for step in checkpoint_steps(folder):
         try:
-            return load_checkpoint(folder, step, device)
-        except ValueError as error:
-            log.warning("checkpoint %s; using the one before it", error)
+            state = load_checkpoint(folder, step, device)
+        except DamagedFile as error:
+            faults[checkpoint_path(folder, step)] = str(error)
+            continue
+        for path, fault in faults.items():
+            log.warning("checkpoint %s; using the one before it", fault)
+            path.rename(path.with_name(f"{path.name}.damaged"))
+        return state
+    if faults:
+        raise ValueError(
+            f"{folder}: none of its {len(faults)} checkpoints loads ({next(iter(faults.values()))}); accepted: a whole "
+            "copy of one of them, or another run.experiment"
+        )
     return None
 
 
-def _path(folder: Path, step: int) -> Path:
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """The file of the training state of a step."""
     return folder / f"step_{step:08d}.pt"
+
+
+def _write_sealed(path: Path, state: dict[str, Any]) -> None:
+    """Write a state with its checksum as the comment of the zip archive, which readers of such archives pass over."""
+    torch.save(state, path)
+    with path.open("r+b") as file:
+        end = file.seek(-2, os.SEEK_END)
+        file.write(_SEAL_LENGTH.to_bytes(2, "little"))  # of the comment, empty so far
+        file.seek(0)
+        digest = _digest_of(file, end + 2)
+        file.seek(0, os.SEEK_END)
+        file.write(b"infty-diff %04d sha256 %s" % (FORMAT, digest.encode()))
+
+
+def _digest_of(file: Any, size: int) -> str:
+    """SHA-256 of the next `size` bytes of an open file."""
+    sha = hashlib.sha256()
+    while chunk := file.read(min(1 << 20, size)):
+        sha.update(chunk)
+        size -= len(chunk)
+    return sha.hexdigest()
+
+
+def _check_seal(path: Path) -> bool:
+    """Whether a file carries a checksum, which is checked; raises as `load_checkpoint`."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END) - _SEAL_LENGTH
+            file.seek(max(size, 0))
+            seal = _SEAL.fullmatch(file.read())
+            if seal is None:
+                return False
+            if int(seal[1]) > FORMAT:
+                raise ValueError(_too_new(path, int(seal[1])))
+            file.seek(0)
+            if _digest_of(file, size) != seal[2].decode():
+                raise DamagedFile(f"{path} is damaged: its checksum is another")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except OSError as error:
+        raise _cannot_read(path, error) from error
+    return True
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """Whether reading failed for want of memory or by the disk, whatever the file holds."""
+    if isinstance(error, OSError):
+        return error.errno != errno.EINVAL  # a short file makes PyTorch look before its beginning
+    # On a CPU PyTorch has no exception of its own for want of memory.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _cannot_read(path: Path, error: Exception) -> OSError:
+    reason = (isinstance(error, OSError) and error.strerror) or one_line(error) or type(error).__name__
+    return OSError(f"{path}: cannot be read ({reason}); accepted: the same command once it can")
+
+
+def _too_new(path: Path, number: int) -> str:
+    return f"{path}: is in format {number}; accepted: formats up to {FORMAT}, or a newer version of this project"
 
 
 def load_plain(path: Path, device: torch.device | str = "cpu", *, mmap: bool = False) -> Any:
@@ -86,7 +207,8 @@ def load_plain(path: Path, device: torch.device | str = "cpu", *, mmap: bool = F
     mmap: leave tensors in the file until they are read, where its format allows it.
 
     Raises:
-        ValueError: when the file is missing, damaged, or holds anything else.
+        DamagedFile: when the file is damaged, or holds anything else. ValueError: when it is missing.
+        OSError: when it cannot be read, or does not fit into memory.
     """
     try:
         with warnings.catch_warnings():  # about other pickles, which are refused anyway
@@ -95,12 +217,15 @@ def load_plain(path: Path, device: torch.device | str = "cpu", *, mmap: bool = F
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Exception as error:  # reading arbitrary bytes as a pickle can end in any of them
+        if _is_of_the_machine(error):
+            raise _cannot_read(path, error) from error
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
-            raise ValueError(f"{path} asks for {code[1]}; accepted: tensors and plain values") from None
+            raise DamagedFile(f"{path} asks for {code[1]}; accepted: tensors and plain values") from None
         advice = isinstance(error, pickle.UnpicklingError)  # PyTorch's is to load without this protection
-        reason = ": ".join([type(error).__name__, *str(error).splitlines()[: 0 if advice else 1]])
-        raise ValueError(f"{path} is damaged, or no file of PyTorch ({reason})") from None
+        said = [] if advice else [line.split(". ")[0] for line in str(error).splitlines()[:1]]
+        reason = ": ".join([type(error).__name__, *said])
+        raise DamagedFile(f"{path} is damaged, or no file of PyTorch ({reason})") from None
 
 
 def save_weights(path: Path, tensors: Mapping[str, torch.Tensor], header: dict[str, Any]) -> None:
@@ -108,17 +233,88 @@ def save_weights(path: Path, tensors: Mapping[str, torch.Tensor], header: dict[s
 
     Raises:
         FloatingPointError: when a tensor is not finite; then nothing is written.
+        OSError: when they cannot be written; then what was there is as it was.
     """
     require_finite(tensors)
+    sweep(path.parent)
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomic(path, lambda temporary: save_file(plain, temporary, metadata={"header": to_json(header)}))
+    text = to_json({GUARD: {"format": FORMAT, "sha256": _NO_DIGEST}, **header})
+    text = text.replace(_NO_DIGEST, _tensor_digest(plain, text), 1)
+    # One entry alone: safetensors writes several in an order that changes from call to call.
+    write_atomic(path, lambda temporary: save_file(plain, temporary, metadata={"header": text}))
 
 
 def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return the tensors and the header of a safetensors file of this project.
 
     Raises:
-        ValueError: when the file is missing, damaged, or was not written by `save_weights`.
+        ValueError: when the file is missing, damaged, of a newer format, or was not written by `save_weights`.
     """
     header = read_header(path)
-    return load_file(path), header
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = file.metadata()["header"]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise DamagedFile(f"{path}: not a readable safetensors file ({one_line(error)})") from None
+    guard = json.loads(text).get(GUARD)
+    number, digest = (guard.get(key) for key in ("format", "sha256")) if isinstance(guard, dict) else (None, None)
+    if isinstance(number, int) and number > FORMAT:
+        raise ValueError(_too_new(path, number))
+    guarded = isinstance(number, int) and isinstance(digest, str)
+    if guarded and digest != _tensor_digest(tensors, text.replace(digest, _NO_DIGEST, 1)):
+        raise DamagedFile(f"{path}: is damaged: its checksum is another")
+    if not guarded and (guard is not None or "sha256" in text[:60]):
+        raise DamagedFile(f"{path}: is damaged: its checksum is not readable")
+    try:
+        require_finite(tensors)
+    except FloatingPointError as error:
+        raise DamagedFile(f"{path}: is of no use: {error}") from None
+    return tensors, header
+
+
+def load_cache(path: Path, key: dict[str, Any]) -> dict[str, torch.Tensor] | None:
+    """The tensors that `save_weights` kept under `key` as header, or None: to be computed, anew where damaged."""
+    if not present(path):
+        return None
+    try:
+        tensors, header = load_weights(path)
+    except ValueError as error:
+        log.warning("%s; computed anew", error)
+        return None
+    return tensors if header == key else None
+
+
+def _tensor_digest(tensors: Mapping[str, torch.Tensor], header: str) -> str:
+    """SHA-256 over the header and the names, types, shapes and values of tensors."""
+    sha = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sha.update(f"\0{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def load_networks(networks: Mapping[str, torch.nn.Module], tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Load tensors named `network.tensor` into networks.
+
+    Raises:
+        ValueError: naming `where`, for a tensor that is missing, extra or of another shape; then nothing is loaded.
+    """
+    require_fitting(networks, tensors, where)
+    for name, network in networks.items():
+        prefix = f"{name}."
+        network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+
+
+def require_fitting(networks: Mapping[str, torch.nn.Module], tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raise ValueError, naming `where`, unless tensors named `network.tensor` are those of the networks."""
+    own = {f"{name}.{key}": value for name, network in networks.items() for key, value in network.state_dict().items()}
+    faults = []
+    for key in {**own, **tensors}:
+        there, here = (list(s[key].shape) if key in s else "missing" for s in (tensors, own))
+        if there != here:
+            faults.append(f"{key} is {there} there, {here} here")
+    if faults:
+        more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise ValueError(f"{where}, where {faults[0]}{more}; accepted: a run with the same networks")

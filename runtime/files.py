@@ -5,16 +5,30 @@ import hashlib
 import json
 import math
 import os
+import re
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+
+_T = TypeVar("_T")
+_OWNED = re.compile(r"\..+\.([^.]+)\.(\d+)\.tmp")  # by which process of which machine
+_FORGOTTEN = 24 * 3600  # seconds after which a temporary file of another machine counts as left behind
+_HOST = re.sub(r"[^\w-]", "_", socket.gethostname())
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk and rename it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Let `write` fill a temporary file beside `path`, flush it to the disk and rename it to `path`.
+
+    Raises:
+        OSError: naming `path`, when it cannot be written, as on a full disk; then what was there is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode  # as the user's mask has it; some writers make files private
         write(temporary)
@@ -22,9 +36,74 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # libraries have exceptions of their own for a full disk
+        raise cannot_write(path, error) from error
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def cannot_write(path: Path, error: Exception) -> OSError:
+    """The error for people when `path` cannot be written."""
+    reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+    return OSError(f"{path}: cannot be written ({reason})")
+
+
+def sweep(folder: Path) -> None:
+    """Remove from a folder the temporary files of processes that have ended.
+
+    Of another machine's processes nothing is known; their files go a day after they were last written.
+    """
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if path.is_file() and _left_behind(path):
+                path.unlink()
+
+
+def _left_behind(path: Path) -> bool:
+    owner = _OWNED.fullmatch(path.name)
+    if owner is None or owner[1] != _HOST:
+        return time.time() - path.stat().st_mtime > _FORGOTTEN
+    try:
+        os.kill(int(owner[2]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # alive, and of another user; or no number of a process
+        return False
+    return False
+
+
+def present(path: Path) -> bool:
+    """Whether there is something at `path`; OSError, never False, when that cannot be found out."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def read_json(path: Path, kind: type[_T], accepted: str) -> _T:
+    """Return the content of a JSON file.
+
+    Args:
+        kind: what it must be at the top, e.g. dict.
+        accepted: what the file should hold, for the message.
+    Raises:
+        ValueError: naming the file, when it holds no JSON or another kind of value. OSError: when it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: holds no JSON ({' '.join(str(error).split())}); accepted: {accepted}") from None
+    if not isinstance(content, kind):
+        raise ValueError(f"{path}: holds {_in_json(content)}; accepted: {accepted}")
+    return content
+
+
+def _in_json(content: Any) -> str:
+    """What a value is called in JSON."""
+    names = {dict: "an object", list: "an array", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(content), "a number")
 
 
 def to_json(content: Any, indent: int | None = None) -> str:

@@ -3,19 +3,22 @@
 import contextlib
 import json
 import logging
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import torch
 
 from configs.schema import ImageConfig, LatentConfig
+from configs.validate import one_line
 from data.pixels import to_pictures
 from runtime.checkpoint import checkpoint_steps
-from runtime.files import plain, to_json, write_atomic, write_json
+from runtime.files import cannot_write, plain, present, sweep, to_json, write_atomic, write_json
+from runtime.lock import FolderLock
 from runtime.loggers import LOGGERS, Logger, wanted_loggers
 from runtime.sheet import Row, save_sheet
-from runtime.stored import CONFIG, WEIGHTS, changes, differences, run_path
+from runtime.stored import CONFIG, WEIGHTS, changes, differences, read_config, run_path
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +48,13 @@ class RunDir:
         self.checkpoints, self.previews = self.path / "checkpoints", self.path / "images"
         self._changed: dict[str, tuple[Any, Any]] = {}
         stored = self.path / CONFIG
-        if stored.exists():
+        if present(stored):
             if not resume:
                 raise ValueError(
                     f"run.experiment is {config.run.experiment!r}, and {self.path} already holds a run; "
                     "accepted: another name, or train.load_checkpoint=true to continue it"
                 )
-            there = json.loads(stored.read_text())
+            there = read_config(stored)
             shaping = differences(there, self.plain_config)
             if shaping:
                 raise ValueError(
@@ -60,14 +63,30 @@ class RunDir:
                 )
             self._changed = changes(there, self.plain_config)
         self.begun = bool(checkpoint_steps(self.checkpoints))
-        if (self.path / WEIGHTS).exists() and not self.begun:
+        if present(self.path / WEIGHTS) and not self.begun:
             raise ValueError(
                 f"{self.path / WEIGHTS} would be overwritten, with no training state to continue (an imported run has "
                 f"none); accepted: another run.experiment, and train.init_from={self.path} to start from its weights"
             )
         self._wanted = wanted_loggers(config.run)
-        self._metrics: TextIO | None = None
-        self._loggers: list[Logger] = []
+        self._metrics: BinaryIO | None = None
+        self._loggers: dict[str, Logger] = {}
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other trainings out of the folder; it is made, and removed at the end if nothing was written into it.
+
+        Raises:
+            ValueError: when another process trains this run; names it.
+        """
+        new = [folder for folder in (self.path, *self.path.parents) if not present(folder)]
+        try:
+            with FolderLock(self.path):
+                yield
+        finally:
+            for folder in new:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
     def start(self, step: int, origin: dict[str, Any] | None = None) -> None:
         """Write `config.json` and open `metrics.jsonl` to go on from `step`; changed fields are told and kept.
@@ -78,33 +97,50 @@ class RunDir:
             step: steps taken so far.
             origin: for the history, where the weights come from, if not from this run.
         """
+        for folder in (self.path, self.checkpoints, self.previews):
+            sweep(folder)
         for field, (old, new) in self._changed.items():
             log.info("%s is %r from step %d on, %r before", field, new, step, old)
         events = [origin, {"changed": self._changed} if self._changed else None]
         history = self.path / "history.jsonl"
-        told = history.read_text() if history.exists() else ""
-        told += "".join(to_json({"step": step, **event}) + "\n" for event in events if event)
+        told = history.read_bytes() if present(history) else b""
+        told += b"".join(to_json({"step": step, **event}).encode() + b"\n" for event in events if event)
         if told:
-            write_atomic(history, lambda temporary: temporary.write_text(told))
+            write_atomic(history, lambda temporary: temporary.write_bytes(told))
         write_json(self.path / CONFIG, self.plain_config)
         path = self.path / "metrics.jsonl"
         kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+        if present(path):
+            for line in path.read_bytes().splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                     if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-        write_atomic(path, lambda temporary: temporary.write_text("".join(kept)))
-        self._metrics = path.open("a", buffering=1)
-        self._loggers = [LOGGERS[name](self.config.run, self.path, self.plain_config, step) for name in self._wanted]
+                        kept.append(line + b"\n")
+        write_atomic(path, lambda temporary: temporary.write_bytes(b"".join(kept)))
+        self._metrics = path.open("ab", buffering=0)
+        for name in self._wanted:
+            self._loggers[name] = LOGGERS[name](self.config.run, self.path, self.plain_config, step)
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Append one line to `metrics.jsonl`, flushed at once; what is not finite is null there."""
+        """Append one line to `metrics.jsonl`, flushed at once; what is not finite is null there.
+
+        Raises:
+            OSError: when it cannot be written, as on a full disk.
+        """
         assert self._metrics is not None, "start comes first"
-        self._metrics.write(to_json(metrics) + "\n")
-        self._metrics.flush()
-        for logger in self._loggers:
-            logger.log(metrics, int(metrics["step"]))
+        try:
+            self._metrics.write(to_json(metrics).encode() + b"\n")
+        except OSError as error:
+            raise cannot_write(self.path / "metrics.jsonl", error) from error
+        self._tell(lambda logger: logger.log(metrics, int(metrics["step"])))
+
+    def _tell(self, say: Callable[[Logger], None]) -> None:
+        """Hand something to every logger; one that fails is told no more, as training must not end by it."""
+        for name, logger in list(self._loggers.items()):
+            try:
+                say(logger)
+            except Exception as error:  # of another package, of a network
+                log.warning("run.logger: %s failed and gets nothing more (%s)", name, one_line(error))
+                del self._loggers[name]
 
     def save_previews(self, step: int, rows: dict[str, torch.Tensor]) -> Path:
         """Write `images/step_XXXXXXXX.png`: a labelled row for each kind.
@@ -114,12 +150,10 @@ class RunDir:
         """
         path = self.previews / f"step_{step:08d}.png"
         save_sheet(path, [Row(to_pictures(images), name) for name, images in rows.items()])
-        for logger in self._loggers:
-            logger.image(path, list(rows), step)
+        self._tell(lambda logger: logger.image(path, list(rows), step))
         return path
 
     def close(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
-        for logger in self._loggers:
-            logger.close()
+        self._tell(lambda logger: logger.close())

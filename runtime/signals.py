@@ -11,7 +11,9 @@ class _CutShort(Exception):
 
 
 class Signals:
-    """SIGINT and SIGTERM within a `with` block: the first is noted, for the loop to stop; a second stops at once.
+    """SIGINT, SIGTERM and SIGHUP in a `with` block: the first is noted, for the loop to stop; a second stops at once.
+
+    SIGHUP stays ignored where it is ignored on entry, as under nohup.
 
     number: the signal that arrived, or 0.
     """
@@ -22,7 +24,10 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

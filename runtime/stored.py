@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from configs.schema import ImageConfig, LatentConfig, sections
 from configs.validate import Config, ConfigError, freeze
+from runtime.files import present, read_json
 
 SHAPING = frozenset(
     f"{name}.{field.name}"
@@ -22,6 +23,7 @@ SHAPING = frozenset(
 
 RETIRED = frozenset({"data.fid_samples", "train.recompute"})  # fields that had no effect in one of the stages
 
+GUARD = "guard"  # in the header of weights: their format and checksum
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"  # of a run
 BEST_WEIGHTS = "best_weights.safetensors"  # those with the least held-out loss
 WHICH_WEIGHTS = {"newest": WEIGHTS, "best": BEST_WEIGHTS}  # which weights of a run are loaded
@@ -33,17 +35,30 @@ def run_path(config: ImageConfig | LatentConfig) -> Path:
 
 
 def weights_path(run: Path, which: str = "newest") -> Path:
-    """The file of a run's weights: those saved last, or the "best" on held-out data.
+    """The file of a run's weights: those saved last, the "best" on held-out data, or by number those of a step.
 
     Raises:
-        ValueError: for another word, or where the best were never kept.
+        ValueError: for another word, where the best were never kept, or a step that train.keep_every did not keep.
     """
+    if which.isdecimal():
+        path = numbered_weights(run, int(which))
+        if not present(path):
+            kept = sorted(int(file.stem.removeprefix("step_")) for file in path.parent.glob("step_*.safetensors"))
+            raise ValueError(
+                f"{path}: no such file; accepted: the steps kept, {', '.join(map(str, kept)) or 'none here'}"
+            )
+        return path
     if which not in WHICH_WEIGHTS:
-        raise ValueError(f"weights is {which!r}; accepted: {', '.join(WHICH_WEIGHTS)}")
+        raise ValueError(f"weights is {which!r}; accepted: {', '.join(WHICH_WEIGHTS)}, or a step that was kept")
     path = run / WHICH_WEIGHTS[which]
-    if which == "best" and not path.exists():
+    if which == "best" and not present(path):
         raise ValueError(f"{path}: no such file; accepted: the newest weights, or a run that logged a held-out loss")
     return path
+
+
+def numbered_weights(run: Path, step: int) -> Path:
+    """The file of the weights that train.keep_every keeps of a step."""
+    return run / "weights" / f"step_{step:08d}.safetensors"
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -61,7 +76,14 @@ def read_header(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
     if header is None:
         raise ValueError(f"{path}: has no configuration inside; accepted: weights written by training")
-    return json.loads(header)
+    try:
+        content = json.loads(header)
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: its header is no object of JSON; accepted: weights written by training")
+    content.pop(GUARD, None)
+    return content
 
 
 def stored_config(run: Path, cls: type[Config]) -> Config | None:
@@ -70,21 +92,28 @@ def stored_config(run: Path, cls: type[Config]) -> Config | None:
     Raises:
         ValueError: when it cannot be read, or is not one of this stage.
     """
-    if (run / WEIGHTS).exists():
-        plain = read_header(run / WEIGHTS).get("config")
-    elif (run / CONFIG).exists():
-        try:
-            plain = json.loads((run / CONFIG).read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{run / CONFIG}: cannot be read ({error})") from None
+    if present(run / WEIGHTS):
+        plain = require_config(read_header(run / WEIGHTS).get("config"), str(run / WEIGHTS))
+    elif present(run / CONFIG):
+        plain = read_config(run / CONFIG)
     else:
         return None
-    if not isinstance(plain, dict) or not all(isinstance(section, dict) for section in plain.values()):
-        raise ValueError(f"{run}: holds no configuration; accepted: a run of this project")
     stage = stage_of(plain)
     if stage is not None and stage is not cls:
         raise ValueError(f"{run}: is a run of {stage.__name__}; accepted: a run of {cls.__name__}")
     return config_from(plain, cls, str(run))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The plain configuration in a file of JSON; ValueError naming the file when it holds none."""
+    return require_config(read_json(path, dict, "the configuration of a run"), str(path))
+
+
+def require_config(plain: Any, where: str) -> dict[str, Any]:
+    """Return `plain` if it has the form of a configuration, sections of fields; else ValueError naming `where`."""
+    if not isinstance(plain, dict) or not all(isinstance(section, dict) for section in plain.values()):
+        raise ValueError(f"{where}: holds no configuration; accepted: that of a run of this project")
+    return plain
 
 
 def stage_of(names: Iterable[str]) -> type[ImageConfig] | type[LatentConfig] | None:

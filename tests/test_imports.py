@@ -40,7 +40,8 @@ ALLOWED = {
 TRAINER = {"runtime.processes", "configs.schema", "runtime.stored", "diffusion.random", "diffusion.transfer",
            "training.acceleration", "runtime.checkpoint", "training.ema", "training.guard", "training.init_from",
            "training.means", "training.parallel", "runtime.precision", "training.rates", "training.report",
-           "runtime.run_dir", "runtime.signals", "training.snapshots", "training.stage"}  # fmt: skip
+           "runtime.run_dir", "runtime.signals", "training.snapshots", "training.stage", "training.state",
+           "configs.validate"}  # fmt: skip
 
 
 def imports(file: Path) -> set[str]:

@@ -139,9 +139,9 @@ def test_configurations_of_runs(tmp_path):
     with pytest.raises(ValueError, match=r"weights\.safetensors: not a readable safetensors file"):
         stored_config(tmp_path / "begun", ImageConfig)
     (tmp_path / "begun" / "weights.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"config\.json: cannot be read"):
+    with pytest.raises(ValueError, match=r"config\.json: holds no JSON"):
         stored_config(tmp_path / "begun", ImageConfig)
-    for text in ("[]", '{"run": 3}'):
+    for text, said in {"[]": "an array", "null": "null", "3": "a number", '{"run": 3}': "no configuration"}.items():
         (tmp_path / "begun" / "config.json").write_text(text)
-        with pytest.raises(ValueError, match="begun: holds no configuration"):
+        with pytest.raises(ValueError, match=rf"begun/config\.json: holds {said}; accepted: "):
             stored_config(tmp_path / "begun", ImageConfig)

@@ -200,8 +200,9 @@ def test_a_checkpoint_cannot_execute_code(tmp_path, caplog):
             return os.system, (f"touch {tmp_path}/executed",)
 
     torch.save({"step": 9, "x": Evil()}, tmp_path / "step_00000009.pt")
-    assert load_newest_checkpoint(tmp_path) is None
-    assert not (tmp_path / "executed").exists()
+    with pytest.raises(ValueError, match=r"none of its 1 checkpoints loads \(.*step_00000009.pt asks for"):
+        load_newest_checkpoint(tmp_path)
+    assert not (tmp_path / "executed").exists() and (tmp_path / "step_00000009.pt").exists()
 
 
 def test_weights_file_faults_are_one_line(tmp_path):

@@ -66,6 +66,7 @@ class ImageStage:
         self.val_set, self.held_out = val_set, "val_loss"
         self.examples = {"images": len(train_set), "held out": 0 if val_set is None else len(val_set)}
         self.held_out_count = 0 if val_set is None else min(len(val_set), config.train.val_images)
+        self.fingerprint = train_set.fingerprint()
         self.held_out_steps = 0 if val_set is None else config.train.val_loss_steps
         if val_set is None and config.train.val_loss_steps:
             log.info("no images are held out (data.val_ratio=0): no val_loss, no %s", BEST_WEIGHTS)
@@ -183,4 +184,5 @@ class ImageStage:
         return {"timesteps": self.timesteps.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.timesteps.load_state_dict(state["timesteps"])
+        if self.timesteps.state_dict() and state["timesteps"]:  # only one that learns has a state
+            self.timesteps.load_state_dict(state["timesteps"])

@@ -50,6 +50,7 @@ class LatentStage:
         self.modules: dict[str, nn.Module] = {"latent_model": self.model}
         self.train_set, self.test_set = latents.split(config.data.test_ratio)
         self.examples = {"latents": self.train_set.count, "held out": self.test_set.count}
+        self.fingerprint = latents.fingerprint()
         self.held_out = "test_loss"
         self.held_out_count = self.test_set.count
         self.held_out_steps = config.train.calculate_test_loss_steps if self.held_out_count else 0
@@ -124,4 +125,5 @@ class LatentStage:
         return {"timesteps": self.timesteps.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.timesteps.load_state_dict(state["timesteps"])
+        if self.timesteps.state_dict() and state["timesteps"]:  # only one that learns has a state
+            self.timesteps.load_state_dict(state["timesteps"])

@@ -10,13 +10,14 @@ from torch import nn
 class Stage(Protocol):
     """What a training stage brings to the loop.
 
-    examples: what it trains on, for people, e.g. {"images": 900, "held out": 100}.
+    examples: what it trains on, for people, e.g. {"images": 900, "held out": 100}. fingerprint: a digest of them.
     held_out: name of the loss on held-out data in the log. held_out_steps: steps between two of them, 0 for none.
     held_out_count: examples that it is of, 0 where nothing is held out.
     """
 
     modules: dict[str, nn.Module]
     examples: dict[str, int]
+    fingerprint: str
     held_out: str
     held_out_steps: int
     held_out_count: int

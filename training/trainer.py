@@ -12,7 +12,9 @@ import itertools
 import logging
 import math
 import platform
+import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,9 +22,11 @@ from torch import nn
 from tqdm import tqdm
 
 from configs.schema import ImageConfig, LatentConfig
+from configs.validate import one_line
 from diffusion.random import Purpose, seed_global, stream
 from diffusion.transfer import to_device
 from runtime.checkpoint import (
+    checkpoint_path,
     checkpoint_steps,
     drop_checkpoints,
     load_checkpoint,
@@ -31,10 +35,10 @@ from runtime.checkpoint import (
     save_weights,
 )
 from runtime.precision import Precision, describe
-from runtime.processes import ALONE, Processes
+from runtime.processes import ALONE, Processes, leave
 from runtime.run_dir import RunDir
 from runtime.signals import Signals
-from runtime.stored import BEST_WEIGHTS, WEIGHTS
+from runtime.stored import BEST_WEIGHTS, WEIGHTS, numbered_weights
 from training.acceleration import accelerate
 from training.ema import Ema, PowerAverages
 from training.guard import StepGuard
@@ -45,10 +49,9 @@ from training.rates import rate_factor
 from training.report import Clock, announce, conclude
 from training.snapshots import FOLDER, drop_snapshots, save_snapshot
 from training.stage import Stage
+from training.state import restore, state_of
 
 log = logging.getLogger(__name__)
-# What a training state holds beside the configuration and the versions.
-_STATE = {"step", "seen", "modules", "ema", "optimizer", "scaler", "stage", "means", "guard", "best"}
 
 
 class Trainer:
@@ -91,18 +94,30 @@ class Trainer:
         self.means, self.guard = Means(processes), StepGuard(optim, self.device)
         self.best: dict[str, float] = {}  # least held-out loss so far, and its step
         self.signals = Signals()
+        self.fault = ""  # of data that this process could not read, which stops training like a signal
 
     def run(self, next_command: str = "") -> None:
         """Train up to `train.steps`, continuing the newest checkpoint of the run.
 
         next_command: what is said at the end about how to go on.
 
-        Leaves with status 128 + signal after saving when SIGINT or SIGTERM asks it, or any process that trains with it,
-        to stop. Raises ValueError when train.init_from does not fit, FloatingPointError when training has diverged,
-        with the last checkpoint as it was.
+        Leaves with status 128 + signal after saving when SIGINT, SIGTERM or SIGHUP asks it, or any process that trains
+        with it, to stop; after saving with a line and status 2 when data cannot be read. Raises ValueError when another
+        process trains this run, when its checkpoints or train.init_from do not fit, OSError when files cannot be read
+        or written, FloatingPointError when training has diverged, with the last checkpoint as it was.
         """
+        with self.run_dir.locked() if self.processes.is_rank_0 else contextlib.nullcontext():
+            self._run(next_command)
+
+    def _run(self, next_command: str) -> None:
         train, first = self.config.train, self.processes.is_rank_0
         origin = self._resume()
+        if self.step > train.steps:
+            log.info(
+                "%s is at step %d, past train.steps=%d: nothing is changed", self.run_dir.path, self.step, train.steps
+            )
+            return
+        begun_at = self.step
         batches = itertools.islice(self.stage.batches(self.seen), max(train.steps - self.step, 0))
         if first:
             drop_snapshots(self.run_dir.path / FOLDER, self.step)
@@ -114,8 +129,8 @@ class Trainer:
         clock, due = Clock(self.step, train.steps), False
         with self.signals, contextlib.closing(self.run_dir), bar:
             while True:
-                batch = next(batches, None)  # before they agree: what one cannot read stops all of them
-                stop = self.processes.agree(self.signals.number)
+                batch = self._next(batches)  # before they agree: what one cannot read stops all of them
+                stop = self.processes.agree(signal.SIGCHLD if self.fault else self.signals.number)
                 if stop or batch is None:
                     break
                 self.train_step(batch)
@@ -125,33 +140,62 @@ class Trainer:
                     means = self._shared_means()  # waits for the device, so the clock is read after the work is done
                     speed = clock.steps_per_second(self.step)
                     if first:
-                        self._report(bar, means, speed * train.batch_size, clock.time_left(self.step, speed))
+                        with self._faults():
+                            self._report(bar, means, speed * train.batch_size, clock.time_left(self.step, speed))
                     self.means.clear()
                     self.guard.clear()
                     clock.restart(self.step)
+                if first and train.ema_lengths and (self.step % train.ema_snapshot_steps == 0 or done):
+                    self._save_snapshot()
+                due |= self.step % train.checkpoint_steps == 0 or self._is_kept()
+                if done or (due and not self.guard.read()[1]):
+                    self._save()
+                    due = False
                 if self.step % train.plot_samples_steps == 0 or done:
                     if first:
                         self._save_previews()
                     clock.restart(self.step)
-                if first and train.ema_lengths and (self.step % train.ema_snapshot_steps == 0 or done):
-                    self._save_snapshot()
-                due |= self.step % train.checkpoint_steps == 0
-                if done or (due and not self.guard.read()[1]):
-                    self._save()
-                    due = False
+            saved = self.step > begun_at or stop != signal.SIGCHLD
             if stop:
-                self._save()
+                if saved:
+                    self._save()
                 self.processes.agree()  # the others wait for the first, whose state it is that counts
         if stop:
+            if self.fault:
+                leave([self.fault + (f" (training has reached step {self.step}; its state is saved)" if saved else "")])
+            self.processes.agree()  # where another has a fault, all leave by it
             log.info("stopped by signal %d at step %d; the same command continues", stop, self.step)
             sys.exit(128 + stop)
         if first:
             conclude(self.run_dir, self.step, next_command)
 
+    def _next(self, batches: Iterator[torch.Tensor]) -> torch.Tensor | None:
+        """The next batch; None at the end, and where one cannot be read."""
+        with self._faults():
+            return None if self.fault else next(batches, None)
+        return None
+
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
+        """Note the fault that ends the block: training stops at the next step, after its state is saved."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.fault = one_line(error)
+
+    def _is_kept(self) -> bool:
+        """Whether train.keep_every keeps this step."""
+        every = self.config.train.keep_every
+        return bool(every) and self.step % every == 0
+
     def _save_previews(self) -> None:
-        """Draw and write the previews of this step, unless a signal cuts it short."""
-        with self.signals.cutting_short():
-            self.run_dir.save_previews(self.step, self.stage.previews(self.ema.modules))
+        """Draw and write the previews of this step, unless a signal cuts it short; their failure is only told."""
+        try:
+            with self.signals.cutting_short():
+                self.run_dir.save_previews(self.step, self.stage.previews(self.ema.modules))
+                return
+        except Exception as error:  # whatever it is: weeks of training do not depend on it
+            log.warning("previews of step %d failed (%s: %s)", self.step, type(error).__name__, one_line(error))
             return
         log.info("previews of step %d were not finished", self.step)
 
@@ -217,7 +261,8 @@ class Trainer:
         }
         if self.device.type == "cuda":
             metrics["peak_memory_gb"] = round(torch.cuda.max_memory_allocated(self.device) / 1e9, 3)
-        metrics.update(self._held_out())
+        with self._faults():
+            metrics.update(self._held_out())
         self.run_dir.log(metrics)
         if bar.disable:
             log.info(
@@ -265,26 +310,18 @@ class Trainer:
         if not self.processes.is_rank_0:
             return
         train, row = self.config.train, self.guard.read()[1]
-        state = {
-            "step": self.step,
-            "seen": self.seen,
-            "modules": {name: module.state_dict() for name, module in self.stage.modules.items()},
-            "ema": self.ema.state_dict(),
-            "power_averages": self.power_averages.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "stage": self.stage.state_dict(),
-            "means": self.means.state_dict(),
-            "guard": self.guard.state_dict(),
-            "best": self.best,
-            **self._header(),
-        }
+        state = {**state_of(self), **self._header()}
+        keep = None if row else train.keep_checkpoints
         try:
-            save_checkpoint(self.run_dir.checkpoints, self.step, state, None if row else train.keep_checkpoints)
+            save_checkpoint(self.run_dir.checkpoints, self.step, state, keep, train.keep_every)
         except FloatingPointError as error:
             raise self._diverged(str(error)) from None
-        if not row or self.step == train.steps:
-            save_weights(self.run_dir.path / WEIGHTS, self.stage.weights(self.ema.modules), self._header())
+        run = self.run_dir.path
+        files = [run / WEIGHTS] if not row or self.step == train.steps else []
+        if self._is_kept() and not row:
+            files.append(numbered_weights(run, self.step))
+        for file in files:
+            save_weights(file, self.stage.weights(self.ema.modules), self._header())
         if row:
             log.warning("the gradient was not finite in the last %d steps, up to step %d", row, self.step)
 
@@ -307,24 +344,7 @@ class Trainer:
         if step is None:
             return self._initialise()
         state = state or load_checkpoint(self.run_dir.checkpoints, step, self.device)
-        if missing := _STATE - state.keys():
-            raise ValueError(
-                f"{self.run_dir.checkpoints} holds states of another version, without {', '.join(sorted(missing))}; "
-                f"accepted: another run.experiment, and train.init_from={self.run_dir.path} to start from its weights"
-            )
-        for name, module in self.stage.modules.items():
-            module.load_state_dict(state["modules"][name])
-        self.ema.load_state_dict(state["ema"])
-        self.power_averages.load_state_dict(state.get("power_averages", {}), step)
-        # Moments are of the state; rates and decays are of the configuration, which may have changed.
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
-        if state["scaler"]:  # that of a run without loss scaling is empty
-            self.scaler.load_state_dict(state["scaler"])
-        self.stage.load_state_dict(state["stage"])
-        self.means.load_state_dict(state["means"])
-        self.guard.load_state_dict(state["guard"])
-        self.step, self.seen, self.best = state["step"], state["seen"], state["best"]
+        restore(self, state, str(checkpoint_path(self.run_dir.checkpoints, step)))
         log.info("continuing %s at step %d", self.run_dir.path, self.step)
         return None
 

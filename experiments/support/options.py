@@ -12,7 +12,6 @@ from infty_diff.sampling import SamplingOptions
 from metrics.extractors import EXTRACTORS
 from metrics.features import Extraction
 from metrics.resize import by
-from runtime.stored import WHICH_WEIGHTS
 
 FLAGS = flags.FLAGS
 _LEAST_0, _LEAST_1 = {"lower_bound": 0}, {"lower_bound": 1}
@@ -23,8 +22,11 @@ _Flag = tuple[Callable[..., Any], Any, str, dict[str, Any]]
 
 
 def _which_weights(name: str) -> _Flag:
-    text = f"weights of the run of --{name}: newest, or best = those with the least loss on held-out data"
-    return flags.DEFINE_enum, "newest", text, {"enum_values": tuple(WHICH_WEIGHTS)}
+    text = (
+        f"weights of the run of --{name}: newest, best = those with the least loss on held-out data, or the number of "
+        "a step that train.keep_every kept"
+    )
+    return flags.DEFINE_string, "newest", text, {}
 
 
 _FLAGS: dict[str, _Flag] = {
