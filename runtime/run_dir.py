@@ -47,13 +47,14 @@ class RunDir:
         self.path = run_path(config)
         self.checkpoints, self.previews = self.path / "checkpoints", self.path / "images"
         self._changed: dict[str, tuple[Any, Any]] = {}
+        self.begun = bool(checkpoint_steps(self.checkpoints))
         stored = self.path / CONFIG
+        if not resume and (self.begun or present(stored)):
+            raise ValueError(
+                f"run.experiment is {config.run.experiment!r}, and {self.path} already holds a run; "
+                "accepted: another name, or train.load_checkpoint=true to continue it"
+            )
         if present(stored):
-            if not resume:
-                raise ValueError(
-                    f"run.experiment is {config.run.experiment!r}, and {self.path} already holds a run; "
-                    "accepted: another name, or train.load_checkpoint=true to continue it"
-                )
             there = read_config(stored)
             shaping = differences(there, self.plain_config)
             if shaping:
@@ -62,7 +63,6 @@ class RunDir:
                     "accepted: the same values, or another run.experiment"
                 )
             self._changed = changes(there, self.plain_config)
-        self.begun = bool(checkpoint_steps(self.checkpoints))
         if present(self.path / WEIGHTS) and not self.begun:
             raise ValueError(
                 f"{self.path / WEIGHTS} would be overwritten, with no training state to continue (an imported run has "

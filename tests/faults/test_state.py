@@ -127,6 +127,9 @@ def test_an_emptied_configuration_lets_nothing_pass(root):
     ):
         image_trainer(root, {"model.kld_weight": 0.5}).run()
     assert content(root) == before
+    (root / "micro" / "config.json").unlink()
+    with pytest.raises(ValueError, match="already holds a run"):
+        RunDir(micro.image(root), resume=False)
 
 
 def changed(root, change) -> None:
