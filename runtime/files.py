@@ -10,11 +10,10 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from safetensors import SafetensorError
 
-_T = TypeVar("_T")
 _OWNED = re.compile(r"\..+\.([^.]+)\.(\d+)\.tmp")  # by which process of which machine
 _FORGOTTEN = 24 * 3600  # seconds after which a temporary file of another machine counts as left behind
 _HOST = re.sub(r"[^\w-]", "_", socket.gethostname())
@@ -80,30 +79,6 @@ def present(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
-
-
-def read_json(path: Path, kind: type[_T], accepted: str) -> _T:
-    """Return the content of a JSON file.
-
-    Args:
-        kind: what it must be at the top, e.g. dict.
-        accepted: what the file should hold, for the message.
-    Raises:
-        ValueError: naming the file, when it holds no JSON or another kind of value. OSError: when it cannot be read.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: holds no JSON ({' '.join(str(error).split())}); accepted: {accepted}") from None
-    if not isinstance(content, kind):
-        raise ValueError(f"{path}: holds {_in_json(content)}; accepted: {accepted}")
-    return content
-
-
-def _in_json(content: Any) -> str:
-    """What a value is called in JSON."""
-    names = {dict: "an object", list: "an array", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(content), "a number")
 
 
 def to_json(content: Any, indent: int | None = None) -> str:

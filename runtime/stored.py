@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from configs.schema import ImageConfig, LatentConfig, sections
 from configs.validate import Config, ConfigError, freeze
-from runtime.files import present, read_json
+from data.opening import read_json
+from runtime.files import present
 
 SHAPING = frozenset(
     f"{name}.{field.name}"
