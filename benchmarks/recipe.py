@@ -32,7 +32,7 @@ import torch
 
 from benchmarks.report import machine
 from data.opening import read_json
-from infty_diff.folder import claim_folder
+from infty_diff.claimed import claim_folder
 from runtime.checkpoint import load_weights
 from runtime.files import to_json, write_atomic, write_json
 from runtime.stored import WEIGHTS

@@ -40,8 +40,8 @@ flags.DEFINE_list(
 )
 flags.DEFINE_string("baseline", "torch_dense", "back end to compare with; empty = none")
 flags.DEFINE_bool("guided", False, "evaluate as guided inpainting does, with the gradient of the state")
-flags.DEFINE_integer("batch", 1, "images", lower_bound=1)
-flags.DEFINE_integer("repeats", 20, "timed evaluations of each", lower_bound=1)
+flags.DEFINE_integer("batch", 1, "images", lower_bound=1, upper_bound=10**6)
+flags.DEFINE_integer("repeats", 20, "timed evaluations of each", lower_bound=1, upper_bound=10**6)
 flags.DEFINE_string("json", None, "file for the result; default: none, the table on standard output alone")
 
 _LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}

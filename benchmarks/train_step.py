@@ -44,8 +44,10 @@ from training.trainer import Trainer
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("ratios", None, "fractions of the grid seen, e.g. 1,0.5,0.25; default: mc_integral.q_sample points")
-flags.DEFINE_integer("repeats", 20, "timed steps of each kind; at least train.ema_update_every", lower_bound=1)
-flags.DEFINE_integer("warmup", 8, "steps before, for each ratio", lower_bound=1)
+flags.DEFINE_integer(
+    "repeats", 20, "timed steps of each kind; at least train.ema_update_every", lower_bound=1, upper_bound=10**6
+)
+flags.DEFINE_integer("warmup", 8, "steps before, for each ratio", lower_bound=1, upper_bound=10**6)
 flags.DEFINE_bool("published", True, "time the step as published too")
 flags.DEFINE_string("json", None, "file for the result; default: none, the table on standard output alone")
 

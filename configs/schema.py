@@ -26,6 +26,11 @@ from models.operators.dispatch import BACKEND_NAMES
 from models.sparse_block import KERNELS
 from training.rates import DECAYS
 
+# Upper ends of ranges: what is larger is a slip of the pen, or more than any machine holds.
+MOST_SIDE = 65_536  # of an image, in pixels
+MOST_SEED = 2**53 - 1
+MOST_SAMPLES = 10**7
+_MANY, _WIDE, _DEEP = 10**9, 65_536, 1000  # steps and images, channels, layers
 LATENT_PREDICTIONS = tuple(name for name in PREDICTIONS if name != Prediction.MOLLIFIED_EPS.value)
 
 
@@ -39,7 +44,9 @@ class RunConfig:
     name: str = option("infty_diff", "project name shown by wandb")
     experiment: str = option("experiment", "name of the run: its folder under run.root_dir")
     root_dir: str = option("checkpoints", "folder in which runs are kept")
-    seed: int = option(0, "seed of initialisation, data order, coordinates and noise", low=0, shapes=True)
+    seed: int = option(
+        0, "seed of initialisation, data order, coordinates and noise", low=0, high=MOST_SEED, shapes=True
+    )
     device: str = option("auto", "device to run on: auto, cpu, cuda or cuda:N")
     logger: str = option("none", "metrics and previews go there too: none, tensorboard, wandb, or tensorboard,wandb")
     wandb_mode: str = option(
@@ -52,15 +59,12 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    name: str = option(
-        "functions",
-        "kind of data",
-        choices=DATASETS,
-        shapes=True,
-    )
+    name: str = option("functions", "kind of data", choices=DATASETS, shapes=True)
     root_dir: str = option("", "folder, zip, LMDB or .npz of the images; unused for procedural functions")
-    img_size: int = option(256, "height of the training images in pixels", low=4, shapes=True)
-    img_width: int = option(256, "width of the training images in pixels", low=4, derived="data.img_size", shapes=True)
+    img_size: int = option(256, "height of the training images in pixels", low=4, high=MOST_SIDE, shapes=True)
+    img_width: int = option(
+        256, "width of the training images in pixels", low=4, high=MOST_SIDE, derived="data.img_size", shapes=True
+    )
     channels: int = option(3, "image channels", choices=CHANNELS, shapes=True)
     random_flip: bool = option(True, "mirror training images at random")
     split: str = option(
@@ -73,16 +77,16 @@ class DataConfig:
     val_ratio: float = option(0.05, "fraction held out where no published split exists", low=0.0, high=0.9, shapes=True)
     on_error: str = option("raise", "what to do with a corrupt or too small image", choices=ERROR_MODES)
     in_memory: str = option("auto", "keep decoded images in memory", choices=MEMORY_MODES)
-    memory_gb: float = option(8.0, "largest decoded data set kept in memory when in_memory=auto", low=0.0)
-    num_workers: int = option(4, "decoding processes when images are not kept in memory", low=0)
-    num_images: int = option(4096, "number of procedural functions", low=1, shapes=True)
-    seed: int = option(0, "seed of the procedural functions", low=0, shapes=True)
+    memory_gb: float = option(8.0, "largest decoded data set kept in memory when in_memory=auto", low=0.0, high=1e6)
+    num_workers: int = option(4, "decoding processes when images are not kept in memory", low=0, high=1024)
+    num_images: int = option(4096, "number of procedural functions", low=1, high=_MANY, shapes=True)
+    seed: int = option(0, "seed of the procedural functions", low=0, high=MOST_SEED, shapes=True)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = option(1_000_000, "total optimiser steps", low=1)
-    batch_size: int = option(32, "images per step, over all processes", low=1)
+    steps: int = option(1_000_000, "total optimiser steps", low=1, high=_MANY)
+    batch_size: int = option(32, "images per step, over all processes", low=1, high=1_000_000)
     amp: bool = option(True, "mixed precision on a GPU (always off on a CPU); False = float32 throughout, without TF32")
     amp_dtype: str = option(
         "auto",
@@ -90,31 +94,36 @@ class TrainConfig:
         choices=("auto", "bfloat16", "float16"),
     )
     load_checkpoint: bool = option(True, "continue the newest checkpoint of the run if there is one")
-    plot_graph_steps: int = option(100, "steps between log lines", low=1)
-    plot_samples_steps: int = option(5000, "steps between previews", low=1)
-    checkpoint_steps: int = option(10000, "steps between checkpoints", low=1)
-    keep_checkpoints: int = option(2, "newest checkpoints kept on disk", low=1)
-    keep_every: int = option(0, "also keep the checkpoints and weights of multiples of this step; 0 = none", low=0)
-    sample_size: int = option(8, "images in a preview", low=1)
+    plot_graph_steps: int = option(100, "steps between log lines", low=1, high=_MANY)
+    plot_samples_steps: int = option(5000, "steps between previews", low=1, high=_MANY)
+    checkpoint_steps: int = option(10000, "steps between checkpoints", low=1, high=_MANY)
+    keep_checkpoints: int = option(2, "newest checkpoints kept on disk", low=1, high=_MANY)
+    keep_every: int = option(
+        0, "also keep the checkpoints and weights of multiples of this step; 0 = none", low=0, high=_MANY
+    )
+    sample_size: int = option(8, "images in a preview", low=1, high=10_000)
     plot_sampling_steps: str = option("100", "step subset used for previews")
-    ema_update_every: int = option(10, "steps between updates of the EMA weights", low=1)
+    ema_update_every: int = option(10, "steps between updates of the EMA weights", low=1, high=_MANY)
     ema_decay: float = option(0.995, "decay of the EMA weights", low=0.0, high=1.0)
     ema_lengths: tuple = option(
         (),
         "relative standard deviations of power-function averages, e.g. (0.05, 0.10), kept beside the EMA weights; from "
         "them experiments/choose_average.py makes averages of other lengths",
         items=float,
+        low=1e-6,
+        high=10.0,
     )
     ema_snapshot_steps: int = option(
-        10000, "steps between files of these averages", low=1, derived="train.checkpoint_steps"
+        10000, "steps between files of these averages", low=1, high=_MANY, derived="train.checkpoint_steps"
     )
     ema_snapshots: int = option(
         64,
         "most such files; past it every second one goes. Each takes 2 bytes, in float32 4, per parameter and length",
         low=4,
+        high=100_000,
     )
     ema_snapshot_dtype: str = option("float16", "precision of these files", choices=("float16", "float32"))
-    gradient_clip: float = option(1.0, "largest gradient norm per network; 0 = no clipping", low=0.0)
+    gradient_clip: float = option(1.0, "largest gradient norm per network; 0 = no clipping", low=0.0, high=1e12)
     compile: str = option(
         "auto",
         "torch.compile of the dense part of each network, by mode; reduce-overhead = CUDA graphs; auto = on a GPU",
@@ -126,32 +135,32 @@ class TrainConfig:
 @dataclass(frozen=True)
 class ImageTrainConfig(TrainConfig):
     recompute: bool = option(False, "keep no activations inside residual blocks: less memory, a third more arithmetic")
-    val_loss_steps: int = option(5000, "steps between losses on held-out images; 0 = never", low=0)
-    val_images: int = option(512, "held-out images, at most, of which the loss is computed", low=1)
+    val_loss_steps: int = option(5000, "steps between losses on held-out images; 0 = never", low=0, high=_MANY)
+    val_images: int = option(512, "held-out images, at most, of which the loss is computed", low=1, high=_MANY)
 
 
 @dataclass(frozen=True)
 class LatentTrainConfig(TrainConfig):
-    batch_size: int = option(256, "latents per step, over all processes", low=1)
-    plot_samples_steps: int = option(20000, "steps between previews", low=1)
-    calculate_test_loss_steps: int = option(10000, "steps between evaluations on held-out latents", low=1)
-    test_loss_repeats: int = option(10, "noise draws per held-out latent in an evaluation", low=1)
+    batch_size: int = option(256, "latents per step, over all processes", low=1, high=1_000_000)
+    plot_samples_steps: int = option(20000, "steps between previews", low=1, high=_MANY)
+    calculate_test_loss_steps: int = option(10000, "steps between evaluations on held-out latents", low=1, high=_MANY)
+    test_loss_repeats: int = option(10, "noise draws per held-out latent in an evaluation", low=1, high=100_000)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    nf: int = option(64, "channels of the sparse level", low=1, shapes=True)
-    time_emb_dim: int = option(256, "width of the time embedding", low=4, shapes=True)
-    num_conv_blocks: int = option(3, "sparse blocks on the way in, and on the way out", low=1, shapes=True)
+    nf: int = option(64, "channels of the sparse level", low=1, high=_WIDE, shapes=True)
+    time_emb_dim: int = option(256, "width of the time embedding", low=4, high=_WIDE, shapes=True)
+    num_conv_blocks: int = option(3, "sparse blocks on the way in, and on the way out", low=1, high=_DEEP, shapes=True)
     downsampling: str = option(
         "grid",
         "from points to the nodes of the U-Net: interpolation to a grid, or subsets of the points (Table 2)",
         choices=NODES,
         shapes=True,
     )
-    knn_neighbours: int = option(3, "points averaged into a grid cell", low=1, shapes=True)
+    knn_neighbours: int = option(3, "points averaged into a grid cell", low=1, high=_DEEP, shapes=True)
     depthwise_sparse: bool = option(True, "depthwise (True) or full (False) sparse convolutions", shapes=True)
-    kernel_size: int = option(7, "side of the sparse kernel at the training size; odd", low=1, shapes=True)
+    kernel_size: int = option(7, "side of the sparse kernel at the training size; odd", low=1, high=255, shapes=True)
     kernel: str = option(
         "linear",
         "sparse kernel: weights; conv, activation, conv (Table 2); or a network of the offset",
@@ -166,20 +175,27 @@ class ModelConfig:
         "points of an image whose features are held at once when sampling; larger images go tile by tile, which takes "
         "more time; 0 = all",
         low=0,
+        high=2**31 - 1,
     )
-    uno_res: int = option(128, "side of the grid of the inner U-Net", low=1, shapes=True)
-    uno_base_channels: int = option(128, "channels of the finest U-Net level", low=1, shapes=True)
-    uno_mults: tuple = option((1, 2, 4, 8, 8), "channel multiplier of each U-Net level", shapes=True)
-    uno_blocks_per_level: tuple = option((2, 2, 2, 2, 2), "residual blocks of each U-Net level", shapes=True)
-    uno_attn_resolutions: tuple = option((16, 8), "U-Net resolutions with attention", shapes=True)
-    uno_dropout_from_resolution: int = option(16, "dropout at this U-Net resolution and below", low=0, shapes=True)
+    uno_res: int = option(128, "side of the grid of the inner U-Net", low=1, high=MOST_SIDE, shapes=True)
+    uno_base_channels: int = option(128, "channels of the finest U-Net level", low=1, high=_WIDE, shapes=True)
+    uno_mults: tuple = option((1, 2, 4, 8, 8), "channel multiplier of each U-Net level", low=1, high=_DEEP, shapes=True)
+    uno_blocks_per_level: tuple = option(
+        (2, 2, 2, 2, 2), "residual blocks of each U-Net level", low=1, high=_DEEP, shapes=True
+    )
+    uno_attn_resolutions: tuple = option(
+        (16, 8), "U-Net resolutions with attention", low=1, high=MOST_SIDE, shapes=True
+    )
+    uno_dropout_from_resolution: int = option(
+        16, "dropout at this U-Net resolution and below", low=0, high=MOST_SIDE, shapes=True
+    )
     uno_dropout: float = option(0.1, "dropout rate", low=0.0, high=0.99, shapes=True)
     uno_conv_type: str = option("conv", "U-Net convolutions", choices=CONV_TYPES, shapes=True)
-    z_dim: int = option(1024, "size of the latent", low=1, shapes=True)
+    z_dim: int = option(1024, "size of the latent", low=1, high=_WIDE, shapes=True)
     learn_sigma: bool = option(False, "predict the reverse variance too", shapes=True)
     sigma_small: bool = option(False, "fixed reverse variance: posterior (True) or beta (False)", shapes=True)
     stochastic_encoding: bool = option(False, "encoder returns a distribution instead of a vector", shapes=True)
-    kld_weight: float = option(1e-4, "weight of the KL term of a stochastic encoder", low=0.0, shapes=True)
+    kld_weight: float = option(1e-4, "weight of the KL term of a stochastic encoder", low=0.0, high=1e12, shapes=True)
     coordinate_convention: str = option(
         "cell_centred",
         "where pixel i of n sits, and how networks go between lattices; reference = the authors' code",
@@ -194,9 +210,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LatentModelConfig:
-    hid_channels: int = option(2048, "hidden width", low=1, shapes=True)
-    num_layers: int = option(10, "layers", low=2, shapes=True)
-    time_embed_dim: int = option(128, "width of the time features", low=4, shapes=True)
+    hid_channels: int = option(2048, "hidden width", low=1, high=_WIDE, shapes=True)
+    num_layers: int = option(10, "layers", low=2, high=_DEEP, shapes=True)
+    time_embed_dim: int = option(128, "width of the time features", low=4, high=_WIDE, shapes=True)
     dropout: float = option(0.0, "dropout rate", low=0.0, high=0.99, shapes=True)
     learn_sigma: bool = option(False, "predict the reverse variance too", shapes=True)
     sigma_small: bool = option(False, "fixed reverse variance: posterior (True) or beta (False)", shapes=True)
@@ -204,13 +220,10 @@ class LatentModelConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    steps: int = option(1000, "diffusion steps", low=2, shapes=True)
+    steps: int = option(1000, "diffusion steps", low=2, high=100_000, shapes=True)
     noise_schedule: str = option("cosine", SCHEDULES_ACCEPTED, shapes=True)
     schedule_sampler: str = option(
-        "uniform",
-        "distribution of training timesteps",
-        choices=TIMESTEP_SAMPLERS,
-        shapes=True,
+        "uniform", "distribution of training timesteps", choices=TIMESTEP_SAMPLERS, shapes=True
     )
     loss_type: str = option("mse", "loss on the prediction", choices=LOSSES, shapes=True)
     loss_weight: str = option(
@@ -219,7 +232,7 @@ class DiffusionConfig:
         choices=LOSS_WEIGHTS,
         shapes=True,
     )
-    min_snr_gamma: float = option(5.0, "largest weight of min_snr", low=0.0, shapes=True)
+    min_snr_gamma: float = option(5.0, "largest weight of min_snr", low=0.0, high=1e12, shapes=True)
     model_mean_type: str = option("mollified_epsilon", "what the network predicts", choices=PREDICTIONS, shapes=True)
     final_estimate: str = option(
         "auto",
@@ -228,36 +241,23 @@ class DiffusionConfig:
         choices=FINAL_ESTIMATES,
     )
     gaussian_filter_std: float = option(
-        1.0,
-        "mollifier width in pixels of the training lattice; 0 = white noise",
-        low=0.0,
-        shapes=True,
+        1.0, "mollifier width in pixels of the training lattice; 0 = white noise", low=0.0, high=1e4, shapes=True
     )
     mollifier_type: str = option(
-        "dct",
-        "mollifier: exact in the cosine basis, or a truncated convolution",
-        choices=MOLLIFIERS,
-        shapes=True,
+        "dct", "mollifier: exact in the cosine basis, or a truncated convolution", choices=MOLLIFIERS, shapes=True
     )
     multiscale_loss: bool = option(False, "add the loss at coarser scales", shapes=True)
     multiscale_max_img_size: int = option(
-        128,
-        "finest grid of the multi-scale loss",
-        low=1,
-        derived="data.img_size // 2",
-        shapes=True,
+        128, "finest grid of the multi-scale loss", low=1, high=MOST_SIDE, derived="data.img_size // 2", shapes=True
     )
 
 
 @dataclass(frozen=True)
 class LatentDiffusionConfig:
-    steps: int = option(1000, "diffusion steps", low=2, shapes=True)
+    steps: int = option(1000, "diffusion steps", low=2, high=100_000, shapes=True)
     noise_schedule: str = option("const0.008", SCHEDULES_ACCEPTED, shapes=True)
     schedule_sampler: str = option(
-        "uniform",
-        "distribution of training timesteps",
-        choices=TIMESTEP_SAMPLERS,
-        shapes=True,
+        "uniform", "distribution of training timesteps", choices=TIMESTEP_SAMPLERS, shapes=True
     )
     loss_type: str = option("l1", "loss on the prediction", choices=LOSSES, shapes=True)
     loss_weight: str = option(
@@ -266,7 +266,7 @@ class LatentDiffusionConfig:
         choices=LOSS_WEIGHTS,
         shapes=True,
     )
-    min_snr_gamma: float = option(5.0, "largest weight of min_snr", low=0.0, shapes=True)
+    min_snr_gamma: float = option(5.0, "largest weight of min_snr", low=0.0, high=1e12, shapes=True)
     model_mean_type: str = option("epsilon", "what the network predicts", choices=LATENT_PREDICTIONS, shapes=True)
 
 
@@ -278,6 +278,7 @@ class McIntegralConfig:
         16384,
         "points seen per image",
         low=1,
+        high=2**31 - 1,
         derived="mc_integral.ratio * data.img_size * data.img_width",
         shapes=True,
     )
@@ -285,28 +286,28 @@ class McIntegralConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    learning_rate: float = option(5e-5, "learning rate", low=0.0)
+    learning_rate: float = option(5e-5, "learning rate", low=0.0, high=1e3)
     adam_beta1: float = option(0.9, "Adam first-moment decay", low=0.0, high=0.9999999)
     adam_beta2: float = option(0.99, "Adam second-moment decay", low=0.0, high=0.9999999)
-    weight_decay: float = option(0.0, "decoupled weight decay (AdamW)", low=0.0)
-    warmup_steps: int = option(0, "steps of linear learning-rate warm-up", low=0)
+    weight_decay: float = option(0.0, "decoupled weight decay (AdamW)", low=0.0, high=1e3)
+    warmup_steps: int = option(0, "steps of linear learning-rate warm-up", low=0, high=_MANY)
     schedule: str = option(
         "constant",
         "learning rate after the warm-up; cosine = to 0 at train.steps; inverse_sqrt = by 1/sqrt(step)",
         choices=DECAYS,
     )
-    schedule_ref_steps: int = option(1000, "steps at the full rate before inverse_sqrt lowers it", low=1)
+    schedule_ref_steps: int = option(1000, "steps at the full rate before inverse_sqrt lowers it", low=1, high=_MANY)
     gradient_skip: bool = option(False, "skip steps with a large gradient norm")
-    gradient_skip_threshold: float = option(500.0, "gradient norm from which a step is skipped", low=0.0)
+    gradient_skip_threshold: float = option(500.0, "gradient norm from which a step is skipped", low=0.0, high=1e12)
     max_nonfinite_steps: int = option(
-        50, "steps in a row with a gradient that is not finite, all skipped, at which training stops", low=1
+        50, "steps in a row with a gradient that is not finite, all skipped, at which training stops", low=1, high=_MANY
     )
 
 
 @dataclass(frozen=True)
 class LatentOptimizerConfig(OptimizerConfig):
-    learning_rate: float = option(1e-4, "learning rate", low=0.0)
-    weight_decay: float = option(0.04, "decoupled weight decay (AdamW)", low=0.0)
+    learning_rate: float = option(1e-4, "learning rate", low=0.0, high=1e3)
+    weight_decay: float = option(0.04, "decoupled weight decay (AdamW)", low=0.0, high=1e3)
 
 
 @dataclass(frozen=True)
@@ -314,7 +315,7 @@ class LatentDataConfig:
     test_ratio: float = option(
         0.05, "fraction of the images whose latents are held out", low=0.0, high=0.9, shapes=True
     )
-    fid_samples: int = option(50000, "samples that generate_samples draws by default", low=1)
+    fid_samples: int = option(50000, "samples that generate_samples draws by default", low=1, high=MOST_SAMPLES)
 
 
 @dataclass(frozen=True)

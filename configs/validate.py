@@ -2,9 +2,10 @@
 
 import difflib
 import math
+import re
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, cast, overload
 
 from ml_collections import ConfigDict
 
@@ -12,6 +13,10 @@ from configs.schema import ImageConfig, LatentConfig, sections
 from diffusion.schedules import make_betas
 from models.factory import grid_spec
 
+_LONGEST = 16  # entries of a tuple
+_LONGEST_NAME = 200  # bytes of the name of a run: files are called after it
+_SHOWN = 200  # characters of a value in a message
+_HUGE = 10**300  # integers beyond are no float
 Config = TypeVar("Config", bound=ImageConfig | LatentConfig)
 
 
@@ -41,17 +46,25 @@ def freeze(config: ConfigDict, cls: Any = ImageConfig, name: str = "config") -> 
     Raises:
         ConfigError: with one line per fault, naming the field, its value and what is accepted.
     """
-    values = config.to_dict()
     known = sections(cls)
-    faults = _unknown(values, list(known), name)
-    checked = {}
+    faults = _unknown(config, list(known), name)
+    checked: dict[str, Any] = {}
+    wrong: dict[str, str] = {}
+    missing: list[str] = []
     for key, section in known.items():
-        given = values.get(key)
-        if not isinstance(given, dict):
-            faults.append(f"{name}.{key} is missing; accepted: a section with the fields of the schema")
+        given = config[key] if key in config else None
+        if not isinstance(given, ConfigDict):
+            missing.append(f"{name}.{key}")
             continue
-        checked[key], section_faults = _section(given, section, f"{name}.{key}")
-        faults += section_faults
+        faults += _unknown(given, [f.name for f in fields(section)], f"{name}.{key}")
+        values, section_faults = _section(given, section, key)
+        wrong |= section_faults
+        if not section_faults:
+            checked[key] = section(**values)
+    if missing:
+        are = "is" if len(missing) == 1 else "are"
+        faults.append(f"{', '.join(missing)} {are} missing; accepted: a section with the fields of the schema")
+    faults += [f"{name}.{path}{fault}" for path, fault in _first_causes(wrong, known).items()]
     if not faults:
         frozen = cls(**checked)
         faults = (_image_faults if isinstance(frozen, ImageConfig) else _run_faults)(frozen, name)
@@ -66,58 +79,81 @@ def nearest(word: str, known: list[str]) -> str:
     return f"; did you mean {match[0]}?" if match else f"; accepted: {', '.join(sorted(known))}"
 
 
-def _unknown(given: dict, known: list[str], where: str) -> list[str]:
-    return [f"{where}.{key} is no field{nearest(key, known)}" for key in given if key not in known]
+def _unknown(given: ConfigDict, known: list[str], where: str) -> list[str]:
+    return [f"{where}.{key} is no field{nearest(str(key), known)}" for key in given if key not in known]
 
 
-def _section(given: dict, cls: Any, where: str) -> tuple[Any, list[str]]:
-    known: dict[str, Any] = {f.name: f for f in fields(cls)}
-    faults = _unknown(given, list(known), where)
-    checked = {}
-    for key, spec in known.items():
+def _section(given: ConfigDict, cls: Any, section: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of a section by field, and by "section.field" what is wrong with them."""
+    checked, faults = {}, {}
+    for spec in fields(cls):
+        key, rule = spec.name, cast(Any, spec)
         if key not in given:
-            faults.append(f"{where}.{key} is missing; accepted: {spec.type.__name__}")
+            faults[f"{section}.{key}"] = f" is missing; accepted: {rule.type.__name__}"
             continue
-        value, fault = _value(given[key], spec)
+        try:
+            value = given[key]
+        except Exception:  # a derived field of a number that it cannot be computed from, such as inf
+            value = None
+        checked[key], fault = _value(value, rule)
         if fault:
-            faults.append(f"{where}.{key} is {given[key]!r}; {fault}")
-        checked[key] = value
-    return (None if faults else cls(**checked)), faults
+            faults[f"{section}.{key}"] = f" is {shown(value)}; {fault}"
+    return checked, faults
 
 
-_ITEMS = {int: "positive integers", float: "numbers above 0, with a decimal point"}
+def shown(value: Any) -> str:
+    """A value for a message, cut short; integers of thousands of digits have no decimal form in Python."""
+    try:
+        text = one_line(repr(value))
+    except ValueError:
+        text = f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _first_causes(wrong: dict[str, str], known: dict[str, Any]) -> dict[str, str]:
+    """The faults without those of fields that derive from a field with a fault."""
+    derived = {f"{key}.{f.name}": f.metadata["derived"] for key, section in known.items() for f in fields(section)}
+    return {
+        path: fault
+        for path, fault in wrong.items()
+        if not any(other in wrong for other in re.findall(r"\w+\.\w+", derived[path] or ""))
+    }
+
+
+_ITEMS = {int: "integers", float: "numbers with a decimal point"}
 
 
 def _value(value: Any, spec: Any) -> tuple[Any, str | None]:
     """Return the value as the type of its field, and what is wrong with it or None."""
     rule = spec.metadata
     if spec.type is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < _HUGE else math.copysign(math.inf, value)
     if spec.type is tuple and isinstance(value, list):
         value = tuple(value)
     if type(value) is not spec.type:
         return value, f"accepted: {spec.type.__name__}"
-    if spec.type is tuple and not all(type(v) is rule["items"] and v > 0 for v in value):
-        return value, f"accepted: a tuple of {_ITEMS[rule['items']]}"
+    low, high = rule["low"], rule["high"]
+    if spec.type is tuple:
+        right = len(value) <= _LONGEST and all(type(v) is rule["items"] and low <= v <= high for v in value)
+        accepted = f"a tuple of at most {_LONGEST} {_ITEMS[rule['items']]} from {low} to {high}"
+        return value, None if right else f"accepted: {accepted}"
     if rule["choices"] and value not in rule["choices"]:
         hint = nearest(value, list(rule["choices"])) if isinstance(value, str) else ""
         listed = ", ".join(map(str, rule["choices"]))
         return value, f"accepted: {listed}" + (hint if hint.startswith("; did") else "")
-    low, high = rule["low"], rule["high"]
     if spec.type is float and not math.isfinite(value):
         return value, "accepted: a finite number"
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
-        bounds = f">= {low}" if high is None else f"{low} to {high}"
-        return value, f"accepted: {spec.type.__name__} {bounds}"
+    if low is not None and not low <= value <= high:
+        return value, f"accepted: {spec.type.__name__} {low} to {high}"
     return value, None
 
 
 def _check(faults: list[str], ok: bool, field: str, value: Any, accepted: str) -> None:
     if not ok:
-        faults.append(f"{field} is {value!r}; accepted: {accepted}")
+        faults.append(f"{field} is {shown(value)}; accepted: {accepted}")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: object) -> str:
     """The message of an error, which may come from a library, on one line."""
     return " ".join(str(error).split())
 
@@ -133,8 +169,10 @@ def _built(faults: list[str], name: str, build: Callable[[], object]) -> None:
 def _run_faults(config: ImageConfig | LatentConfig, name: str, resolution: int | None = None) -> list[str]:
     faults: list[str] = []
     experiment, rate, gamma = config.run.experiment, config.optimizer.learning_rate, config.diffusion.min_snr_gamma
-    plain = bool(experiment) and experiment not in (".", "..") and not set(experiment) & set("/\\\0")
-    _check(faults, plain, f"{name}.run.experiment", experiment, "a folder name without slashes")
+    plain = experiment not in (".", "..") and experiment.isprintable() and not set(experiment) & set("/\\")
+    plain = plain and 0 < len(experiment.encode()) <= _LONGEST_NAME
+    accepted = f"a folder name without slashes, of at most {_LONGEST_NAME} bytes"
+    _check(faults, plain, f"{name}.run.experiment", experiment, accepted)
     _check(faults, rate > 0, f"{name}.optimizer.learning_rate", rate, "a number > 0")
     _check(faults, gamma > 0, f"{name}.diffusion.min_snr_gamma", gamma, "a number > 0")
     diffusion = config.diffusion
@@ -160,6 +198,10 @@ def _image_faults(config: ImageConfig, name: str) -> list[str]:
     _check(faults, model.kernel_size % 2 == 1, f"{name}.model.kernel_size", model.kernel_size, "an odd integer")
     _check(faults, model.time_emb_dim % 2 == 0, f"{name}.model.time_emb_dim", model.time_emb_dim, "an even integer")
     _built(faults, name, lambda: grid_spec(model))
+    sides = [model.uno_res >> level for level in range(len(model.uno_mults))]
+    attended = model.uno_attn_resolutions
+    levels = f"sides of the levels: {', '.join(map(str, sides))}"
+    _check(faults, set(attended) <= set(sides), f"{name}.model.uno_attn_resolutions", attended, levels)
     _check(
         faults,
         model.knn_neighbours <= mc.q_sample <= height * width,

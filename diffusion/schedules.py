@@ -136,8 +136,11 @@ def log_snr_timesteps(alpha_bar: torch.Tensor, spec: str) -> list[int]:
     return kept
 
 
+_DIGITS = 9  # of a number of steps; Python refuses to convert thousands
+
+
 def _positive_int(text: str, spec: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
+    if not text.strip().isdecimal() or len(text) > _DIGITS or int(text) < 1:
         raise ValueError(f"sampling steps are {spec!r}; accepted: numbers as in {STEPS_ACCEPTED}")
     return int(text)
 

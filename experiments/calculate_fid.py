@@ -32,7 +32,7 @@ from configs.schema import ImageConfig
 from data.datasets import SPLITS
 from diffusion.factory import build_image_process
 from experiments.support.comparing import compare, define_flags, encoder_of_run
-from experiments.support.options import define
+from experiments.support.options import between, define
 from infty_diff.filter_file import CALIBRATED, parse_inv_snr
 from infty_diff.folder import parse_size
 from metrics.evaluation import evaluate, table
@@ -46,11 +46,11 @@ FLAGS = flags.FLAGS
 define_flags("reference", "--model=encoder takes")
 define("model", "num_samples", "inv_snr", num_samples=", the first by name; default: all",
        inv_snr=", with --protocol=reference")  # fmt: skip
-flags.DEFINE_integer("patches", 0, "patches an image for patch FID; 0 = no patch FID", lower_bound=0)
+flags.DEFINE_integer("patches", 0, "patches an image for patch FID; 0 = no patch FID", **between(0, 10_000))
 flags.DEFINE_enum("protocol", "clean", ("clean", "reference"), "how images are prepared; reference = the authors' way")
 flags.DEFINE_enum("split", None, SPLITS, "part of the data set of --config; default: train (see also --protocol)")
 flags.DEFINE_string("reference_size", None, "size of the images of --config, 256 or 192x320; default: that of training")
-flags.DEFINE_integer("eval_batch_size", 64, "images in the network at once", lower_bound=1)
+flags.DEFINE_integer("eval_batch_size", 64, "images in the network at once", **between(1, 65_536))
 flags.DEFINE_string("json", None, "file of the report; default: fid_MODEL[_reference].json beside the samples")
 _FLIP_SEED = 0
 

@@ -21,7 +21,15 @@ from absl import flags
 
 from configs.schema import ImageConfig
 from data.opening import read_json
-from experiments.support.commands import define_scoring_flags, metric_name, require_extractor, run, sample, score
+from experiments.support.commands import (
+    check_all_steps,
+    define_scoring_flags,
+    metric_name,
+    require_extractor,
+    run,
+    sample,
+    score,
+)
 from experiments.support.options import define
 from experiments.support.plots import bar_plots, require_matplotlib
 from experiments.support.run_log import log_lines, median_speed, training_memory
@@ -51,6 +59,7 @@ def main(command: Command, configs: dict[str, Any]) -> None:
         for path in set(_STATED) & set(command.overridden[image]):
             raise ValueError(f"--{image}.{path} is given; accepted: not here, --ratios says it")
         if not FLAGS.skip_fid:
+            check_all_steps(configs, [FLAGS.sampling_steps])
             require_extractor()
         results = [measure(command, image, ratio, out_dir) for ratio in ratios]
         text = report(results, out_dir / "coordinate_sparsity")
@@ -84,11 +93,14 @@ def score_samples(command: Command, name: str, changes: dict[str, Any], out_dir:
     """Train the latent model of a ratio, draw samples and score them; returns the report."""
     latent = {"run.root_dir": out_dir, "run.experiment": f"{name}_sampler"}
     prior = command.arguments("config", "config", latent)
-    model = [*prior, *command.arguments("decoder_config", "decoder_config", changes)]
-    run("train_latent_diffusion.py", *model, f"--decoder_run_weights={FLAGS.decoder_run_weights}")
+    decoder = command.arguments("decoder_config", "decoder_config", changes, trains=False)
+    run("train_latent_diffusion.py", *prior, *decoder, f"--decoder_run_weights={FLAGS.decoder_run_weights}")
+    model = [*command.arguments("config", "config", latent, trains=False), *decoder]
     samples = out_dir / f"{name}_samples"
     sample(samples, model, f"--num_samples={FLAGS.num_samples}", f"--sampling_steps={FLAGS.sampling_steps}")
-    return score(samples, out_dir / f"{name}_fid.json", command.arguments("decoder_config", "config", changes))
+    return score(
+        samples, out_dir / f"{name}_fid.json", command.arguments("decoder_config", "config", changes, trains=False)
+    )
 
 
 def report(results: list[RatioResult], stem: Path) -> str:

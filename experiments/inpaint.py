@@ -29,7 +29,7 @@ from configs.schema import ImageConfig
 from diffusion.conditioning import check_mask
 from experiments.support import editing as edit
 from experiments.support.inputs import MASK, Inputs, parse_box, parse_step, read_mask
-from experiments.support.options import define, requested_size, sampling_options
+from experiments.support.options import between, define, requested_size, sampling_options
 from experiments.support.results import digest
 from infty_diff.editing import InpaintOptions
 from infty_diff.folder import parse_seeds
@@ -40,7 +40,8 @@ edit.define_flags(4)
 flags.DEFINE_string("mask", None, f"image of the size of the input, {MASK}")
 flags.DEFINE_string("box", None, "top,left,height,width of the unknown pixels, in pixels of the working size")
 define("seeds=0-2")
-flags.DEFINE_float("guidance", None, "λ, 0 for none; default: 0.4, or 0.003 with --plain_guidance")
+flags.DEFINE_float("guidance", None, "λ, 0 for none; default: 0.4, or 0.003 with --plain_guidance",
+                   **between(0.0, 1e4))  # fmt: skip
 flags.DEFINE_bool("plain_guidance", False, "guide by the gradient as the paper prints it")
 flags.DEFINE_string("start_step", None, "t_s, a step 0 … T-1 or a fraction 0.0 … 1.0 of them; default: the last")
 flags.DEFINE_bool("see_hole", False, "encode the whole image, what is in the hole included, as in the paper")

@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from absl import flags
-from PIL import Image
 
 from configs.schema import ImageConfig
 from experiments.support import editing as edit
-from experiments.support.options import define, requested_size, require_run_of_weights, sampling_options
+from experiments.support.options import between, define, requested_size, require_run_of_weights, sampling_options
 from experiments.support.results import digest
+from infty_diff.claimed import open_png
 from infty_diff.editing import require_no_noise
 from infty_diff.folder import parse_seeds
 from runtime.command import Command, readable_errors, stages
@@ -38,11 +38,11 @@ FLAGS = flags.FLAGS
 edit.define_flags(None)
 define("seeds", "seed", "decoder_run_weights", seed=" (with --noise=random)",
        seeds="; here two, of samples to join instead of images, with --decoder_config")  # fmt: skip
-flags.DEFINE_integer("frames", 9, "pictures of the way, both ends included", lower_bound=2)
+flags.DEFINE_integer("frames", 9, "pictures of the way, both ends included", **between(2, 100_000))
 flags.DEFINE_enum("noise", "code", ("code", "random"), "of images: joined stochastic codes, or one random noise")
 flags.DEFINE_enum("latents", "lerp", ("lerp", "slerp"), "join latents by a line or by a great circle")
 flags.DEFINE_enum("animation", None, ("apng", "gif"), "write animation.png or animation.gif too")
-flags.DEFINE_integer("frame_ms", 120, "duration of a picture in it", lower_bound=10)
+flags.DEFINE_integer("frame_ms", 120, "duration of a picture in it", **between(10, 60_000))
 _PER_ROW = 12  # pictures of the sheet
 
 
@@ -111,7 +111,7 @@ def two_seeds() -> list[int]:
 
 def animate(folder: Path, pictures: list[str]) -> None:
     """Write the pictures, there and back, as one endless animation."""
-    there = [Image.open(folder / f"{picture}.png", formats=("PNG",)).convert("RGB") for picture in pictures]
+    there = [open_png(folder / f"{picture}.png").convert("RGB") for picture in pictures]
     frames = there + there[-2:0:-1]
     kind, name = ("GIF", "animation.gif") if FLAGS.animation == "gif" else ("PNG", "animation.png")
     options = {"save_all": True, "append_images": frames[1:], "duration": FLAGS.frame_ms, "loop": 0}

@@ -22,7 +22,7 @@ from PIL import Image
 
 from configs.schema import ImageConfig
 from experiments.support.comparing import compare, define_flags, encoder_of_run
-from experiments.support.options import define
+from experiments.support.options import between, define
 from metrics.extractors import Extractor, pixels_extractor
 from metrics.features import Extraction
 from metrics.images import DatasetImages, ImageFolder, ImageSet, Mirrored
@@ -38,8 +38,9 @@ flags.DEFINE_enum("metric", "lpips", ("lpips", "random_features", "pixels"), "di
 flags.DEFINE_enum("net", "alex", tuple(LPIPS_NETS), "backbone of LPIPS")
 define("num_samples", "out_dir", num_samples=", the first by name; default: 8 or all",
        out_dir="; default: SAMPLES_nearest_neighbours")  # fmt: skip
-flags.DEFINE_integer("neighbours", 5, "neighbours shown of each", lower_bound=1)
-flags.DEFINE_integer("shortlist", 200, "training images compared by --metric, nearest by a cheap one", lower_bound=1)
+flags.DEFINE_integer("neighbours", 5, "neighbours shown of each", **between(1, 1000))
+flags.DEFINE_integer("shortlist", 200, "training images compared by --metric, nearest by a cheap one",
+                     **between(1, 10**7))  # fmt: skip
 flags.DEFINE_bool("mirrored", None, "search mirror images too; default: data.random_flip of --config, else yes")
 _SAMPLES = 8
 

@@ -10,6 +10,7 @@ With --figure=7 (and --decoder_config.data.root_dir=ffhq.zip, the reference) it 
 resolutions.png or steps_and_resolutions.png, with JSON beside it.
 """
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,21 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
-from PIL import Image
 
 from configs.schema import ImageConfig, LatentConfig
+from configs.validate import shown
 from diffusion.coordinates import Size
-from experiments.support.commands import define_scoring_flags, metric_name, require_extractor, sample, score
+from experiments.support.commands import (
+    check_all_steps,
+    define_scoring_flags,
+    metric_name,
+    require_extractor,
+    sample,
+    score,
+)
 from experiments.support.options import define, settings_name
 from experiments.support.plots import line_plot, require_matplotlib
+from infty_diff.claimed import open_png
 from infty_diff.filter_file import parse_inv_snr
 from infty_diff.folder import parse_seeds, parse_size
 from metrics.evaluation import SCORES
@@ -51,6 +60,10 @@ def main(command: Command, configs: dict[str, Any]) -> None:
         sizes = parse_sizes(FLAGS.sizes, train_size, _FACTORS[FLAGS.figure])
         out_dir = Path(FLAGS.out_dir) if FLAGS.out_dir else run_path(configs["config"]) / "resolution_sweep"
         model = [*command.arguments("config", "config", {}), *command.arguments("decoder_config", "decoder_config", {})]
+        if FLAGS.figure == "2" and FLAGS["steps"].present:
+            raise ValueError(f"--steps is {shown(FLAGS.steps)}; accepted: with --figure=7")
+        steps = [FLAGS.sampling_steps] if FLAGS.figure == "2" else [*map(str, parse_steps(FLAGS.steps))]
+        check_all_steps(configs, steps)
         if FLAGS.figure == "2":
             figure, found = resolutions(model, sizes, train_size, out_dir)
         else:
@@ -69,7 +82,7 @@ def resolutions(model: list[str], sizes: list[Size], train_size: Size, out_dir: 
                f"--sampling_steps={FLAGS.sampling_steps}", f"--inv_snr={FLAGS.inv_snr}")  # fmt: skip
     names = [f"{by(size)} (training)" if size == train_size else by(size) for size in sizes]
     framed = [i for i, size in enumerate(sizes) if size == train_size]
-    pictures = [[Image.open(folders[size] / f"{seed:06d}.png", formats=("PNG",)) for size in sizes] for seed in seeds]
+    pictures = [[open_png(folders[size] / f"{seed:06d}.png") for size in sizes] for seed in seeds]
     rows = [Row(pictures[0], f"seed {seeds[0]}, sizes in proportion", names, framed, true_sizes=True)]
     rows += [Row(row, f"seed {seed}", framed=framed) for seed, row in zip(seeds, pictures)]
     figure = out_dir / "resolutions.png"
@@ -112,8 +125,8 @@ def parse_sizes(text: str | None, train_size: Size, factors: tuple[float, ...]) 
 
 def parse_steps(text: str) -> list[int]:
     """ "20,40" -> ascending numbers of steps."""
-    if not all(part.strip().isdigit() and int(part) for part in text.split(",")):
-        raise ValueError(f"--steps is {text}; accepted: numbers of steps, e.g. 20,40,60,80,100")
+    if not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", part) and int(part) for part in text.split(",")):
+        raise ValueError(f"--steps is {shown(text)}; accepted: numbers of steps, e.g. 20,40,60,80,100")
     return sorted({int(part) for part in text.split(",")})
 
 

@@ -25,7 +25,7 @@ from configs.schema import ImageConfig
 from diffusion.coordinates import Size
 from experiments.support import editing as edit
 from experiments.support.inputs import parse_step
-from experiments.support.options import define, requested_size, sampling_options
+from experiments.support.options import between, define, requested_size, sampling_options
 from experiments.support.results import digest
 from infty_diff.editing import enlarged
 from infty_diff.folder import parse_size
@@ -34,7 +34,7 @@ from runtime.command import Command, readable_errors
 FLAGS = flags.FLAGS
 edit.define_flags(4, "--factor times --input_size")
 flags.DEFINE_string("input_size", None, "size that images are reduced to before; default: the training size")
-flags.DEFINE_float("factor", 4.0, "how many times --input_size the results are", lower_bound=1.0)
+flags.DEFINE_float("factor", 4.0, "how many times --input_size the results are", **between(1.0, 1024.0))
 define("seed")
 flags.DEFINE_bool("ddim_encoding", False, "start from the encoding of the image by DDIM")
 flags.DEFINE_string("start_step", None, "with it: step 0 … T-1, or fraction 0.0 … 1.0 of them; default: the last")

@@ -13,13 +13,13 @@ from runtime.files import file_digest, write_json
 
 log = logging.getLogger(__name__)
 CALIBRATED = "calibrated"
-
+_LEAST, _MOST = 1e-6, 1e6  # below, the filter amplifies rounding to white noise; above, it leaves no image
 
 _OTHER = {"weights_sha256": "other weights", "mollifier": "another mollifier"}
 
 
 def parse_inv_snr(given: float | str) -> float | str:
-    """A number above 0, or "calibrated".
+    """A number above 0 and within reason, or "calibrated".
 
     Raises:
         ValueError: for anything else.
@@ -28,8 +28,8 @@ def parse_inv_snr(given: float | str) -> float | str:
         number = given if given == CALIBRATED else float(given)
     except ValueError:
         number = math.nan
-    if number != CALIBRATED and not 0 < number < math.inf:
-        raise ValueError(f"inv_snr is {given}; accepted: a number > 0, or {CALIBRATED}")
+    if number != CALIBRATED and not _LEAST <= number <= _MOST:
+        raise ValueError(f"inv_snr is {given}; accepted: a number from {_LEAST:g} to {_MOST:g}, or {CALIBRATED}")
     return number
 
 

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import itertools
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from data.pixels import to_pictures, to_uint8
+from configs.schema import MOST_SAMPLES, MOST_SEED, MOST_SIDE
+from data.pixels import to_uint8
 from diffusion.coordinates import Size
 from diffusion.process import DiffusionProcess
 from diffusion.samplers import LastEstimate
+from infty_diff.claimed import claim_folder, is_marked, open_png, save_png, whole_png
 from infty_diff.model import InftyDiff
 from infty_diff.sampling import SamplingOptions
-from runtime.files import plain, write_atomic, write_json
+from runtime.files import write_atomic
+from runtime.lock import FolderLock
 from runtime.processes import ALONE, Processes
 from runtime.sheet import WIDTH, Row, save_sheet
 
+_DIGITS = 18  # of numbers that are converted
+_SEED = "seed"  # keyword in the header of a picture
 _SHEET_IMAGES = 64  # images on the contact sheet
 
 
@@ -57,13 +60,13 @@ def draw_folder(
 
     Args:
         model: autoencoder and latent prior.
-        out_dir: made if need be; images already in it are kept.
+        out_dir: made if need be; images drawn into it before, which their headers tell, are kept.
         seeds: the images wanted.
         options: size, sampler, steps.
         provenance: what identifies the model, for `manifest.json`.
         processes: this process and those that share the work.
     Raises:
-        ValueError: when the folder was made with other settings or another model.
+        ValueError: when the folder was made with other settings or another model, holds other pictures, or is in use.
     """
     settings = {"size": list(options.size), "sampling": asdict(options.sampling), "latent_steps": options.latent_steps}
     settings |= final_estimate(model.process)
@@ -71,11 +74,24 @@ def draw_folder(
     if model.prior is not None and options.latent_steps is not None:
         check_steps(model.prior.process, options.latent_steps, "latent_sampling_steps")
 
-    def claim() -> list[int]:
-        claim_folder(out_dir, "manifest.json", {"settings": settings, "model": provenance})
-        return [seed for seed in seeds if not _is_done(out_dir, seed, options)]
+    channels = model.config.data.channels
 
-    missing = processes.from_rank_0(claim)
+    def claim() -> tuple[str, list[int]]:
+        mark = claim_folder(out_dir, "manifest.json", {"settings": settings, "model": provenance})
+        return mark, [seed for seed in seeds if not _is_done(out_dir, seed, options, mark, channels)]
+
+    with FolderLock(out_dir) if processes.is_rank_0 else contextlib.nullcontext():
+        mark, missing = processes.from_rank_0(claim)
+        _draw_share(model, out_dir, missing, options, mark, processes)
+        processes.agree()  # all images are there
+        if processes.is_rank_0:
+            contact_sheet(out_dir, mark)
+    return len(missing)
+
+
+def _draw_share(
+    model: InftyDiff, out_dir: Path, missing: list[int], options: FolderOptions, mark: str, processes: Processes
+) -> None:
     share = missing[processes.rank :: processes.world_size]
     # One at a time costs a CPU nothing, and makes the files equal bit for bit whatever is drawn beside them; a GPU
     # needs batches, whose size changes the rounding of its products.
@@ -83,12 +99,8 @@ def draw_folder(
     with tqdm(total=len(share), unit="image", disable=None if processes.is_rank_0 else True) as bar:
         for start in range(0, len(share), together):
             batch = share[start : start + together]
-            _draw_batch(model, out_dir, batch, options)
+            _draw_batch(model, out_dir, batch, options, mark)
             bar.update(len(batch))
-    processes.agree()  # all images are there
-    if processes.is_rank_0:
-        contact_sheet(out_dir)
-    return len(missing)
 
 
 def final_estimate(process: DiffusionProcess) -> dict[str, str]:
@@ -104,7 +116,7 @@ def check_steps(process: DiffusionProcess, steps: str, flag: str) -> None:
         raise ValueError(f"--{flag}: {error}") from None
 
 
-def _draw_batch(model: InftyDiff, out_dir: Path, seeds: list[int], options: FolderOptions) -> None:
+def _draw_batch(model: InftyDiff, out_dir: Path, seeds: list[int], options: FolderOptions, mark: str) -> None:
     last = LastEstimate()
     together = {"latent_steps": options.latent_steps, "batch_size": len(seeds), "progress": False}
     mollified = model.sample(seeds, options.size, options.sampling, deblur=False, callback=last, **together)
@@ -112,7 +124,7 @@ def _draw_batch(model: InftyDiff, out_dir: Path, seeds: list[int], options: Fold
     for seed, raw, image in zip(seeds, mollified.cpu(), images):
         if options.save_raw:
             write_atomic(_raw_path(out_dir, seed), lambda path, raw=raw: _save_npy(path, raw))
-        save_png(out_dir / f"{seed:06d}.png", image)
+        save_png(out_dir / f"{seed:06d}.png", image, mark, {_SEED: str(seed)})
 
 
 def _raw_path(out_dir: Path, seed: int) -> Path:
@@ -124,66 +136,31 @@ def _save_npy(path: Path, raw: torch.Tensor) -> None:
         np.save(file, raw.numpy())
 
 
-def save_png(path: Path, image: torch.Tensor, texts: Mapping[str, str] | None = None) -> None:
-    """Write uint8 (C, H, W) as PNG, atomically, with texts in its header by their keywords."""
-    (picture,) = to_pictures(image[None])
-    info = PngInfo()
-    for keyword, text in (texts or {}).items():
-        info.add_text(keyword, text)
-    write_atomic(path, lambda temporary: picture.save(temporary, format="png", pnginfo=info))
-
-
-def whole_png(path: Path) -> tuple[Size, dict[str, str]] | None:
-    """The size (H, W) and the texts of a PNG if it is there and undamaged."""
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            size, texts = image.size[::-1], {k: v for k, v in image.info.items() if isinstance(v, str)}
-            image.verify()
-            return size, texts
-    except (OSError, SyntaxError):  # Pillow raises SyntaxError for a broken PNG
-        return None
-
-
-def _is_done(out_dir: Path, seed: int, options: FolderOptions) -> bool:
-    """Whether the image of a seed is there, whole and of the right size."""
-    if options.save_raw and not _raw_path(out_dir, seed).exists():
+def _is_done(out_dir: Path, seed: int, options: FolderOptions, mark: str, channels: int) -> bool:
+    """Whether the image of a seed is there, whole, of the right size, and was drawn into this folder."""
+    if options.save_raw and not _is_whole_raw(_raw_path(out_dir, seed), (channels, *options.size)):
         return False
-    found = whole_png(out_dir / f"{seed:06d}.png")
-    return found is not None and found[0] == tuple(options.size)
+    size, texts = whole_png(out_dir / f"{seed:06d}.png") or (None, {})
+    return size == tuple(options.size) and is_marked(texts, mark) and texts.get(_SEED) == str(seed)
 
 
-def claim_folder(out_dir: Path, name: str, wanted: dict[str, Any]) -> None:
-    """Write what a folder is to hold into a JSON file in it, unless that is there and says something else.
-
-    Args:
-        out_dir: made if need be.
-        name: of the file.
-        wanted: plain values, by parts that the error names.
-    Raises:
-        ValueError: when the folder holds something else.
-    """
-    path = out_dir / name
-    wanted = plain(wanted)
+def _is_whole_raw(path: Path, shape: tuple[int, ...]) -> bool:
     try:
-        there = json.loads(path.read_text()) if path.exists() else wanted
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable ({error}); accepted: another --out_dir") from None
-    if there != wanted:
-        parts = [name for name in wanted if there.get(name) != wanted[name]]
-        raise ValueError(
-            f"--out_dir={out_dir}: holds results of other {' and '.join(parts)} "
-            f"(see its {name}); accepted: an empty folder or the same settings"
-        )
-    write_json(path, wanted)
+        raw = np.load(path, mmap_mode="r", allow_pickle=False)  # a file that is cut cannot be mapped
+    except (OSError, ValueError, EOFError):
+        return False
+    return isinstance(raw, np.ndarray) and raw.dtype == np.float32 and raw.shape == shape
 
 
-def contact_sheet(out_dir: Path) -> None:
-    """Write `contact_sheet.png` with the first images of the folder, their seeds below them."""
-    files = sorted(path for path in out_dir.glob("*.png") if re.fullmatch(r"\d{6,}\.png", path.name))[:_SHEET_IMAGES]
+def contact_sheet(out_dir: Path, mark: str) -> None:
+    """Write `contact_sheet.png` with the first images drawn into the folder, their seeds below them."""
+    numbered = sorted(path for path in out_dir.glob("*.png") if re.fullmatch(r"\d{6,}\.png", path.name))
+    drawn = (path for path in numbered if is_marked((whole_png(path) or ((), {}))[1], mark))
+    files = list(itertools.islice(drawn, _SHEET_IMAGES))
     per_row = math.ceil(math.sqrt(len(files)))
     pictures = []
     for file in files:
-        with Image.open(file, formats=("PNG",)) as image:
+        with open_png(file) as image:
             image.thumbnail((WIDTH // per_row, image.height))  # no more than the sheet shows is held
             pictures.append(image.copy())
     save_sheet(
@@ -196,15 +173,16 @@ def contact_sheet(out_dir: Path) -> None:
 
 
 def parse_size(text: str, flag: str = "sample_img_size") -> Size:
-    """ "256" -> (256, 256); "192x320" -> (192, 320), height first.
+    """ "256" -> (256, 256); "192x320" -> (192, 320), height first; sides up to 65536.
 
     Raises:
         ValueError: for anything else, naming `flag`.
     """
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if not match or int(match[1]) < 1 or int(match[2] or 1) < 1:
-        raise ValueError(f"--{flag}={text}: accepted: a side, 256, or height x width, 192x320")
-    return int(match[1]), int(match[2] or match[1])
+    sides = [_number(side) for side in match.groups() if side] if match else [0]
+    if not all(1 <= side <= MOST_SIDE for side in sides):
+        raise ValueError(f"--{flag}={text}: accepted: a side, 256, or height x width, 192x320, up to {MOST_SIDE}")
+    return sides[0], sides[-1]
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -216,7 +194,16 @@ def parse_seeds(text: str) -> list[int]:
     seeds: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if not match or int(match[2] or match[1]) < int(match[1]):
-            raise ValueError(f"--seeds={text}: accepted: numbers and ranges, e.g. 0-99 or 3,7,10-12")
-        seeds.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+        first, last = (_number(match[1]), _number(match[2] or match[1])) if match else (0, -1)
+        if not first <= last <= MOST_SEED:
+            raise ValueError(f"--seeds={text}: accepted: numbers and ranges up to {MOST_SEED}, e.g. 0-99 or 3,7,10-12")
+        if last - first >= MOST_SAMPLES - len(seeds):
+            raise ValueError(f"--seeds={text}: accepted: at most {MOST_SAMPLES} seeds")
+        seeds.update(range(first, last + 1))
     return sorted(seeds)
+
+
+def _number(digits: str) -> int:
+    """A whole number, or one above every bound: Python does not convert thousands of digits."""
+    significant = digits.lstrip("0")
+    return int(significant or 0) if len(significant) <= _DIGITS else 10**_DIGITS

@@ -7,21 +7,23 @@ at once, one line each, and leaves with status 2.
 import contextlib
 import json
 import logging
+import math
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict
 
+from configs.effects import in_vain, training_only
 from configs.schema import ImageConfig, LatentConfig
 from configs.validate import ConfigError, freeze, one_line
 from runtime.help import field_lines, flag_lines, show
-from runtime.overrides import apply_overrides, load_config, split_arguments
+from runtime.overrides import apply_overrides, expanded, load_config, split_arguments
 from runtime.processes import Processes, leave
 from runtime.stored import relocate, run_path, stage_of, stored_config
 
@@ -35,7 +37,8 @@ class Command:
         doc: the help text (the script's docstring).
         configs: flag name -> stage, for example {"config": LatentConfig, "decoder_config": ImageConfig}.
         optional: the names among them that may be left out, and are then absent from what `run` hands on.
-        as_given: the names whose run the command makes or goes on with, or does not look for.
+        as_given: the names whose run the command makes or goes on with, or does not look for. Fields of training alone
+            are accepted of these only.
 
     What any other name stands for is a run, wherever that run exists: its stored configuration is handed on, with what
     the command line says of fields that do not shape what was trained; what contradicts it is refused. Where there
@@ -84,7 +87,7 @@ class Command:
             dry = flags.FLAGS.dry_run
             if dry and processes.is_rank_0:
                 plain = {name: asdict(config) for name, config in self.configs.items()}
-                print(json.dumps(plain, indent=2, allow_nan=False), flush=True)
+                show([json.dumps(plain, indent=2, allow_nan=False)])
             for name, run in self._runs.items():
                 _log.info("--%s: the configuration of the run %s", name, run)
             try:
@@ -96,13 +99,18 @@ class Command:
                 elif not dry:
                     main(self.configs, self.overridden, processes=processes)
             except KeyboardInterrupt:  # met by every process, at any point: too late to agree on anything
-                if processes.is_rank_0:
-                    print("error: interrupted; the same command goes on from here", file=sys.stderr)
-                sys.exit(130)
+                _interrupted(processes)
             processes.agree()
 
+        def parse(argv: list[str]) -> list[str]:
+            try:
+                with readable_errors():
+                    return self._parse(argv, processes)
+            except KeyboardInterrupt:
+                _interrupted(processes)
+
         with processes.connected():
-            app.run(body, flags_parser=lambda argv: self._parse(argv, processes))
+            app.run(body, flags_parser=parse)
 
     def file(self, name: str) -> str:
         """The file given for a configuration."""
@@ -118,10 +126,13 @@ class Command:
         wanted["run.experiment"] = experiment or self.configs[name].run.experiment
         return [f"--{as_name}={file}", *(f"--{as_name}.{path}={value}" for path, value in wanted.items())]
 
-    def arguments(self, name: str, as_name: str, changes: dict[str, Any]) -> list[str]:
-        """A configuration as it was given, with changes, for the command line of a command that calls it `as_name`."""
+    def arguments(self, name: str, as_name: str, changes: dict[str, Any], trains: bool = True) -> list[str]:
+        """A configuration as it was given, with changes, for the command line of a command that calls it `as_name`.
+
+        trains: whether that command trains what the configuration describes; others take no fields of training alone.
+        """
         file, overrides = self._given[name]
-        fields = [*overrides, *changes.items()]
+        fields = [(path, value) for path, value in (*overrides, *changes.items()) if trains or not training_only(path)]
         return [f"--{as_name}={file}", *(f"--{as_name}.{path}={value}" for path, value in fields)]
 
     def _parse(self, argv: list[str], processes: Processes) -> list[str]:
@@ -138,6 +149,7 @@ class Command:
             positional = flags.FLAGS(rest)
         except flags.Error as error:
             leave([*faults, one_line(error)])
+        faults += _flag_faults()
         faults += [f"argument {arg!r}: accepted: flags only, see --help" for arg in positional[1:]]
         for name, stage in self.stages.items():
             if name not in config_files:
@@ -152,9 +164,13 @@ class Command:
                 mine = [(path, value) for owner, path, value in overrides if owner == name]
                 self.overridden[name] = [path for path, _ in mine]
                 self._given[name] = (config_files[name], mine)
-                faults += apply_overrides(config, mine, name)
+                wrong = apply_overrides(config, mine, name)
+                faults += wrong
                 frozen = freeze(config, stage, name)
-                self.configs[name] = frozen if name in self.as_given else self._of_run(frozen, stage, name)
+                if not wrong:
+                    known = name in self.as_given
+                    self.configs[name] = frozen if known else self._of_run(frozen, stage, name)
+                    faults += in_vain(self.configs[name], self.overridden[name], known, name)
             except ConfigError as error:
                 faults += [fault for fault in error.faults if fault not in faults]
         if faults:
@@ -203,6 +219,28 @@ def _check_stage(config: ConfigDict, stage: type, path: str, name: str) -> None:
         raise ConfigError(
             [f"--{name}={path}: holds {found.__name__}; accepted: {stage.__name__}, e.g. {_EXAMPLES[stage]}"]
         )
+
+
+def _interrupted(processes: Processes) -> NoReturn:
+    if processes.is_rank_0:
+        print("error: interrupted; the same command goes on from here", file=sys.stderr)
+    sys.exit(130)
+
+
+def _flag_faults() -> list[str]:
+    """Expand ~ in flags; return a line for each that cannot be, is empty, or is nan, which bounds let pass."""
+    faults = []
+    for flag in [flags.FLAGS[name] for name in flags.FLAGS]:
+        if isinstance(flag.value, float) and not math.isfinite(flag.value):
+            faults.append(f"--{flag.name} is {flag.value}; accepted: a finite number")
+        elif flag.value == "" and flag.present and "empty = " not in flag.help:
+            faults.append(f"--{flag.name} is ''; accepted: {flag.help}, or no such flag")
+        elif isinstance(flag.value, str):
+            try:
+                flag.value = expanded(flag.value, flag.name)
+            except ConfigError as error:
+                faults += error.faults
+    return faults
 
 
 def shell_line(script: str, *arguments: str) -> str:

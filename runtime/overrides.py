@@ -9,8 +9,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.validate import ConfigError, nearest
+from configs.validate import ConfigError, nearest, one_line, shown
 
+_PATHS = (("run", "root_dir"), ("run", "wandb_dir"), ("data", "root_dir"), ("train", "init_from"))
 _OVERRIDE = re.compile(r"--?(no)?(\w+)\.([\w.]+)(?:=(.*))?", re.DOTALL)
 
 
@@ -20,8 +21,12 @@ def load_config(path: str, name: str = "config") -> ConfigDict:
     Raises:
         ConfigError: when the file does not exist, does not run, or has no `get_config`.
     """
-    file = Path(path)
-    if not file.is_file():
+    file = Path(expanded(path, name))
+    try:
+        found = file.is_file()
+    except OSError as error:
+        raise ConfigError([f"--{name}={path}: {error.strerror}; accepted: a Python file"]) from None
+    if not found:
         known = sorted(str(p) for p in file.parent.glob("*_config.py")) if file.parent.is_dir() else []
         raise ConfigError([f"--{name}={path}: no such file{nearest(path, known) if known else ''}"])
     spec = importlib.util.spec_from_file_location(f"_{name}_{file.stem}", file)
@@ -31,15 +36,17 @@ def load_config(path: str, name: str = "config") -> ConfigDict:
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except Exception as error:  # a user's file can raise anything; the line must name it
-        raise ConfigError([f"--{name}={path}: {type(error).__name__}: {error}"]) from error
+    except KeyboardInterrupt:  # the user's, not the file's
+        raise
+    except BaseException as error:  # a user's file can raise anything, SystemExit too; the line must name it
+        raise ConfigError([f"--{name}={path}: {type(error).__name__}: {one_line(error)}"]) from error
     if not isinstance(config, ConfigDict):
         raise ConfigError([f"--{name}={path}: get_config() returned {type(config).__name__}; accepted: ConfigDict"])
     return config.lock()
 
 
 def apply_overrides(config: ConfigDict, overrides: list[tuple[str, str]], name: str = "config") -> list[str]:
-    """Set `section.field` of `config` from text, in order, and return one line per fault."""
+    """Set `section.field` of `config` from text, in order, expand ~ in paths, and return one line per fault."""
     faults = []
     for path, text in overrides:
         section_name, _, key = path.partition(".")
@@ -49,11 +56,31 @@ def apply_overrides(config: ConfigDict, overrides: list[tuple[str, str]], name: 
         elif key not in section:
             faults.append(f"--{name}.{path}: no such field{nearest(key, list(section))}")
         else:
+            kind = section.get_type(key)  # of a derived field, too, that cannot be computed from a number such as inf
             try:
-                section[key] = _parse_text(text, type(section[key]))
+                section[key] = _parse_text(text, kind)
             except ValueError:
-                faults.append(f"--{name}.{path} is {text!r}; accepted: {type(section[key]).__name__}")
+                faults.append(f"--{name}.{path} is {shown(text)}; accepted: {kind.__name__}")
+    for section_name, key in _PATHS:
+        section = config.get(section_name)
+        if isinstance(section, ConfigDict) and isinstance(section.get(key), str):
+            try:
+                section[key] = expanded(section[key], f"{name}.{section_name}.{key}")
+            except ConfigError as error:
+                faults += error.faults
     return faults
+
+
+def expanded(path: str, name: str) -> str:
+    """A path with ~ expanded, which shells do not do after an equals sign.
+
+    Raises:
+        ConfigError: for ~USER without such a user.
+    """
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:
+        raise ConfigError([f"--{name} is {path!r}; accepted: a path; {path.split('/')[0]} is nobody's home"]) from None
 
 
 def _parse_text(text: str, kind: type) -> Any:
@@ -68,7 +95,7 @@ def _parse_text(text: str, kind: type) -> Any:
     if kind is tuple:
         try:
             value = ast.literal_eval(text)
-        except (SyntaxError, ValueError) as error:
+        except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
             raise ValueError(text) from error
         return tuple(value) if isinstance(value, (tuple, list)) else (value,)
     return kind(text)

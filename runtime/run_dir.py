@@ -89,7 +89,7 @@ class RunDir:
                     folder.rmdir()
 
     def start(self, step: int, origin: dict[str, Any] | None = None) -> None:
-        """Write `config.json` and open `metrics.jsonl` to go on from `step`; changed fields are told and kept.
+        """Open the loggers, write `config.json` and open `metrics.jsonl` to go on from `step`; changed fields are told.
 
         Lines of metrics past `step`, and a last line half-written by a killed process, are dropped.
 
@@ -99,6 +99,8 @@ class RunDir:
         """
         for folder in (self.path, self.checkpoints, self.previews):
             sweep(folder)
+        for name in self._wanted:
+            self._loggers[name] = LOGGERS[name](self.config.run, self.path, self.plain_config, step)
         for field, (old, new) in self._changed.items():
             log.info("%s is %r from step %d on, %r before", field, new, step, old)
         events = [origin, {"changed": self._changed} if self._changed else None]
@@ -117,8 +119,6 @@ class RunDir:
                         kept.append(line + b"\n")
         write_atomic(path, lambda temporary: temporary.write_bytes(b"".join(kept)))
         self._metrics = path.open("ab", buffering=0)
-        for name in self._wanted:
-            self._loggers[name] = LOGGERS[name](self.config.run, self.path, self.plain_config, step)
 
     def log(self, metrics: dict[str, float]) -> None:
         """Append one line to `metrics.jsonl`, flushed at once; what is not finite is null there.

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from configs.defaults import image_config, latent_config
 from configs.schema import ImageConfig, LatentConfig
 from configs.validate import freeze
-from models.factory import build_denoiser, build_encoder
+from models.factory import build_denoiser, build_encoder, build_latent_model
 from runtime.checkpoint import save_weights
 from runtime.stored import WEIGHTS, run_path
 
@@ -72,5 +72,15 @@ def write_run(config: ImageConfig) -> Path:
     """The weights of `networks` as those of the run; returns its folder."""
     parts = networks(config).items()
     tensors = {f"{name}.{key}": value for name, part in parts for key, value in part.state_dict().items()}
+    save_weights(run_path(config) / WEIGHTS, tensors, {"step": 0, "config": asdict(config)})
+    return run_path(config)
+
+
+def write_prior(config: LatentConfig, z_dim: int = 6) -> Path:
+    """The weights of an untrained latent model as those of the run; returns its folder."""
+    torch.manual_seed(0)
+    prior = build_latent_model(config.model, z_dim).state_dict()
+    tensors = {f"latent_model.{key}": value for key, value in prior.items()}
+    tensors |= {"mean": torch.zeros(z_dim), "std": torch.ones(z_dim)}
     save_weights(run_path(config) / WEIGHTS, tensors, {"step": 0, "config": asdict(config)})
     return run_path(config)

@@ -309,7 +309,7 @@ def test_a_fault_of_the_command_line_is_said_once(tmp_path):
     (first, said), (second, silent) = together(stage_one(tmp_path, {"model.nf": 0}))
     assert (first, second) == (2, 2)
     assert [line for line in said.splitlines() if "error" in line] == [
-        "error: config.model.nf is 0; accepted: int >= 1"
+        "error: config.model.nf is 0; accepted: int 1 to 65536"
     ]
     assert "error" not in silent and "Traceback" not in said + silent
 

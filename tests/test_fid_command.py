@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import micro
+from configs.effects import training_only
 from metrics.extractors import open_extractor
 from metrics.features import Extraction, features
 from metrics.frechet import frechet_distance, gaussian_of
@@ -42,7 +43,8 @@ def command(place, samples: str, *extra: str) -> list[str]:
 
 
 def tiny(place, **changes) -> list[str]:
-    fields = {**micro.IMAGE, "run.root_dir": place, **changes}
+    fields = {path: value for path, value in micro.IMAGE.items() if not training_only(path)}
+    fields |= {"run.root_dir": place, **changes}
     return ["--config=configs/tiny_config.py", *micro.arguments("config", fields)]
 
 

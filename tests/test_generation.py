@@ -17,6 +17,7 @@ from configs.schema import ImageConfig
 from data.datasets import open_dataset
 from diffusion.coordinates import Points
 from diffusion.samplers import SAMPLERS, Sampler
+from infty_diff.claimed import save_png
 from infty_diff.editing import InpaintOptions, inpaint
 from infty_diff.encodings import load_or_encode
 from infty_diff.folder import FolderOptions, contact_sheet, draw_folder, parse_seeds, parse_size
@@ -238,8 +239,8 @@ def test_grey_and_alpha_are_written(tmp_path, channels):
 
 def test_large_contact_sheets_are_reduced(tmp_path):
     for seed in range(3):
-        Image.new("RGB", (1600, 400), (seed * 80, 0, 0)).save(tmp_path / f"{seed:06d}.png")
-    contact_sheet(tmp_path)
+        save_png(tmp_path / f"{seed:06d}.png", torch.full((3, 400, 1600), seed * 80, dtype=torch.uint8), "mark", {})
+    contact_sheet(tmp_path, "mark")
     assert max(Image.open(tmp_path / "contact_sheet.png").size) < 2200
 
 

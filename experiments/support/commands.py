@@ -14,7 +14,9 @@ import torch
 from absl import flags
 
 from data.opening import read_json
+from diffusion.factory import build_image_process, build_latent_process
 from experiments.support.options import define
+from infty_diff.folder import check_steps
 from metrics.extractors import open_extractor
 from runtime.processes import Processes
 
@@ -35,6 +37,14 @@ def metric_name() -> str:
     """What --model measures, for tables and axes; random features have no name of their own."""
     names = {"clip_vit_b_32": "FID_CLIP", "inception_v3": "FID", "efficientnet_lite0": "FD_EffNetLite0"}
     return names.get(FLAGS.model, f"FD ({FLAGS.model.replace('_', ' ')})")
+
+
+def check_all_steps(configs: dict[str, Any], steps: Sequence[str]) -> None:
+    """Raise ValueError for steps of images, or --latent_sampling_steps, that a stage does not have."""
+    for some in steps:
+        check_steps(build_image_process(configs["decoder_config"]), some, "sampling_steps")
+    if FLAGS.latent_sampling_steps is not None:
+        check_steps(build_latent_process(configs["config"]), FLAGS.latent_sampling_steps, "latent_sampling_steps")
 
 
 def require_extractor() -> None:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.coordinates import Size
 from experiments.support.inputs import Inputs, open_inputs
-from experiments.support.options import define
+from experiments.support.options import between, define
 from experiments.support.results import Results, digest
 from infty_diff.folder import check_steps, final_estimate
 from infty_diff.model import InftyDiff
@@ -35,7 +35,7 @@ def define_input_flags(num_images: int | None) -> None:
     flags.DEFINE_string("input", None, "image, folder or zip of images of any size; default: --split of the data set")
     flags.DEFINE_enum("split", "val", ("train", "val"), "split of the data set, without --input")
     if num_images is not None:
-        flags.DEFINE_integer("num_images", num_images, "take at most so many images", lower_bound=1)
+        flags.DEFINE_integer("num_images", num_images, "take at most so many images", **between(1, 10**7))
 
 
 def open_model(config: ImageConfig, sampling: SamplingOptions, latent: LatentConfig | None = None) -> InftyDiff:

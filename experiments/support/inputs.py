@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from configs.schema import DataConfig
+from configs.validate import shown
 from data.datasets import open_dataset
 from data.decoding import Decoder, fitted
 from data.pixels import to_float
@@ -135,10 +136,10 @@ def parse_box(text: str, size: Size) -> torch.Tensor:
     Raises:
         ValueError: not four whole numbers, empty, or not within the image.
     """
-    match = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*", text)
+    match = re.fullmatch(",".join([r"\s*(\d{1,9})\s*"] * 4), text)
     top, left, height, width = map(int, match.groups()) if match else (0, 0, 0, 0)
     if min(height, width) < 1 or top + height > size[0] or left + width > size[1]:
-        raise ValueError(f"--box is {text}; accepted: top,left,height,width of a box within {_shown(size)}")
+        raise ValueError(f"--box is {shown(text)}; accepted: top,left,height,width of a box within {_shown(size)}")
     known = torch.ones(size, dtype=torch.bool)
     known[top : top + height, left : left + width] = False
     return known
@@ -152,11 +153,13 @@ def parse_step(text: str | None, steps: int) -> int | None:
     """
     if text is None:
         return None
-    if re.fullmatch(r"\d+", text) and int(text) < steps:
+    if re.fullmatch(r"\d{1,9}", text) and int(text) < steps:
         return int(text)
     if re.fullmatch(r"\d*\.\d+", text) and float(text) <= 1:
         return round(float(text) * (steps - 1))
-    raise ValueError(f"--start_step is {text}; accepted: 0 to {steps - 1}, or a fraction of the way there, 0.0 to 1.0")
+    raise ValueError(
+        f"--start_step is {shown(text)}; accepted: 0 to {steps - 1}, or a fraction of the way there, 0.0 to 1.0"
+    )
 
 
 def _shown(size: Size) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from absl import flags
 
+from configs.schema import MOST_SAMPLES, MOST_SEED
 from diffusion.samplers import SAMPLERS
 from diffusion.schedules import STEPS_ACCEPTED
 from infty_diff.folder import parse_size
@@ -14,7 +15,13 @@ from metrics.features import Extraction
 from metrics.resize import by
 
 FLAGS = flags.FLAGS
-_LEAST_0, _LEAST_1 = {"lower_bound": 0}, {"lower_bound": 1}
+
+
+def between(low: float, high: float) -> dict[str, float]:
+    """The bounds of a numeric flag; `Command` refuses nan besides."""
+    return {"lower_bound": low, "upper_bound": high}
+
+
 _STEPS = ", ".join(f"{sampler.steps} for {name}" for name, sampler in SAMPLERS.items())
 
 # What defines a flag, its default, its help, what it accepts.
@@ -34,22 +41,23 @@ _FLAGS: dict[str, _Flag] = {
     "decoder_run_weights": _which_weights("decoder_config"),
     "device": (flags.DEFINE_string, "auto", "device to run on: auto, cpu, cuda or cuda:1", {}),
     "encoder_run_weights": _which_weights("encoder_run"),
-    "eta": (flags.DEFINE_float, SamplingOptions.eta, "noise of DDIM, 0 to 1", {}),
+    "eta": (flags.DEFINE_float, SamplingOptions.eta, "noise of DDIM", between(0.0, 1.0)),
     "inv_snr": (flags.DEFINE_string, str(SamplingOptions.inv_snr),
                 "inverse signal-to-noise ratio of the Wiener filter that undoes the mollifier; calibrated = by "
                 "frequency, as experiments/calibrate_filter.py stored it with the weights", {}),
     "latent_sampling_steps": (flags.DEFINE_string, None, "step subset of the latent model; default: all steps", {}),
     "model": (flags.DEFINE_enum, "clip_vit_b_32", "feature extractor of the metrics",
               {"enum_values": (*EXTRACTORS, "encoder")}),
-    "num_samples": (flags.DEFINE_integer, None, "number of samples", _LEAST_1),
+    "num_samples": (flags.DEFINE_integer, None, "number of samples", between(1, MOST_SAMPLES)),
     "out_dir": (flags.DEFINE_string, None, "folder of the results", {}),
     "run_weights": _which_weights("config"),
-    "sample_batch_size": (flags.DEFINE_integer, 16, "images drawn together on a GPU", _LEAST_1),
+    "sample_batch_size": (flags.DEFINE_integer, 16, "images drawn together on a GPU", between(1, 65_536)),
     "sample_img_size": (flags.DEFINE_string, None, "size of the results, a side or height x width as in 192x320", {}),
     "sampler": (flags.DEFINE_enum, SamplingOptions.sampler, "sampler of the images", {"enum_values": SAMPLERS}),
     "sampling_steps": (flags.DEFINE_string, SamplingOptions.steps,
                        f"step subset of the images: {STEPS_ACCEPTED}; default: {_STEPS}", {}),
-    "seed": (flags.DEFINE_integer, 0, "seed of the noise of the first image; later ones follow", _LEAST_0),
+    "seed": (flags.DEFINE_integer, 0, "seed of the noise of the first image; later ones follow",
+             between(0, MOST_SEED)),
     "seeds": (flags.DEFINE_string, None, "seeds of the noise, one result each: 0-99 or 3,7,10-12", {}),
     "weights": (flags.DEFINE_string, None, "file of pretrained weights; default: the usual cache, else a download", {}),
 }  # fmt: skip

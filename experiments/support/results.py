@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ from PIL import Image
 
 from data.opening import parse_json
 from data.pixels import to_pictures, to_uint8
-from infty_diff.folder import claim_folder, save_png, whole_png
+from infty_diff.claimed import claim_folder, is_marked, open_png, save_png, whole_png
 from runtime.files import to_json, write_json
+from runtime.lock import FolderLock
 from runtime.sheet import Row, save_sheet
 
 _KEYWORD = "result"  # of the text in each picture's header
@@ -51,11 +53,15 @@ class Results:
         settings: what all pictures depend on beside the model, plain values.
         model: what identifies the model, plain values.
     Raises:
-        ValueError: when the folder holds results of other settings or of another model.
+        ValueError: when the folder holds results of other settings or of another model, or another command is in it,
+            which one is until `finish`.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], model: dict[str, str]) -> None:
-        claim_folder(folder, "settings.json", {"settings": settings, "model": model})
+        self._lock = FolderLock(folder)
+        self._lock.__enter__()
+        atexit.register(self._lock.__exit__, None, None, None)
+        self._mark = claim_folder(folder, "settings.json", {"settings": settings, "model": model})
         self.folder, self._report = folder, {**settings, **model}
         self._rows: dict[str, dict[str, Any]] = {}  # in the order in which pictures were asked for
         self._sheet: list[Row] = []
@@ -63,7 +69,8 @@ class Results:
     def lacks(self, name: str, made_from: str) -> bool:
         """Whether NAME.png, made from inputs of this digest, must still be made; asked of every picture of a report."""
         found = whole_png(self.folder / f"{name}.png")
-        stored = _parsed(found[1].get(_KEYWORD, "{}")) if found else {}
+        own = found is not None and is_marked(found[1], self._mark)
+        stored = _parsed(found[1].get(_KEYWORD, "{}")) if found and own else {}
         there = stored.get("made_from") == made_from and isinstance(stored.get("row"), dict)
         self._rows[name] = stored["row"] if there else {}
         return not there
@@ -71,7 +78,7 @@ class Results:
     def add(self, name: str, made_from: str, image: torch.Tensor, row: dict[str, Any]) -> None:
         """Write an image (C, H, W) in [−1, 1] as NAME.png, with its row of the report."""
         text = to_json({"made_from": made_from, "row": row})
-        save_png(self.folder / f"{name}.png", to_uint8(image.cpu()), {_KEYWORD: text})
+        save_png(self.folder / f"{name}.png", to_uint8(image.cpu()), self._mark, {_KEYWORD: text})
         self._rows[name] = row
 
     def show(
@@ -83,7 +90,7 @@ class Results:
             self._sheet.append(Row([*pictures, *map(self._picture, names)], label, captions))
 
     def _picture(self, name: str) -> Image.Image:
-        with Image.open(self.folder / f"{name}.png", formats=("PNG",)) as image:
+        with open_png(self.folder / f"{name}.png") as image:
             return image.copy()
 
     def finish(self, columns: Sequence[str] = ()) -> dict[str, float]:
@@ -97,4 +104,5 @@ class Results:
         means = {key: round(sum(values) / len(values), 4) for key, values in measures.items()}
         save_sheet(self.folder / "sheet.png", self._sheet, columns)
         write_json(self.folder / "result.json", {**self._report, "mean": means, "results": rows})
+        self._lock.__exit__(None, None, None)
         return means

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
+from configs.validate import shown
 from experiments.support.tables import aligned
 from metrics.evaluation import SCORES
 
@@ -37,7 +38,9 @@ def parse_ratios(text: str) -> list[Fraction]:
     except (ValueError, ZeroDivisionError):
         ratios = []
     if not ratios or not all(0 < ratio <= 1 for ratio in ratios) or len(set(ratios)) < len(ratios):
-        raise ValueError(f"--ratios is {text}; accepted: distinct fractions above 0 and up to 1, e.g. 1,1/2,1/4,1/8")
+        raise ValueError(
+            f"--ratios is {shown(text)}; accepted: distinct fractions above 0 and up to 1, e.g. 1,1/2,1/4,1/8"
+        )
     return ratios
 
 
