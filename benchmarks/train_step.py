@@ -81,6 +81,9 @@ class RandomImages:
         generator = stream(0, Purpose.BENCHMARK, i)
         return torch.randint(0, 256, (self.channels, *self.size), dtype=torch.uint8, generator=generator)
 
+    def fingerprint(self) -> str:
+        return self.name
+
 
 def point_counts(config: ImageConfig, ratios: str | None) -> list[int]:
     """Points per image of every ratio in a comma-separated list, ascending; those of the configuration for None.
