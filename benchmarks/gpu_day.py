@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.report import machine
-from benchmarks.tasks import CUT, ROOT, Day, Task
+from benchmarks.tasks import CUT, ROOT, Day, Task, as_settings, overrides
 
 _MINUTES = 9.0
 _GRACE = 60.0  # of them, to save in
@@ -46,11 +46,6 @@ OPERATORS = {
 }
 
 
-def options(name: str, fields: dict) -> list[str]:
-    """Overrides of the configuration flag `name`."""
-    return [f"--{name}.{field}={value}" for field, value in fields.items()]
-
-
 def measurements(arguments: argparse.Namespace) -> list[Task]:
     """The tasks that need no data."""
     quick, device = arguments.quick, arguments.device
@@ -64,7 +59,7 @@ def measurements(arguments: argparse.Namespace) -> list[Task]:
         for suffix, sizes in {"": "64,128", "_256": "256"}.items():
             command = [*operators, f"--ops={ops}", f"--sizes={sizes}", "--ratios=1,0.5,0.25,0.125"]
             tasks.append(Task(f"{name}{suffix}", f"{what}, at {sizes}", command))
-    small = options("config", {"run.device": device, **(_QUICK_MODEL if quick else {})})
+    small = overrides("config", as_settings({"run.device": device, **(_QUICK_MODEL if quick else {})}), trains=True)
     for config in ["tiny"] if quick else ["ffhq_128", "ffhq_256"]:
         repeats = ["--ratios=0.25", "--repeats=2", "--warmup=1"] if quick else ["--ratios=1,0.5,0.25,0.125"]
         command = ["benchmarks/train_step.py", f"--config=configs/{config}_config.py", *small, *repeats]
@@ -88,12 +83,15 @@ def training(arguments: argparse.Namespace) -> list[Task]:
     latent = {**common, "run.experiment": "latent", **(_QUICK_LATENT if quick else {})}
     latent |= {"train.steps": arguments.latent_steps}
 
-    def model(flag: str) -> list[str]:
-        return [f"--{flag}={arguments.config}", *options(flag, image), *(f"--{flag}.{s}" for s in arguments.set)]
+    def model(flag: str, trains: bool = False) -> list[str]:
+        settings = [*as_settings(image), *arguments.set]
+        return [f"--{flag}={arguments.config}", *overrides(flag, settings, trains)]
 
-    prior = [f"--config={arguments.latent_config}", *options("config", latent)]
-    prior += [f"--config.{setting}" for setting in arguments.set_latent]
-    both = [*prior, *model("decoder_config")]
+    def both(trains: bool = False) -> list[str]:
+        settings = [*as_settings(latent), *arguments.set_latent]
+        prior = [f"--config={arguments.latent_config}", *overrides("config", settings, trains)]
+        return [*prior, *model("decoder_config")]
+
     steps = ["--sampling_steps=2"] if quick else []
     both_steps = [*steps, "--latent_sampling_steps=2"] if quick else []
     weights = [f"--weights={arguments.weights.resolve()}"] if arguments.weights else []
@@ -104,7 +102,7 @@ def training(arguments: argparse.Namespace) -> list[Task]:
         Task(
             "train",
             f"stage one, {arguments.train_steps} steps",
-            ["train_inf_ae_diffusion.py", *model("config")],
+            ["train_inf_ae_diffusion.py", *model("config", trains=True)],
             reads=(archive,),
             continues=True,
             pictures=("runs/image/images/*.png",),
@@ -112,7 +110,7 @@ def training(arguments: argparse.Namespace) -> list[Task]:
         Task(
             "train_latent",
             f"stage two, {arguments.latent_steps} steps",
-            ["train_latent_diffusion.py", *both],
+            ["train_latent_diffusion.py", *both(trains=True)],
             needs=("train",),
             continues=True,
             pictures=("runs/latent/images/*.png",),
@@ -129,7 +127,7 @@ def training(arguments: argparse.Namespace) -> list[Task]:
         Task(
             "samples",
             f"{arguments.num_samples} samples at the training size",
-            ["experiments/generate_samples.py", *both, *both_steps, count, "--out_dir={here}/images"],
+            ["experiments/generate_samples.py", *both(), *both_steps, count, "--out_dir={here}/images"],
             needs=("train_latent",),
             continues=True,
         ),
@@ -144,7 +142,7 @@ def training(arguments: argparse.Namespace) -> list[Task]:
         Task(
             "resolutions",
             "the same seeds at many sizes",
-            ["experiments/resolution_sweep.py", *both, *both_steps, "--out_dir={here}/images",
+            ["experiments/resolution_sweep.py", *both(), *both_steps, "--out_dir={here}/images",
              *(["--seeds=0", "--sizes=24"] if quick else ["--seeds=0-3"])],
             needs=("train_latent",),
             continues=True,

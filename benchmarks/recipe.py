@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.report import machine
+from benchmarks.tasks import as_settings, overrides
 from data.opening import read_json
 from infty_diff.claimed import claim_folder
 from runtime.checkpoint import load_weights
@@ -105,17 +106,17 @@ class Recipes:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.out = options, options.out_dir.resolve()
 
-    def image(self, flag: str, candidate: Candidate, run: str, root: Path | None = None) -> list[str]:
+    def image(self, flag: str, candidate: Candidate, run: str, root: Path | None = None, trains=False) -> list[str]:
         """Arguments that name stage one of a candidate, as the configuration flag `flag`."""
         where = (f"run.root_dir={root or self.out / 'runs'}", f"run.experiment={run}", "run.device=cpu")
-        overrides = (*self.options.set, *candidate.image, *where)
-        return [f"--{flag}={self.options.config}", *(f"--{flag}.{text}" for text in overrides)]
+        settings = (*self.options.set, *candidate.image, *where)
+        return [f"--{flag}={self.options.config}", *overrides(flag, settings, trains)]
 
-    def latent(self, candidate: Candidate, run: str) -> list[str]:
+    def latent(self, candidate: Candidate, run: str, trains: bool = False) -> list[str]:
         """Arguments that name both stages."""
         where = (f"run.root_dir={self.out / 'runs'}", f"run.experiment={run}_sampler", "run.device=cpu")
-        overrides = (*self.options.set_latent, *candidate.latent, *where)
-        prior = [f"--config={self.options.latent_config}", *(f"--config.{text}" for text in overrides)]
+        settings = (*self.options.set_latent, *candidate.latent, *where)
+        prior = [f"--config={self.options.latent_config}", *overrides("config", settings, trains)]
         return [*prior, *self.image("decoder_config", candidate, run)]
 
     def measure(self, name: str) -> dict[str, Any]:
@@ -150,12 +151,12 @@ class Recipes:
             write_json(record, done)
         candidate = CANDIDATES[run]
         stages = {
-            "image": ("train_inf_ae_diffusion.py", self.image("config", candidate, run), done["steps"]),
-            "latent": ("train_latent_diffusion.py", self.latent(candidate, run), self.options.latent_steps),
+            "image": ("inf_ae", self.image("config", candidate, run, trains=True), done["steps"]),
+            "latent": ("latent", self.latent(candidate, run, trains=True), self.options.latent_steps),
         }
         for stage, (script, arguments, steps) in stages.items():
             if f"{stage}_cpu_s" not in done:
-                seconds = self.call(run, script, *arguments, f"--config.train.steps={steps}")
+                seconds = self.call(run, f"train_{script}_diffusion.py", *arguments, f"--config.train.steps={steps}")
                 done[f"{stage}_cpu_s"] = seconds  # of the last call, if the training was cut short
                 folder = self.out / "runs" / (run if stage == "image" else f"{run}_sampler")
                 weights, _ = load_weights(folder / WEIGHTS)
@@ -168,10 +169,10 @@ class Recipes:
         with tempfile.TemporaryDirectory() as root:
             taken = []
             for steps in (_FEWER, _MORE):
-                arguments = self.image("config", CANDIDATES[run], f"steps_{steps}", Path(root))
-                untimed = {**_UNTIMED, "train.steps": steps, "train.checkpoint_steps": steps}
-                overrides = [f"--config.{field}={value}" for field, value in untimed.items()]
-                taken.append(self.call(run, "train_inf_ae_diffusion.py", *arguments, *overrides))
+                arguments = self.image("config", CANDIDATES[run], f"steps_{steps}", Path(root), trains=True)
+                untimed = as_settings({**_UNTIMED, "train.steps": steps, "train.checkpoint_steps": steps})
+                untimed = overrides("config", untimed, trains=True)
+                taken.append(self.call(run, "train_inf_ae_diffusion.py", *arguments, *untimed))
         return max(taken[1] - taken[0], 1e-3) / (_MORE - _FEWER)
 
     def call(self, name: str, script: str, *arguments: str) -> float:

@@ -13,16 +13,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from configs.effects import training_only
 from data.opening import read_json
 from runtime.files import to_json, write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 DONE, CUT, FAILED, WAITS = "done", "to be continued", "failed", "waits"
+
+
+def as_settings(fields: dict) -> list[str]:
+    """FIELD=VALUE of each."""
+    return [f"{field}={value}" for field, value in fields.items()]
+
+
+def overrides(flag: str, settings: Iterable[str], trains: bool) -> list[str]:
+    """FIELD=VALUE as overrides of a configuration flag; those of the training are for the command that trains it."""
+    return [f"--{flag}.{text}" for text in settings if trains or not training_only(text.partition("=")[0])]
 
 
 @dataclass(frozen=True)
