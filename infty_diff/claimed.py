@@ -32,7 +32,7 @@ def claim_folder(out_dir: Path, name: str, wanted: dict[str, Any]) -> str:
     """
     path = out_dir / name
     wanted = plain(wanted)
-    mark = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
+    mark = hashlib.sha256(json.dumps(wanted, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
     if not path.exists():
         for picture in sorted(out_dir.glob("*.png")):
             found = None if picture.name in SHEETS else whole_png(picture)

@@ -66,11 +66,15 @@ IMAGE_FAULTS = {
     "other kernel": (dict, {"model.kernel_size": 5}, "'down_blocks.0.block.conv.kernel' has shape (9, 1, 8)"),
     "fewer levels": (
         dict,
-        {"model.uno_mults": (1,), "model.uno_blocks_per_level": (1,)},
+        {"model.uno_mults": (1,), "model.uno_blocks_per_level": (1,), "model.uno_attn_resolutions": ()},
         f"{AVERAGED}: 'uno.mid_block1.in_layers.0.weight' has shape (1, 16, 1, 1)",
     ),
     "fewer blocks": (dict, {"model.num_conv_blocks": 2}, "lacks 'down_blocks.1.block."),
-    "other grid": (dict, {"model.uno_res": 16}, "has shape (1, 64, 2); model.uno_res=16 needs (1, 256, 2)"),
+    "other grid": (
+        dict,
+        {"model.uno_res": 16, "model.uno_attn_resolutions": (8,)},
+        "has shape (1, 64, 2); model.uno_res=16 needs (1, 256, 2)",
+    ),
     "stochastic": (dict, {"model.stochastic_encoding": True}, f"{ENCODER}: the reference state lacks 'mu.weight'"),
     "not square": (dict, {"data.img_width": 12}, "data.img_width=12: accepted: 16"),
     "spectral": (dict, {"model.uno_conv_type": "spectral"}, "model.uno_conv_type='spectral': accepted: 'conv'"),
