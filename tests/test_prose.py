@@ -110,7 +110,8 @@ def test_fields_exist_and_take_their_values(page):
 # The changelog names flags that are gone.
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
 def test_flags_exist(page):
-    everywhere = defined_flags(*SHARED, *ROOT.glob("experiments/*.py"), *ROOT.glob("benchmarks/*.py"))
+    commands = [path for room in ("experiments", "benchmarks", "tests/faults") for path in ROOT.glob(f"{room}/*.py")]
+    everywhere = defined_flags(*SHARED, *commands)
     for flag in _FLAG.findall(code(page)):
         name = flag if flag in everywhere else flag.removeprefix("no")
         assert name in everywhere | CONFIGS | HELP | FOREIGN, f"{page.name}: --{flag}"
