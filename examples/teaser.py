@@ -1,6 +1,6 @@
 """Draw assets/samples.png: the same seeds at several sizes, by the weights in weights/landscapes-32.
 
-    python examples/teaser.py
+python examples/teaser.py
 """
 
 import sys
