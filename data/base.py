@@ -43,15 +43,15 @@ class ImageDataset(Protocol):
 def check_lattice(size: tuple[int, int], channels: int) -> None:
     """Raises ValueError unless size = (H, W) is positive and the number of channels is supported."""
     if channels not in CHANNELS:
-        raise ValueError(f"data.channels: {channels}, accepted are 1 (grey), 3 (RGB), 4 (RGB and alpha)")
+        raise ValueError(f"data.channels is {channels}; accepted: 1 (grey), 3 (RGB), 4 (RGB and alpha)")
     if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"data.img_size, data.img_width: {tuple(size)}, accepted are positive (H, W)")
+        raise ValueError(f"data.img_size, data.img_width are {tuple(size)}; accepted: positive (H, W)")
 
 
 def keep_in_memory(mode: str, memory_gb: float, count: int, channels: int, size: tuple[int, int]) -> bool:
     """Whether `count` images of C·H·W bytes are kept decoded: `mode`, or with "auto" if within memory_gb·10⁹ bytes."""
     if mode not in MEMORY_MODES:
-        raise ValueError(f"data.in_memory: {mode!r}, accepted are {', '.join(MEMORY_MODES)}")
+        raise ValueError(f"data.in_memory is {mode!r}; accepted: {', '.join(MEMORY_MODES)}")
     return mode == "always" or (mode == "auto" and count * channels * size[0] * size[1] <= memory_gb * 1e9)
 
 

@@ -59,13 +59,13 @@ def open_dataset(data_cfg: Any, split: str) -> ImageDataset:
         ValueError: one line naming the field, its value and what is accepted or was looked for.
     """
     if split not in SPLITS:
-        raise ValueError(f"split: {split!r}, accepted are {', '.join(SPLITS)}")
+        raise ValueError(f"split is {split!r}; accepted: {', '.join(SPLITS)}")
     if data_cfg.name not in DATASETS:
-        raise ValueError(f"data.name: {data_cfg.name!r}, accepted are {', '.join(DATASETS)}")
+        raise ValueError(f"data.name is {data_cfg.name!r}; accepted: {', '.join(DATASETS)}")
     if not 0 <= data_cfg.val_ratio < 1:
-        raise ValueError(f"data.val_ratio: {data_cfg.val_ratio}, accepted are numbers in [0, 1)")
+        raise ValueError(f"data.val_ratio is {data_cfg.val_ratio}; accepted: numbers in [0, 1)")
     if data_cfg.split != "published" and (data_cfg.split != "authors" or data_cfg.name != "ffhq"):
-        raise ValueError(f"data.split: {data_cfg.split!r}, accepted are published, and with data.name=ffhq authors")
+        raise ValueError(f"data.split is {data_cfg.split!r}; accepted: published, and with data.name=ffhq authors")
     check_lattice(_size(data_cfg), data_cfg.channels)
     return DATASETS[data_cfg.name](data_cfg, split)
 
@@ -73,7 +73,7 @@ def open_dataset(data_cfg: Any, split: str) -> ImageDataset:
 def _functions(cfg: Any, split: str) -> ImageDataset:
     held_out = math.ceil(cfg.val_ratio * cfg.num_images - 1e-9)
     if split == "all":
-        raise ValueError("split: 'all' is not defined for data.name=functions, accepted are train, val")
+        raise ValueError("split is 'all', which is not defined for data.name=functions; accepted: train, val")
     count, first = (cfg.num_images, 0) if split == "train" else (held_out, VALIDATION_FUNCTIONS)
     if split == "val" and not held_out:
         raise ValueError(_no_validation(cfg))
@@ -127,7 +127,7 @@ def _churches(cfg: Any, split: str) -> ImageDataset:
     if any(is_lmdb(folder) for folder in folders.values()):
         if split == "all":
             raise ValueError(
-                "split: 'all' is not defined for the two databases of data.name=churches, accepted are train, val"
+                "split is 'all', which is not defined for the two databases of data.name=churches; accepted: train, val"
             )
         if not is_lmdb(folders[split]):
             raise ValueError(f"data.root_dir: no LMDB in {folders[split]}, which holds the split {split!r}")
@@ -223,8 +223,8 @@ def _listed_split(table: Path, source: ImageSource) -> Split:
 
 def _no_validation(cfg: Any) -> str:
     return (
-        f"data.val_ratio: {cfg.val_ratio} leaves no validation images, accepted is a number above 0, with at least "
-        "two images"
+        f"data.val_ratio is {cfg.val_ratio}, which leaves no validation images; accepted: a number above 0, with "
+        "at least two images"
     )
 
 

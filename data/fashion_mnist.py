@@ -39,8 +39,8 @@ def read_fashion_mnist(path: Path) -> np.ndarray:
     images = _of_idx(path) if path.is_dir() else _of_npz(path)
     if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1:] != (SIDE, SIDE) or not len(images):
         raise ValueError(
-            f"data.root_dir: {path} holds images of {images.dtype} {images.shape}, "
-            f"accepted is uint8 (N, {SIDE}, {SIDE}) with N >= 1"
+            f"data.root_dir: {path} holds images of {images.dtype} {images.shape}; "
+            f"accepted: uint8 (N, {SIDE}, {SIDE}) with N >= 1"
         )
     return images
 
@@ -55,9 +55,9 @@ def _of_npz(path: Path) -> np.ndarray:
             with np.load(file, allow_pickle=False) as arrays:
                 return arrays["images"]
     except KeyError:
-        raise ValueError(f"data.root_dir: {path} has no array images, accepted is {ACCEPTED}") from None
+        raise ValueError(f"data.root_dir: {path} has no array images; accepted: {ACCEPTED}") from None
     except Exception as error:  # damaged archives and headers of arrays raise nearly anything
-        raise ValueError(f"data.root_dir: {path} cannot be read ({one_line(error)}), accepted is {ACCEPTED}") from error
+        raise ValueError(f"data.root_dir: {path} cannot be read ({one_line(error)}); accepted: {ACCEPTED}") from error
 
 
 def _of_idx(folder: Path) -> np.ndarray:
@@ -65,7 +65,7 @@ def _of_idx(folder: Path) -> np.ndarray:
     files = [folder / below / (IDX + ending) for below in ("", "FashionMNIST/raw") for ending in ("", ".gz")]
     path = next((file for file in files if file.is_file()), None)
     if path is None:
-        raise ValueError(f"data.root_dir: {folder} holds no {IDX} or {IDX}.gz, accepted is {ACCEPTED}")
+        raise ValueError(f"data.root_dir: {folder} holds no {IDX} or {IDX}.gz; accepted: {ACCEPTED}")
     try:
         with open_regular(path) as file:
             content = read_at_most(gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file)
@@ -74,7 +74,7 @@ def _of_idx(folder: Path) -> np.ndarray:
             raise ValueError("another kind of file")
         return np.frombuffer(content, np.uint8, offset=4 + axes.nbytes).reshape(axes)
     except (OSError, ValueError, IndexError, EOFError, zlib.error) as error:
-        raise ValueError(f"data.root_dir: {path} is damaged, accepted is an idx file of uint8 images") from error
+        raise ValueError(f"data.root_dir: {path} is damaged; accepted: an idx file of uint8 images") from error
 
 
 class FashionImages:

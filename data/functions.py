@@ -101,7 +101,7 @@ class ProceduralFunctions:
 
     def __init__(self, seed: int) -> None:
         if seed < 0:
-            raise ValueError(f"data.seed: {seed}, accepted are integers >= 0")
+            raise ValueError(f"data.seed is {seed}; accepted: integers >= 0")
         self.seed = seed
 
     def evaluate(self, index: int, size: tuple[int, int], channels: int = 3) -> torch.Tensor:
@@ -124,7 +124,7 @@ class ProceduralFunctions:
         """Several functions on one lattice, (B, C, H, W); item b equals ``evaluate(indices[b], ...)``."""
         check_lattice(size, channels)
         if any(index < 0 for index in indices):
-            raise ValueError(f"index: {min(indices)}, accepted are integers >= 0")
+            raise ValueError(f"index is {min(indices)}; accepted: integers >= 0")
         draws = torch.from_numpy(np.stack([self._uniforms(index) for index in indices]))
         chunk = max(1, _PIXELS_PER_CHUNK // (size[0] * size[1]))
         return torch.cat([_with_channels(*_landscape(part, size), channels) for part in draws.split(chunk)])
@@ -326,7 +326,7 @@ class FunctionImages:
     ) -> None:
         check_lattice(size, channels)
         if count < 1:
-            raise ValueError(f"data.num_images: {count}, accepted are integers >= 1")
+            raise ValueError(f"data.num_images is {count}; accepted: integers >= 1")
         self.size, self.channels, self.first = tuple(size), channels, first
         self.functions = ProceduralFunctions(seed)
         self._count, self._split = count, split

@@ -82,7 +82,7 @@ def sequential(
         ValueError: batch_size out of range, or (with data.on_error=raise) a damaged image.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size: {batch_size}, accepted are integers >= 1")
+        raise ValueError(f"batch_size is {batch_size}; accepted: integers >= 1")
     wanted = range(len(dataset)) if indices is None else indices
     parts = [np.asarray(wanted[i : i + batch_size], dtype=np.int64) for i in range(0, len(wanted), batch_size)]
     return _read(dataset, [(part, np.full(len(part), flip)) for part in parts], num_workers, pin_memory)
@@ -103,11 +103,11 @@ class _TrainingOrder(Sampler):
         self, count: int, batch_size: int, seed: int, seen: int, flip: bool, rank: int, world_size: int
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"train.batch_size: {batch_size}, accepted are multiples of the {world_size} processes")
+            raise ValueError(f"train.batch_size is {batch_size}; accepted: multiples of the {world_size} processes")
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank: {rank}, accepted are 0 to {world_size - 1}")
+            raise ValueError(f"rank: {rank}; accepted: 0 to {world_size - 1}")
         if seen < 0:
-            raise ValueError(f"seen: {seen}, accepted are integers >= 0")
+            raise ValueError(f"seen: {seen}; accepted: integers >= 0")
         self._count, self._batch_size, self._seed = count, batch_size, seed
         self._seen, self._flip = seen, flip
         self._share = batch_size // world_size

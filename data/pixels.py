@@ -19,7 +19,7 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
         ValueError: the tensor is not uint8 (it may have been converted before).
     """
     if images.dtype != torch.uint8:
-        raise ValueError(f"images: dtype {images.dtype}, accepted is torch.uint8")
+        raise ValueError(f"images: dtype {images.dtype}; accepted: torch.uint8")
     return images.to(torch.float32) / 127.5 - 1.0
 
 
@@ -36,7 +36,7 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
         ValueError: the tensor is not floating point.
     """
     if not images.is_floating_point():
-        raise ValueError(f"images: dtype {images.dtype}, accepted are floating point values in [-1, 1]")
+        raise ValueError(f"images: dtype {images.dtype}; accepted: floating point values in [-1, 1]")
     return images.to(torch.float32).add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -103,17 +103,17 @@ def open_source(root_dir: str | os.PathLike, field: str = "data.root_dir") -> Fo
     path = existing_path(root_dir, field)
     source = FolderSource(path) if path.is_dir() else ZipSource(path, field)
     if not source.names:
-        raise ValueError(f"{field}: no images in {path}, accepted are files ending in {' '.join(EXTENSIONS)}")
+        raise ValueError(f"{field}: no images in {path}; accepted: files ending in {' '.join(EXTENSIONS)}")
     return source
 
 
 def existing_path(root_dir: str | os.PathLike, field: str = "data.root_dir", accepted: str = _FOLDER_OR_ZIP) -> Path:
     """`root_dir` as a path with ~ expanded; ValueError if it is empty or nothing is there."""
     if not str(root_dir):
-        raise ValueError(f"{field}: empty, accepted is {accepted}")
+        raise ValueError(f"{field}: empty; accepted: {accepted}")
     path = Path(root_dir).expanduser()
     if not path.exists():
-        raise ValueError(f"{field}: {path} does not exist, accepted is {accepted}")
+        raise ValueError(f"{field}: {path} does not exist; accepted: {accepted}")
     return path
 
 

@@ -121,7 +121,7 @@ def test_folder(tmp_path):
     both = names_of(config("folder", root, val_ratio=0.3), "all")
     assert both == sorted(set(names) - expected) + sorted(expected)
     assert names_of(config("folder", root, val_ratio=0.0), "train") == names
-    with pytest.raises(ValueError, match=r"data\.val_ratio: 0\.0 leaves no validation images"):
+    with pytest.raises(ValueError, match=r"data\.val_ratio is 0\.0, which leaves no validation images"):
         open_dataset(config("folder", root, val_ratio=0.0), "val")
     opened = [open_dataset(config("folder", root, val_ratio=0.3), split) for split in ("train", "val", "all")]
     assert len({dataset.fingerprint() for dataset in opened}) == 3
@@ -255,17 +255,17 @@ def test_functions():
         (
             {"name": "mnist"},
             "train",
-            r"data\.name: 'mnist', accepted are functions, folder, ffhq, fashion_mnist, celeba, churches",
+            r"data\.name is 'mnist'; accepted: functions, folder, ffhq, fashion_mnist, celeba, churches",
         ),
-        ({}, "test", "split: 'test', accepted are train, val"),
-        ({}, "all", "split: 'all' is not defined"),
-        ({"channels": 2}, "train", r"data\.channels: 2, accepted are 1"),
-        ({"img_size": 0}, "train", r"data\.img_size, data\.img_width: \(0, 8\)"),
-        ({"val_ratio": 1.0}, "train", r"data\.val_ratio: 1\.0, accepted are numbers in"),
-        ({"val_ratio": 0.0}, "val", r"data\.val_ratio: 0\.0 leaves no validation images"),
-        ({"split": "authors"}, "train", r"data\.split: 'authors', accepted are published, and with data\.name=ffhq"),
-        ({"split": "first", "name": "ffhq"}, "train", r"data\.split: 'first', accepted are published"),
-        ({"num_images": 0}, "train", r"data\.num_images: 0"),
+        ({}, "test", "split is 'test'; accepted: train, val"),
+        ({}, "all", "split is 'all', which is not defined"),
+        ({"channels": 2}, "train", r"data\.channels is 2; accepted: 1"),
+        ({"img_size": 0}, "train", r"data\.img_size, data\.img_width are \(0, 8\)"),
+        ({"val_ratio": 1.0}, "train", r"data\.val_ratio is 1\.0; accepted: numbers in"),
+        ({"val_ratio": 0.0}, "val", r"data\.val_ratio is 0\.0, which leaves no validation images"),
+        ({"split": "authors"}, "train", r"data\.split is 'authors'; accepted: published, and with data\.name=ffhq"),
+        ({"split": "first", "name": "ffhq"}, "train", r"data\.split is 'first'; accepted: published"),
+        ({"num_images": 0}, "train", r"data\.num_images is 0"),
         ({"name": "folder"}, "train", r"data\.root_dir: empty"),
         ({"name": "celeba", "root_dir": "/nowhere/at/all"}, "train", "does not exist"),
     ],

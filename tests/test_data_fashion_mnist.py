@@ -75,7 +75,7 @@ def test_the_split_is_by_the_hash_of_the_numbers(tmp_path):
     assert there("val") == expected
     assert there("train") == [name for name in names if name not in expected]
     assert there("all") == there("train") + expected
-    with pytest.raises(ValueError, match=r"data\.val_ratio: 0\.0 leaves no validation images"):
+    with pytest.raises(ValueError, match=r"data\.val_ratio is 0\.0, which leaves no validation images"):
         opened(npz, "val", val_ratio=0.0)
     assert len({opened(npz, split).fingerprint() for split in ("train", "val", "all")}) == 3
 
@@ -102,7 +102,7 @@ def test_colour_repeats_the_grey(tmp_path, channels):
 
 @pytest.mark.parametrize(("arrays", "message"), [
     ({"pictures": IMAGES}, "has no array images"),
-    ({"images": IMAGES[:0]}, r"holds images of uint8 \(0, 28, 28\), accepted is uint8 \(N, 28, 28\) with N >= 1"),
+    ({"images": IMAGES[:0]}, r"holds images of uint8 \(0, 28, 28\); accepted: uint8 \(N, 28, 28\) with N >= 1"),
     ({"images": IMAGES / 255}, r"holds images of float64 \(40, 28, 28\)"),
     ({"images": IMAGES[:, :27]}, r"holds images of uint8 \(40, 27, 28\)"),
     ({"images": IMAGES[..., None]}, r"holds images of uint8 \(40, 28, 28, 1\)"),
@@ -119,7 +119,7 @@ def test_wrong_files_are_refused(tmp_path):
     np.save(tmp_path / "plain.npy", IMAGES)
     for name, content in {"empty.npz": b"", "text.npz": b"no archive", "cut.npz": whole[:100]}.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=r"data\.root_dir: .* cannot be read .*, accepted is an \.npz"):
+        with pytest.raises(ValueError, match=r"data\.root_dir: .* cannot be read .*; accepted: an \.npz"):
             opened(tmp_path / name)
     with pytest.raises(ValueError, match="cannot be read"):
         opened(tmp_path / "plain.npy")
@@ -129,9 +129,9 @@ def test_wrong_files_are_refused(tmp_path):
         opened(folder)
     for content in (b"", whole[:20], whole[:-1], b"\0\0\x0d" + whole[3:]):
         (folder / "train-images-idx3-ubyte").write_bytes(content)
-        with pytest.raises(ValueError, match="is damaged, accepted is an idx file of uint8 images"):
+        with pytest.raises(ValueError, match="is damaged; accepted: an idx file of uint8 images"):
             opened(folder)
-    with pytest.raises(ValueError, match=r"does not exist, accepted is an \.npz"):
+    with pytest.raises(ValueError, match=r"does not exist; accepted: an \.npz"):
         opened(tmp_path / "nothing")
 
 

@@ -118,12 +118,12 @@ def test_extreme_lattices_are_finite(size):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: ProceduralFunctions(-1), "data.seed: -1, accepted are integers >= 0"),
-        (lambda: ProceduralFunctions(0).evaluate(-2, (4, 4)), "index: -2"),
-        (lambda: ProceduralFunctions(0).evaluate(0, (4, 4), 2), "data.channels: 2, accepted are 1"),
-        (lambda: ProceduralFunctions(0).evaluate(0, (0, 4)), "data.img_size, data.img_width: (0, 4)"),
-        (lambda: FunctionImages(0, 0, (4, 4)), "data.num_images: 0, accepted are integers >= 1"),
-        (lambda: FunctionImages(0, 1, (4, 4), in_memory="maybe"), "data.in_memory: 'maybe', accepted are auto"),
+        (lambda: ProceduralFunctions(-1), "data.seed is -1; accepted: integers >= 0"),
+        (lambda: ProceduralFunctions(0).evaluate(-2, (4, 4)), "index is -2"),
+        (lambda: ProceduralFunctions(0).evaluate(0, (4, 4), 2), "data.channels is 2; accepted: 1"),
+        (lambda: ProceduralFunctions(0).evaluate(0, (0, 4)), "data.img_size, data.img_width are (0, 4)"),
+        (lambda: FunctionImages(0, 0, (4, 4)), "data.num_images is 0; accepted: integers >= 1"),
+        (lambda: FunctionImages(0, 1, (4, 4), in_memory="maybe"), "data.in_memory is 'maybe'; accepted: auto"),
     ],
 )
 def test_bad_arguments(call, message):

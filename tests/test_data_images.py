@@ -221,8 +221,8 @@ def test_missing_and_empty_places(tmp_path):
     make_zip(tmp_path / "none.zip", {"readme.txt": b""})
     for path, message in (
         ("", "data.root_dir: empty"),
-        (tmp_path / "nowhere", "nowhere does not exist, accepted is"),
-        (tmp_path / "empty", "no images in .*empty, accepted are files ending in .bmp"),
+        (tmp_path / "nowhere", "nowhere does not exist; accepted:"),
+        (tmp_path / "empty", "no images in .*empty; accepted: files ending in .bmp"),
         (tmp_path / "none.zip", "no images in"),
         (tmp_path / "text.zip", "text.zip is not a readable zip archive"),
     ):
@@ -234,10 +234,10 @@ def test_missing_and_empty_places(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"channels": 2}, "data.channels: 2, accepted are 1 (grey), 3 (RGB), 4 (RGB and alpha)"),
-        ({"size": (0, 5)}, "data.img_size, data.img_width: (0, 5), accepted are positive (H, W)"),
-        ({"on_error": "ignore"}, "data.on_error: 'ignore', accepted are raise, skip"),
-        ({"in_memory": "yes"}, "data.in_memory: 'yes', accepted are auto, always, never"),
+        ({"channels": 2}, "data.channels is 2; accepted: 1 (grey), 3 (RGB), 4 (RGB and alpha)"),
+        ({"size": (0, 5)}, "data.img_size, data.img_width are (0, 5); accepted: positive (H, W)"),
+        ({"on_error": "ignore"}, "data.on_error is 'ignore'; accepted: raise, skip"),
+        ({"in_memory": "yes"}, "data.in_memory is 'yes'; accepted: auto, always, never"),
     ],
 )
 def test_bad_options(tmp_path, options, message):

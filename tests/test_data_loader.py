@@ -165,14 +165,14 @@ def test_faults_stay_one_line(workers):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda d: batches(d, 0, seed=0), "train.batch_size: 0"),
+        (lambda d: batches(d, 0, seed=0), "train.batch_size is 0"),
         (
             lambda d: batches(d, 5, seed=0, world_size=2),
-            "train.batch_size: 5, accepted are multiples of the 2 processes",
+            "train.batch_size is 5; accepted: multiples of the 2 processes",
         ),
-        (lambda d: batches(d, 4, seed=0, rank=2, world_size=2), "rank: 2, accepted are 0 to 1"),
+        (lambda d: batches(d, 4, seed=0, rank=2, world_size=2), "rank: 2; accepted: 0 to 1"),
         (lambda d: batches(d, 4, seed=0, seen=-1), "seen: -1"),
-        (lambda d: sequential(d, 0), "batch_size: 0"),
+        (lambda d: sequential(d, 0), "batch_size is 0"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(call, message):

@@ -293,7 +293,7 @@ def test_samples_are_shared_out(root, tmp_path):
 
 def test_a_fault_of_any_ends_all_with_one_line_of_the_first(root):
     first, second = kept(root, "faults")
-    assert first["share"] == (2, "error: train.batch_size: 5, accepted are multiples of the 2 processes\n")
+    assert first["share"] == (2, "error: train.batch_size is 5; accepted: multiples of the 2 processes\n")
     saved = "(training has reached step 1; its state is saved)"
     assert first["image"] == (2, f"error: process 1: 17.png is damaged {saved}\n")
     said = r"error: the gradient was not finite in 2 steps in a row .* at step 2; there is no checkpoint: begin .*\n"
