@@ -64,7 +64,7 @@ _TWO = ("model.uno_blocks_per_level=(1,1)", "model.uno_attn_resolutions=(8,)", "
 _COSINE = "optimizer.schedule=cosine"
 CANDIDATES = {
     "config": Candidate("the configuration as it is"),
-    "tiny": Candidate("settings of configs/tiny_config.py", _TINY),
+    "tiny": Candidate("networks of configs/tiny_config.py that predict the mollified noise", _TINY),
     "tiny_filter": Candidate("these, with a weaker filter", sampling=("--inv_snr=0.3",), of="tiny"),
     "tiny_xstart": Candidate("these, predicting x_0", (*_TINY, "diffusion.model_mean_type=xstart")),
     "tiny_xstart_32": Candidate(

@@ -4,7 +4,7 @@
     python benchmarks/resolution_drift.py --quick
 
 Two ways to take the networks from the training resolution to another, each with models of its own, trained with
-configs/tiny_config.py from several seeds:
+configs/tiny_config.py from several seeds, predicting T ξ on mirrored images:
 
     published  kernels interpolated bilinearly to windows of whole pixels; the first K points at a node of the grid
     overlap    kernels averaged over the cells of the pixels; points tied at the K-th distance share its weight
@@ -71,7 +71,8 @@ def way_of(name: str) -> Iterator[None]:
 
 def tiny(steps: int, seed: int, root: str) -> ImageConfig:
     config = get_config()
-    config.run.seed = seed
+    config.run.seed, config.data.random_flip = seed, True
+    config.diffusion.model_mean_type = "mollified_epsilon"  # the published prediction, whose states are compared
     config.run.root_dir, config.run.device, config.model.coordinate_convention = root, "cpu", NAME
     config.train.steps = config.train.plot_samples_steps = config.train.checkpoint_steps = steps
     config.train.plot_graph_steps, config.train.plot_sampling_steps = steps, "2"

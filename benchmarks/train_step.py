@@ -6,7 +6,8 @@ Everything takes turns in one process, so that drifts of the machine hit all ali
 images in memory: reading images is not measured. The step is what `Trainer.train_step` takes, from an idle device to an
 idle device. A step that updates the EMA weights counts once in train.ema_update_every.
 
-    as published    benchmarks/published.py: the authors' computation with copies of the same networks
+    as published    benchmarks/published.py: the authors' computation with copies of the same networks. Both sides then
+                    predict T ξ, whatever --config says; --nopublished times the configuration as it is
     rate            multiply-adds of convolutions and linear layers (attention and sparse convolutions are not counted),
                     times two, by the time of the step; beside it that of a 2048 × 2048 matrix product
     peak memory     of a step: allocated on a GPU; on a CPU the growth of the resident set
@@ -63,6 +64,7 @@ PARTS = {
     "interpolation": ("embedding_bag", "index_select", "sort", "searchsorted", "gather", "scatter"),
 }
 _INPUT_SETS = 4  # batches taken in turn, so that no cache holds the data of the next step
+_AS_PUBLISHED = {"model_mean_type": "mollified_epsilon", "final_estimate": "auto"}
 _PRODUCT = 2048  # side of the matrices
 
 
@@ -265,6 +267,8 @@ def _row(timer: StepTimer, count: int, times: dict[str, list[float]], peak: int)
 
 def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
     config: ImageConfig = configs["config"]
+    if FLAGS.published:
+        config = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, **_AS_PUBLISHED))
     with readable_errors():
         counts = point_counts(config, FLAGS.ratios)
         path = Path(FLAGS.json) if FLAGS.json else None

@@ -1,7 +1,4 @@
-"""Draw assets/samples.png: the same seeds at several sizes, by the weights in weights/landscapes-32.
-
-python examples/teaser.py
-"""
+"""Draw assets/samples.png: the same seeds at several sizes, by the weights in weights/landscapes-32."""
 
 import sys
 from pathlib import Path
