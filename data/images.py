@@ -96,10 +96,10 @@ class ImageFiles:
             "size": self.size,
             "channels": self.channels,
             "split": self._split,
-            "on_error": self._on_error,
             **({} if self._white is None else {"white": self._white}),
         }
-        return digest(description, (f"{self._source.names[i]} {self._source.signature(i)}" for i in self._indices))
+        signatures = _in_threads(self._source.signature, self._indices, f"comparing {self.name}")
+        return digest(description, (f"{self._source.names[i]} {s}" for i, s in zip(self._indices, signatures)))
 
     def _usable(self, indices: list[int]) -> list[int]:
         """The indices whose header is good."""

@@ -9,7 +9,7 @@ import weakref
 from pathlib import Path
 from typing import BinaryIO, ClassVar
 
-from data.opening import open_regular
+from data.opening import open_regular, size_and_end
 
 DATABASE_FILE = "data.mdb"
 _MAGIC = 0xBEEFC0DE
@@ -46,8 +46,7 @@ class LsunSource:
             return io.BytesIO(transaction.get(self._keys[i]))
 
     def signature(self, i: int) -> str:
-        with self._database.begin(buffers=True) as transaction:  # buffers: the value is measured, not read
-            return str(len(transaction.get(self._keys[i])))
+        return size_and_end(self.open(i))
 
 
 class _Database:
@@ -68,11 +67,11 @@ class _Database:
             database = cls._open[key] = cls(key)
         return database
 
-    def begin(self, buffers: bool = False):
+    def begin(self):
         if self._process != os.getpid():
             self._environment.close()  # the child's copy only
             self._environment, self._process = _open_environment(self._path), os.getpid()
-        return self._environment.begin(buffers=buffers)
+        return self._environment.begin()
 
 
 def _open_environment(path: str):

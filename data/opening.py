@@ -6,11 +6,13 @@ import io
 import json
 import os
 import stat
+import zlib
 from typing import Any, BinaryIO, TypeVar
 
 _T = TypeVar("_T")
 
 LARGEST = 1 << 30  # bytes of one image, array or table in memory
+_END = 4096
 _KINDS = {
     stat.S_ISDIR: "a folder",
     stat.S_ISFIFO: "a named pipe",
@@ -53,6 +55,17 @@ def read_at_most(stream: BinaryIO, largest: int = LARGEST) -> bytes:
         if content.tell() > largest:
             raise OSError(f"more than {largest} bytes; accepted: at most {largest}")
     return content.getvalue()
+
+
+def size_and_end(stream: BinaryIO) -> str:
+    """The number of bytes of a seekable stream and a checksum of the last ones; closes it.
+
+    In compressed images the last bytes depend on all that come before.
+    """
+    with stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - _END))
+        return f"{size}-{zlib.crc32(stream.read(_END)):08x}"
 
 
 def read_json(path: str | os.PathLike, kind: type[_T], accepted: str) -> _T:

@@ -1,21 +1,19 @@
-"""Where encoded images are: a folder or a zip, read by name, in bounded memory."""
+"""Where encoded images are: a folder, a zip or tar archives, read by name, in bounded memory."""
 
 from __future__ import annotations
 
 import logging
 import os
 import zipfile
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from data.opening import LARGEST, check_regular, open_regular, read_at_most
+from data.names import EXTENSIONS, image_names, is_image_name
+from data.opening import LARGEST, check_regular, open_regular, read_at_most, size_and_end
+from data.tars import TarSource, is_pattern, is_tar, matching, tars_in
 
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_TEXTS = ("", ".csv", ".html", ".json", ".jsonl", ".md", ".txt", ".xml", ".yaml", ".yml")  # that come with images
-_KINDS_SHOWN = 5
-_FOLDER_OR_ZIP = "the path of a folder or a zip of images"
+_ACCEPTED = "the path of a folder, zip or tar of images"
 _log = logging.getLogger(__name__)
 
 
@@ -29,7 +27,7 @@ class ImageSource(Protocol):
         """Seekable bytes of image i."""
 
     def signature(self, i: int) -> str:
-        """Changes when the stored bytes change."""
+        """What says that the stored bytes are the same, wherever and since whenever they lie there."""
 
 
 class FolderSource:
@@ -37,14 +35,13 @@ class FolderSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.names = _image_names(path, _walk(path))
+        self.names = image_names(path, _walk(path))
 
     def open(self, i: int) -> BinaryIO:
         return open_regular(self.path / self.names[i])
 
     def signature(self, i: int) -> str:
-        stat = (self.path / self.names[i]).stat()
-        return f"{stat.st_size}-{stat.st_mtime_ns}"
+        return size_and_end(self.open(i))
 
 
 class ZipSource:
@@ -53,7 +50,7 @@ class ZipSource:
     def __init__(self, path: Path, field: str = "data.root_dir") -> None:
         self.path, self._field = path, field
         self._archive: tuple[int, zipfile.ZipFile] | None = None
-        self.names = _image_names(path, self._open_archive().namelist())
+        self.names = image_names(path, self._open_archive().namelist())
 
     def _open_archive(self) -> zipfile.ZipFile:
         # A forked process shares the file position of its parent, hence one archive object per process.
@@ -90,36 +87,44 @@ class FileSource:
         return open_regular(self.path)
 
     def signature(self, i: int) -> str:
-        stat = self.path.stat()
-        return f"{stat.st_size}-{stat.st_mtime_ns}"
+        return size_and_end(self.open(i))
 
 
-def open_source(root_dir: str | os.PathLike, field: str = "data.root_dir") -> FolderSource | ZipSource:
-    """The images below a folder or in a zip; `field` is what a user calls it.
+def open_source(root_dir: str | os.PathLike, field: str = "data.root_dir") -> FolderSource | ZipSource | TarSource:
+    """The images below a folder, in a zip, in a tar, or in tars: all of a folder without images, or of a pattern.
 
+    Args:
+        root_dir: the path, or a pattern as `matching` takes it.
+        field: what a user calls it.
     Raises:
-        ValueError: nothing there, neither folder nor zip, or no images in it.
+        ValueError: nothing there, another kind of file, or no images in it.
     """
     path = existing_path(root_dir, field)
-    source = FolderSource(path) if path.is_dir() else ZipSource(path, field)
+    source = _opened(path, field)
     if not source.names:
         raise ValueError(f"{field}: no images in {path}; accepted: files ending in {' '.join(EXTENSIONS)}")
     return source
 
 
-def existing_path(root_dir: str | os.PathLike, field: str = "data.root_dir", accepted: str = _FOLDER_OR_ZIP) -> Path:
-    """`root_dir` as a path with ~ expanded; ValueError if it is empty or nothing is there."""
+def _opened(path: Path, field: str) -> FolderSource | ZipSource | TarSource:
+    if not path.exists():
+        return TarSource(path, matching(path, field), field)
+    if path.is_dir():
+        shards = tars_in(path)
+        return (
+            FolderSource(path) if not shards or any(map(is_image_name, _walk(path))) else TarSource(path, shards, field)
+        )
+    return TarSource(path, [path], field) if is_tar(path) else ZipSource(path, field)
+
+
+def existing_path(root_dir: str | os.PathLike, field: str = "data.root_dir", accepted: str = _ACCEPTED) -> Path:
+    """`root_dir` as a path with ~ expanded; ValueError if it is empty or nothing is there and it is no pattern."""
     if not str(root_dir):
         raise ValueError(f"{field}: empty; accepted: {accepted}")
     path = Path(root_dir).expanduser()
-    if not path.exists():
+    if not path.exists() and not is_pattern(path):
         raise ValueError(f"{field}: {path} does not exist; accepted: {accepted}")
     return path
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a relative path has an image's extension and is neither hidden nor Mac metadata."""
-    return name.lower().endswith(EXTENSIONS) and not _is_hidden(name)
 
 
 def stored_bytes(source: ImageSource, i: int) -> bytes:
@@ -135,28 +140,6 @@ def stored_bytes(source: ImageSource, i: int) -> bytes:
         raise
     except Exception as error:  # archives and databases raise nearly anything on damaged data
         raise ValueError(f"cannot be read ({' '.join(str(error).split()) or type(error).__name__})") from error
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
-
-
-def _image_names(path: Path, names: Iterable[str]) -> list[str]:
-    """The names of images, sorted. What else there is, apart from texts, is counted in one line of the log."""
-    images, others = [], Counter[str]()
-    for name in names:
-        if is_image_name(name):
-            images.append(name)
-        elif not name.endswith("/") and not _is_hidden(name):
-            others[PurePosixPath(name).suffix.lower()] += 1
-    for text in _TEXTS:
-        del others[text]
-    if others:
-        kinds = [f"{count} {kind}" for kind, count in others.most_common(_KINDS_SHOWN)]
-        more = ", …" if len(others) > _KINDS_SHOWN else ""
-        _log.info("%s: left out %d files of formats that are not read (%s%s)", path, others.total(),
-                  ", ".join(kinds), more)  # fmt: skip
-    return sorted(images)
 
 
 def _walk(root: Path) -> Iterator[str]:

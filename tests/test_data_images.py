@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import sys
+import tarfile
 import zipfile
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 from data.decoding import decode_image
 from data.images import ImageFiles
 from data.lsun import LsunSource
-from data.sources import FolderSource, ZipSource, open_source
+from data.sources import FolderSource, open_source
 
 SIZE = (12, 20)
 
@@ -49,6 +50,18 @@ def make_zip(path, files):
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in files.items():
             archive.writestr(name, content)
+    return path
+
+
+def make_tar(path, files, kind=tarfile.PAX_FORMAT):
+    """files: name -> content, or what differs from a regular file; or pairs of them."""
+    with tarfile.open(path, "w", format=kind) as archive:
+        for name, content in files.items() if isinstance(files, dict) else files:
+            member = tarfile.TarInfo(name)
+            changes = {"size": len(content)} if isinstance(content, bytes) else content
+            for field, value in changes.items():
+                setattr(member, field, value)
+            archive.addfile(member, io.BytesIO(content) if isinstance(content, bytes) else None)
     return path
 
 
@@ -282,7 +295,12 @@ def test_fingerprint(tmp_path):
     before = open_all(folder).fingerprint()
     assert open_all(folder).fingerprint() == before
     os.utime(folder / "part0/img000.png", ns=(1, 1))
-    assert open_all(folder).fingerprint() != before
+    tar = make_tar(tmp_path / "a.tar", files)
+    assert open_all(folder, on_error="skip").fingerprint() == open_all(tar).fingerprint() == before
+    content = bytearray(files["part0/img000.png"])
+    content[-20] ^= 1  # of the same size
+    (folder / "part0/img000.png").write_bytes(content)
+    assert open_all(folder, in_memory="never").fingerprint() != before
 
 
 def make_lmdb(path, files):
@@ -297,15 +315,14 @@ def read_in_child(source, queue):
     queue.put(b"".join(source.open(i).read() for i in range(len(source.names))))
 
 
-@pytest.mark.parametrize("kind", ["zip", "lmdb"])
+@pytest.mark.parametrize("kind", ["zip", "lmdb", "tar"])
 @pytest.mark.parametrize("method", ["fork", "pickle"])
 def test_sources_work_in_other_processes(tmp_path, kind, method):
     files = example_files()
-    source = (
-        ZipSource(make_zip(tmp_path / "a.zip", files))
-        if kind == "zip"
-        else LsunSource(make_lmdb(tmp_path / "lmdb", files))
-    )
+    if kind == "lmdb":
+        source = LsunSource(make_lmdb(tmp_path / "a.lmdb", files))
+    else:
+        source = open_source({"zip": make_zip, "tar": make_tar}[kind](tmp_path / f"a.{kind}", files))
     wanted = b"".join(source.open(i).read() for i in range(6))  # opened in the parent, then used in the child
     assert wanted == b"".join(files[name] for name in sorted(files))
     if method == "pickle":

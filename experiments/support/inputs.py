@@ -14,8 +14,9 @@ from configs.schema import DataConfig
 from configs.validate import shown
 from data.datasets import open_dataset
 from data.decoding import Decoder, fitted
+from data.names import is_image_name
 from data.pixels import to_float
-from data.sources import FileSource, ImageSource, is_image_name, open_source
+from data.sources import FileSource, ImageSource, open_source
 from diffusion.coordinates import Size
 from metrics.resize import by
 
