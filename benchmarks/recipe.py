@@ -33,8 +33,8 @@ import torch
 from benchmarks.report import machine
 from benchmarks.tasks import as_settings, overrides
 from data.opening import read_json
-from infty_diff.claimed import claim_folder
 from runtime.checkpoint import load_weights
+from runtime.claimed import claim_folder
 from runtime.files import to_json, write_atomic, write_json
 from runtime.stored import WEIGHTS
 

@@ -28,9 +28,9 @@ from configs.schema import ImageConfig
 from experiments.support import editing as edit
 from experiments.support.options import between, define, requested_size, require_run_of_weights, sampling_options
 from experiments.support.results import digest
-from infty_diff.claimed import open_png
 from infty_diff.editing import require_no_noise
 from infty_diff.folder import parse_seeds
+from runtime.claimed import open_png
 from runtime.command import Command, readable_errors, stages
 from runtime.files import write_atomic
 

@@ -32,11 +32,11 @@ from experiments.support.commands import (
 )
 from experiments.support.options import define, settings_name
 from experiments.support.plots import line_plot, require_matplotlib
-from infty_diff.claimed import open_png
 from infty_diff.filter_file import parse_inv_snr
 from infty_diff.folder import parse_seeds, parse_size
 from metrics.evaluation import SCORES
 from metrics.resize import by
+from runtime.claimed import open_png
 from runtime.command import Command, readable_errors
 from runtime.files import write_json
 from runtime.run_dir import run_path

@@ -14,21 +14,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configs.schema import MOST_SAMPLES, MOST_SEED, MOST_SIDE
+from configs.schema import MOST_SAMPLES, MOST_SIDE, MOST_SEED
 from data.pixels import to_uint8
 from diffusion.coordinates import Size
 from diffusion.process import DiffusionProcess
 from diffusion.samplers import LastEstimate
-from infty_diff.claimed import claim_folder, is_marked, open_png, save_png, whole_png
 from infty_diff.model import InftyDiff
 from infty_diff.sampling import SamplingOptions
+from runtime.claimed import MANIFEST, SEED, claim_folder, is_marked, open_png, save_png, whole_png
 from runtime.files import write_atomic
 from runtime.lock import FolderLock
 from runtime.processes import ALONE, Processes
 from runtime.sheet import WIDTH, Row, save_sheet
 
 _DIGITS = 18  # of numbers that are converted
-_SEED = "seed"  # keyword in the header of a picture
 _SHEET_IMAGES = 64  # images on the contact sheet
 
 
@@ -77,7 +76,7 @@ def draw_folder(
     channels = model.config.data.channels
 
     def claim() -> tuple[str, list[int]]:
-        mark = claim_folder(out_dir, "manifest.json", {"settings": settings, "model": provenance})
+        mark = claim_folder(out_dir, MANIFEST, {"settings": settings, "model": provenance})
         return mark, [seed for seed in seeds if not _is_done(out_dir, seed, options, mark, channels)]
 
     with FolderLock(out_dir) if processes.is_rank_0 else contextlib.nullcontext():
@@ -124,7 +123,7 @@ def _draw_batch(model: InftyDiff, out_dir: Path, seeds: list[int], options: Fold
     for seed, raw, image in zip(seeds, mollified.cpu(), images):
         if options.save_raw:
             write_atomic(_raw_path(out_dir, seed), lambda path, raw=raw: _save_npy(path, raw))
-        save_png(out_dir / f"{seed:06d}.png", image, mark, {_SEED: str(seed)})
+        save_png(out_dir / f"{seed:06d}.png", image, mark, {SEED: str(seed)})
 
 
 def _raw_path(out_dir: Path, seed: int) -> Path:
@@ -141,7 +140,7 @@ def _is_done(out_dir: Path, seed: int, options: FolderOptions, mark: str, channe
     if options.save_raw and not _is_whole_raw(_raw_path(out_dir, seed), (channels, *options.size)):
         return False
     size, texts = whole_png(out_dir / f"{seed:06d}.png") or (None, {})
-    return size == tuple(options.size) and is_marked(texts, mark) and texts.get(_SEED) == str(seed)
+    return size == tuple(options.size) and is_marked(texts, mark) and texts.get(SEED) == str(seed)
 
 
 def _is_whole_raw(path: Path, shape: tuple[int, ...]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
+import logging
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,14 +18,14 @@ from configs.schema import ImageConfig
 from data.base import CHANNELS, digest
 from data.datasets import open_dataset
 from data.decoding import Decoder, one_line, with_channels
-from data.opening import check_regular, read_json
+from data.opening import check_regular, open_regular, read_json, size_and_end
 from data.sources import existing_path, open_source
 from diffusion.coordinates import Size
 from diffusion.mollifier import Mollifier
 from diffusion.random import Purpose, numpy_stream
+from runtime.claimed import MANIFEST, SHEETS, is_sample, mark_of
 
-_SAMPLE = re.compile(r"\d{6,}\.png")  # what infty_diff/folder.py writes, beside its contact sheet
-_SHEETS = ("contact_sheet.png", "sheet.png")  # what commands add to the images they write
+_log = logging.getLogger(__name__)
 
 
 class ImageSet(Protocol):
@@ -51,7 +51,7 @@ class ImageSet(Protocol):
 class ImageFolder:
     """The images of a folder or zip, sorted by name, at their own sizes.
 
-    Of a folder of samples (one with a manifest.json) only the samples are taken, not other pictures in it.
+    Of a folder of samples (one with their manifest.json) only those are taken; other pictures in it are counted.
     """
 
     def __init__(self, path: str, channels: int, field: str, limit: int | None = None) -> None:
@@ -66,13 +66,9 @@ class ImageFolder:
         """
         self._source, self.path, self._channels, self._field = open_source(path, field), str(path), channels, field
         self._decoder = Decoder(self._source, channels)
-        drawn = (self._source.path / "manifest.json").is_file()
-        wanted = [
-            i
-            for i, name in enumerate(self._source.names)
-            if (_SAMPLE.fullmatch(name) if drawn else Path(name).name not in _SHEETS)
-        ]
-        self._indices = _first(wanted, limit, path)
+        pictures = [i for i, name in enumerate(self._source.names) if Path(name).name not in SHEETS]
+        own = _own_samples(self._source.path, [self._source.names[i] for i in pictures], field)
+        self._indices = _first([i for i, is_own in zip(pictures, own) if is_own], limit, path)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -158,10 +154,12 @@ class MollifiedSamples:
 
     def __init__(self, path: str, mollifier: Mollifier, inv_snr: float, channels: int, limit: int | None) -> None:
         self.path, self._mollifier, self._inv_snr, self._channels = str(path), mollifier, inv_snr, channels
-        folder = existing_path(path, "samples") / "raw"
-        self._files = sorted(folder.glob("*.npy"))
-        if not self._files:
+        folder = existing_path(path, "samples")
+        files = sorted((folder / "raw").glob("*.npy"))
+        if not files:
             raise ValueError(f"samples is {path}, which has no raw/*.npy; accepted: samples drawn with save_raw")
+        own = _own_samples(folder, [f"{file.stem}.png" for file in files], "--samples")
+        self._files = [file for file, is_own in zip(files, own) if is_own]
         self._files = _first(self._files, limit, path)
 
     def __len__(self) -> int:
@@ -198,14 +196,34 @@ class MollifiedSamples:
         return self._files[i].name
 
     def fingerprint(self) -> str:
-        stats = ((path.name, path.stat()) for path in self._files)
-        return digest({"inv_snr": self._inv_snr}, (f"{name} {s.st_size}-{s.st_mtime_ns}" for name, s in stats))
+        items = (f"{path.name} {size_and_end(open_regular(path))}" for path in self._files)
+        return digest({"inv_snr": self._inv_snr}, items)
 
 
 def manifest_of(samples: Path) -> dict[str, Any] | None:
     """What a folder of samples says of itself, None for other folders."""
-    path = samples / "manifest.json"
+    path = samples / MANIFEST
     return read_json(path, dict, "the manifest of a folder of samples") if path.exists() else None
+
+
+def _own_samples(folder: Path, names: list[str], field: str) -> list[bool]:
+    """Which pictures were drawn into a folder, by its manifest; all of a folder without one.
+
+    Raises:
+        ValueError: when there are pictures, and none was.
+    """
+    manifest = manifest_of(folder)
+    if manifest is None or not {"settings", "model"} <= manifest.keys():
+        return [True] * len(names)
+    mark = mark_of(manifest)
+    own = [is_sample(folder / name, mark) for name in names]
+    if not any(own):
+        raise ValueError(f"{field}: {folder} has pictures, but none that its {MANIFEST} tells of; accepted: samples as "
+                         f"they were drawn, or without {MANIFEST} any pictures")  # fmt: skip
+    if not all(own):
+        others = [name for name, is_own in zip(names, own) if not is_own]
+        _log.warning("%s: left out %d pictures that were not drawn there, such as %s", folder, len(others), others[0])
+    return own
 
 
 def config_digest(config: Any) -> str:

@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import micro
 from configs.effects import training_only
@@ -15,8 +14,10 @@ from metrics.features import Extraction, features
 from metrics.frechet import frechet_distance, gaussian_of
 from metrics.images import DatasetImages, Mirrored
 from pictures import folder, zipped
+from runtime.claimed import claim_folder, save_png
 from test_commands import fails, run
 
+MANIFEST = {"settings": {"size": [16, 12]}, "model": {}}
 SCRIPT = "experiments/calculate_fid.py"
 
 
@@ -29,12 +30,13 @@ def place(tmp_path_factory):
     drawn = place / "drawn"
     (drawn / "raw").mkdir(parents=True)
     data = DatasetImages(micro.image(place), "train", 3)
+    mark = claim_folder(drawn, "manifest.json", MANIFEST)
     for i in range(6):
-        Image.fromarray(data[i]).save(drawn / f"{i:06d}.png")
+        save_png(drawn / f"{i:06d}.png", torch.from_numpy(data[i]).permute(2, 0, 1), mark, {"seed": str(i)})
         values = torch.from_numpy(data[i]).permute(2, 0, 1).float() / 127.5 - 1
         np.save(drawn / "raw" / f"{i:06d}.npy", values.numpy())
-    (drawn / "manifest.json").write_text('{"settings": {"size": [16, 12]}}')
     shutil.copy(drawn / "000000.png", drawn / "contact_sheet.png")
+    shutil.copy(place / "a" / "part0" / "0000.png", drawn / "000099.png")  # another's
     return place
 
 
@@ -78,7 +80,7 @@ def test_the_reference_of_a_configuration(place):
     report = json.loads(json_file.read_text())
     assert (report["num_samples"], report["num_reference"]) == (6, 24)
     assert report["reference"]["path"] == "data.name=functions split train" and len(report["config_sha256"]) == 64
-    assert report["samples"]["manifest"] == {"settings": {"size": [16, 12]}}
+    assert report["samples"]["manifest"] == MANIFEST
     assert report["precision"] == 1.0
 
 

@@ -17,7 +17,6 @@ from configs.schema import ImageConfig
 from data.datasets import open_dataset
 from diffusion.coordinates import Points
 from diffusion.samplers import SAMPLERS, Sampler
-from infty_diff.claimed import save_png
 from infty_diff.editing import InpaintOptions, inpaint
 from infty_diff.encodings import load_or_encode
 from infty_diff.folder import FolderOptions, contact_sheet, draw_folder, parse_seeds, parse_size
@@ -26,6 +25,7 @@ from infty_diff.model import InftyDiff, SamplingOptions
 from models.factory import build_latent_model
 from models.operators.sparse_conv import native
 from runtime.checkpoint import save_weights
+from runtime.claimed import save_png
 from runtime.precision import Precision
 
 FAST = SamplingOptions(steps="4")

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import shutil
 import sys
 import types
 
@@ -22,6 +23,7 @@ from metrics.frechet import frechet_distance, gaussian_of
 from metrics.images import DatasetImages, Mirrored, MollifiedSamples
 from metrics.resize import clean_resize, clip_resize
 from pictures import folder, images_of, noise, zipped
+from runtime.claimed import claim_folder, save_png
 
 CPU = torch.device("cpu")
 SIZES = [(224, 224), (299, 299), (16, 12), (301, 223), (128, 257)]
@@ -229,12 +231,26 @@ def test_sets_of_images(tmp_path):
     assert len({images.fingerprint(), turned.fingerprint(), half.fingerprint()}) == 3
 
 
-def test_of_a_folder_of_samples_only_the_samples_count(tmp_path):
-    for name in ("000000.png", "000001.png", "contact_sheet.png", "overview.png"):
+def test_of_a_folder_of_samples_only_the_samples_count(tmp_path, caplog):
+    for name in ("000000.png", "000001.png", "000002.png", "contact_sheet.png", "overview.png"):
         Image.fromarray(noise((6, 7), 1)).save(tmp_path / name)
-    assert len(images_of(tmp_path)) == 3
-    (tmp_path / "manifest.json").write_text("{}")
-    assert len(images_of(tmp_path)) == 2
+    assert len(images_of(tmp_path)) == 4
+    (tmp_path / "manifest.json").write_text("{}")  # another program's
+    assert len(images_of(tmp_path)) == 4
+    mark = claim_folder(tmp_path / "drawn", "manifest.json", {"settings": {}, "model": {}})
+    shutil.copy(tmp_path / "drawn" / "manifest.json", tmp_path)
+    with pytest.raises(ValueError, match=r"--samples: .* none that its manifest\.json tells of; accepted"):
+        images_of(tmp_path)
+    for name, seed in (("000001", "1"), ("000002", "1"), ("1234567", "1234567")):
+        save_png(tmp_path / f"{name}.png", torch.zeros(3, 6, 7, dtype=torch.uint8), mark, {"seed": seed})
+        (tmp_path / "raw").mkdir(exist_ok=True)
+        np.save(tmp_path / "raw" / f"{name}.npy", np.zeros((3, 6, 7), np.float32))
+    np.save(tmp_path / "raw" / "mine.npy", np.zeros((3, 6, 7), np.float32))
+    images, raw = images_of(tmp_path), MollifiedSamples(str(tmp_path), IDENTITY, 0.05, 3, None)
+    assert [*map(images.item_name, range(len(images)))] == ["000001.png", "1234567.png"]
+    assert [*map(raw.item_name, range(len(raw)))] == ["000001.npy", "1234567.npy"]
+    told = f"{tmp_path}: left out %d pictures that were not drawn there, such as %s"
+    assert caplog.messages == [told % (3, "000000.png"), told % (2, "000002.png")]
 
 
 def test_stored_kinds_of_pictures(tmp_path):

@@ -56,7 +56,7 @@ def restore(trainer: Any, state: Mapping[str, Any], where: str) -> None:
 
 
 def _data_of(trainer: Any) -> dict[str, Any]:
-    return {"fingerprint": trainer.stage.fingerprint, "examples": dict(trainer.stage.examples)}
+    return {"content": trainer.stage.fingerprint, "examples": dict(trainer.stage.examples)}
 
 
 def _check(
@@ -107,13 +107,14 @@ def _check(
 def _compare_data(state: Mapping[str, Any], where: str, data: Mapping[str, Any]) -> None:
     """Warn, with both counts, when the data that there are differ from those a state was trained on."""
     before = state.get("data")
-    if isinstance(before, dict) and before.get("fingerprint") != data["fingerprint"]:
+    told_by = "content" if isinstance(before, dict) and "content" in before else "examples"  # old states have dates
+    if isinstance(before, dict) and before.get(told_by) != data[told_by]:
         old, new = (
             ", ".join(f"{count:,} {name}" for name, count in part.get("examples", {}).items())
             for part in (before, data)
         )
         log.warning(
-            "the data have changed since %s: %s there, %s here (or other names, sizes or dates of files)",
+            "the data have changed since %s: %s there, %s here (or other names or files)",
             where,
             old,
             new,

@@ -14,7 +14,7 @@ from PIL import Image
 
 from data.opening import parse_json
 from data.pixels import to_pictures, to_uint8
-from infty_diff.claimed import claim_folder, is_marked, open_png, save_png, whole_png
+from runtime.claimed import claim_folder, is_marked, open_png, save_png, whole_png
 from runtime.files import to_json, write_json
 from runtime.lock import FolderLock
 from runtime.sheet import Row, save_sheet

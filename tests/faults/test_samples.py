@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 import micro
-from infty_diff.claimed import open_png, save_png, whole_png
 from infty_diff.folder import FolderOptions, draw_folder
 from infty_diff.latent_prior import LatentPrior
 from infty_diff.model import InftyDiff, SamplingOptions
 from models.factory import build_latent_model
+from runtime.claimed import open_png, save_png, whole_png
 from runtime.lock import FolderLock
 
 OPTIONS = FolderOptions((16, 12), SamplingOptions("2"), latent_steps="2", save_raw=True)

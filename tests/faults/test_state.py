@@ -270,6 +270,16 @@ def test_other_data_are_told_with_both_counts(root, caplog):
     assert "the data have changed" not in caplog.text
 
 
+def test_states_that_tell_data_by_dates_warn_of_other_counts_alone(root, caplog):
+    path = root / "micro/checkpoints/step_00000003.pt"
+    state = torch.load(path, weights_only=True)
+    state["data"] = {"fingerprint": "by dates", "examples": state["data"]["examples"]}
+    torch.save(state, path)
+    trainer = image_trainer(root, {"train.steps": 4})
+    trainer.run()
+    assert trainer.step == 4 and "the data have changed" not in caplog.text
+
+
 def test_fewer_steps_than_were_taken_change_nothing(root, caplog):
     before = content(root)
     with caplog.at_level(logging.INFO):

@@ -13,10 +13,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from data.pixels import to_pictures
-from diffusion.coordinates import Size
 from runtime.files import plain, write_atomic, write_json
 
-_MARK = "folder"  # keyword of the mark in the header of a picture
+MANIFEST = "manifest.json"  # of a folder of samples
+_MARK, SEED = "folder", "seed"  # keywords of the mark, and of the seed of a sample, in the header of a picture
 SHEETS = ("contact_sheet.png", "sheet.png")  # bear no mark
 
 
@@ -32,7 +32,7 @@ def claim_folder(out_dir: Path, name: str, wanted: dict[str, Any]) -> str:
     """
     path = out_dir / name
     wanted = plain(wanted)
-    mark = hashlib.sha256(json.dumps(wanted, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
+    mark = mark_of(wanted)
     if not path.exists():
         for picture in sorted(out_dir.glob("*.png")):
             found = None if picture.name in SHEETS else whole_png(picture)
@@ -56,6 +56,11 @@ def claim_folder(out_dir: Path, name: str, wanted: dict[str, Any]) -> str:
     return mark
 
 
+def mark_of(content: dict[str, Any]) -> str:
+    """The mark of the pictures of a folder, by the plain values in its JSON file."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
+
+
 def save_png(path: Path, image: torch.Tensor, mark: str, texts: Mapping[str, str]) -> None:
     """Write uint8 (C, H, W) as PNG, atomically, with the mark of its folder and texts by their keywords."""
     (picture,) = to_pictures(image[None])
@@ -65,7 +70,7 @@ def save_png(path: Path, image: torch.Tensor, mark: str, texts: Mapping[str, str
     write_atomic(path, lambda temporary: picture.save(temporary, format="png", pnginfo=info))
 
 
-def whole_png(path: Path) -> tuple[Size, dict[str, str]] | None:
+def whole_png(path: Path) -> tuple[tuple[int, int], dict[str, str]] | None:
     """The size (H, W) and the texts of a PNG if it is there and undamaged."""
     try:
         with open_png(path) as image:
@@ -79,6 +84,16 @@ def whole_png(path: Path) -> tuple[Size, dict[str, str]] | None:
 def is_marked(texts: Mapping[str, str], mark: str) -> bool:
     """Whether the texts of a picture bear the mark of a folder."""
     return texts.get(_MARK) == mark
+
+
+def is_sample(path: Path, mark: str) -> bool:
+    """Whether a picture was drawn into the folder of a mark for the seed in its name, by its header alone."""
+    try:
+        with open_png(path) as image:
+            texts = image.info
+    except (OSError, ValueError, SyntaxError):
+        return False
+    return is_marked(texts, mark) and str(texts.get(SEED)).zfill(6) == path.stem
 
 
 def open_png(path: Path) -> Image.Image:
