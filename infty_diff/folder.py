@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configs.schema import MOST_SAMPLES, MOST_SIDE, MOST_SEED
+from configs.schema import MOST_SAMPLES, MOST_SEED, MOST_SIDE
 from data.pixels import to_uint8
 from diffusion.coordinates import Size
 from diffusion.process import DiffusionProcess

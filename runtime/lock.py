@@ -57,10 +57,21 @@ class FolderLock:
         _held.add(self._file)
         return self
 
-    def _lock(self, file: int) -> bool:
-        """Lock an open file and write the holder into it; false if it was removed meanwhile."""
+    def check(self) -> None:
+        """Raise ValueError, as on entry, when another process is in the folder; nothing is made or locked."""
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        try:
+            self._flock(file, fcntl.LOCK_SH)
+        finally:
+            os.close(file)
+
+    def _flock(self, file: int, kind: int) -> bool:
+        """Lock an open file; false where the file system has no locks, ValueError where another process holds it."""
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _BUSY:
                 holder = os.read(file, 500).decode(errors="replace").strip() or "another process"
@@ -68,6 +79,12 @@ class FolderLock:
                     f"{self.folder}: in use by {holder}; accepted: another folder, or the same once that has ended"
                 ) from None
             _log.warning("%s: no lock (%s), so nothing keeps a second command out", self.folder, error.strerror)
+            return False
+        return True
+
+    def _lock(self, file: int) -> bool:
+        """Lock an open file and write the holder into it; false if it was removed meanwhile."""
+        if not self._flock(file, fcntl.LOCK_EX):
             return True
         try:
             if os.stat(self._path).st_ino != os.fstat(file).st_ino:

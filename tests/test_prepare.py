@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from PIL import Image
 
 import micro
 from configs.validate import ConfigError
+from faults.lines import snapshot
 from pictures import noise
+from runtime.lock import FolderLock
 from runtime.processes import ALONE
 from test_commands import ENCODER, PRIOR, flags, run
 from test_training import image_trainer
@@ -84,6 +87,13 @@ def test_a_dry_run_prints_the_configuration_and_writes_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)["config"]
     assert printed == json.loads(json.dumps(dataclasses.asdict(micro.image(tmp_path)))) and not list(tmp_path.iterdir())
+
+    with FolderLock(tmp_path / "micro"):
+        before = snapshot(tmp_path)
+        done = run(["train_inf_ae_diffusion.py", *image, "--dry_run"])
+        assert done.returncode == 2 and f"micro: in use by process {os.getpid()} on " in done.stderr, done.stderr
+        assert snapshot(tmp_path) == before
+    (tmp_path / "micro").rmdir()
 
     prior = flags("config", PRIOR, micro.overrides(tmp_path, micro.LATENT))
     done = run(["train_latent_diffusion.py", *prior, *flags("decoder_config", ENCODER, {"run.root_dir": tmp_path}),

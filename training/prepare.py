@@ -17,6 +17,7 @@ from data.loader import index_batches
 from diffusion.factory import build_image_process, build_latent_process
 from infty_diff.model import InftyDiff
 from models.factory import build_denoiser, build_encoder, build_latent_model
+from runtime.lock import FolderLock
 from runtime.precision import Precision, pick_device
 from runtime.processes import Processes
 from runtime.run_dir import RunDir
@@ -142,6 +143,9 @@ def _common(
         precision = Precision.create(pick_device(config.run.device), config.train.amp, config.train.amp_dtype)
     with faults.noted():
         run_dir = RunDir(config, resume=config.train.load_checkpoint)
+    with faults.noted():
+        if processes.is_rank_0:
+            FolderLock(run_path(config)).check()
     with faults.noted():
         size, ranks = config.train.batch_size, {"rank": processes.rank, "world_size": processes.world_size}
         index_batches(1, size, seed=0, **ranks)
