@@ -87,6 +87,11 @@ class ImageFiles:
             raise IndexError(f"image {i} of {len(self)}")
         return self._decode_or_next(i) if self.pixels is None else self.pixels[i]
 
+    def decoded(self, i: int) -> torch.Tensor:
+        """Image i itself, read anew; ValueError where it is damaged, also with on_error="skip"."""
+        encoded = stored_bytes(self._source, self._indices[i])
+        return decode_image(encoded, self.size, self.channels, self._decoder.white)
+
     def item_name(self, i: int) -> str:
         return self._source.names[self._indices[i]]
 
@@ -140,7 +145,7 @@ class ImageFiles:
         for offset in range(len(self)):
             index = self._indices[(i + offset) % len(self)]
             try:
-                return decode_image(stored_bytes(self._source, index), self.size, self.channels, self._decoder.white)
+                return self.decoded((i + offset) % len(self))
             except ValueError as error:
                 message = f"{self._source.path}: {self._source.names[index]} {one_line(error)}"
                 if self._on_error == "raise":

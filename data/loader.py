@@ -156,25 +156,35 @@ def _leave_signals_to_the_main_process(_: int) -> None:
 
 def _read(dataset: ImageDataset, chosen, num_workers: int, pin_memory: bool) -> Iterator[torch.Tensor]:
     workers = 0 if dataset.pixels is not None else num_workers
+    return from_workers(_Batches(dataset), chosen, workers, pin_memory)
+
+
+def from_workers(items: Dataset, chosen, num_workers: int, pin_memory: bool = False) -> Iterator:
+    """The chosen items of a map-style data set, in order, made by other processes or with 0 of them by this one.
+
+    Raises:
+        ValueError: one that comes instead of an item.
+        ChildProcessError: when a process dies.
+    """
     # A generator of its own: the loader would else draw from the global one.
     loader = DataLoader(
-        _Batches(dataset),
+        items,
         batch_size=None,
         sampler=chosen,
-        num_workers=workers,
+        num_workers=num_workers,
         pin_memory=pin_memory and torch.cuda.is_available(),
         generator=stream(0, Purpose.READERS),
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=4 if num_workers else None,
         worker_init_fn=_leave_signals_to_the_main_process,
     )
-    batches = iter(loader)
-    if workers and threading.current_thread() is threading.main_thread():
+    made = iter(loader)
+    if num_workers and threading.current_thread() is threading.main_thread():
         # PyTorch's handler raises wherever the main thread is when a worker dies, in the middle of a step too. Without
         # it the loader notices when it is asked for the next batch.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     while True:
         try:
-            batch = next(batches)
+            item = next(made)
         except StopIteration:
             return
         except RuntimeError as error:
@@ -183,6 +193,7 @@ def _read(dataset: ImageDataset, chosen, num_workers: int, pin_memory: bool) -> 
             raise ChildProcessError(
                 "a process that reads images died, perhaps for want of memory; accepted: fewer data.num_workers"
             ) from error
-        if isinstance(batch, ValueError):
-            raise batch
-        yield batch
+        if isinstance(item, ValueError):
+            del made, loader  # which ends the processes
+            raise item
+        yield item

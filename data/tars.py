@@ -68,7 +68,10 @@ class TarSource:
         if left_out:
             kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common())
             _log.warning("%s: left out images that are no files (%s)", path, kinds)
-        self.names = _one_of_a_key(path, image_names(path, names))
+        images = image_names(path, names)
+        self.names = one_of_a_key(images)
+        if len(self.names) < len(images):
+            _log.warning("%s: left out %d further images of samples that have one", path, len(images) - len(self.names))
         place = {name: i for i, name in enumerate(names)}
         order = np.fromiter((place[name] for name in self.names), np.int64, len(self.names))
         self._shard = np.repeat(np.arange(len(indices), dtype=np.int32), [len(i.names) for i in indices])[order]
@@ -178,17 +181,14 @@ def _full_names(shards: list[Path], names: list[list[str]]) -> list[str]:
     return list(itertools.chain.from_iterable(names))
 
 
-def _one_of_a_key(path: Path, names: list[str]) -> list[str]:
+def one_of_a_key(names: list[str]) -> list[str]:
     """Sorted names without those of a sample that has an image of one ending: webdataset keys end at the first dot."""
     keys = [name[: name.index(".", name.rfind("/") + 1)] for name in names]
     first: dict[str, str] = {}
     for key, name in zip(keys, names):
         if name.count(".", len(key)) == 1:
             first.setdefault(key, name)
-    kept = [name for key, name in zip(keys, names) if first.get(key, name) == name]
-    if len(kept) < len(names):
-        _log.warning("%s: left out %d further images of samples that have one", path, len(names) - len(kept))
-    return kept
+    return [name for key, name in zip(keys, names) if first.get(key, name) == name]
 
 
 @dataclass

@@ -85,7 +85,7 @@ class Command:
             level = logging.INFO if processes.is_rank_0 else logging.WARNING
             logging.basicConfig(level=level, format="%(message)s", force=True)
             dry = flags.FLAGS.dry_run
-            if dry and processes.is_rank_0:
+            if dry and processes.is_rank_0 and self.stages:
                 plain = {name: asdict(config) for name, config in self.configs.items()}
                 show([json.dumps(plain, indent=2, allow_nan=False)])
             for name, run in self._runs.items():
@@ -197,6 +197,8 @@ class Command:
 
     def _help(self, files: dict[str, str], overrides: list[tuple[str, str, str]], full: bool) -> list[str]:
         lines = [self.doc.strip(), "", "flags:", *flag_lines([*self.stages, "dry_run"])]
+        if not self.stages:
+            return lines
         if not full:
             return [*lines, "", "Fields of configurations: --helpfull, with --config=FILE for the values of that file."]
         for name, stage in self.stages.items():

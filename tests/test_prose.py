@@ -110,7 +110,8 @@ def test_fields_exist_and_take_their_values(page):
 # The changelog names flags that are gone.
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
 def test_flags_exist(page):
-    commands = [path for room in ("experiments", "benchmarks", "tests/faults") for path in ROOT.glob(f"{room}/*.py")]
+    rooms = ("experiments", "benchmarks", "tests/faults")
+    commands = [ROOT / "data/prepare.py", *(path for room in rooms for path in ROOT.glob(f"{room}/*.py"))]
     everywhere = defined_flags(*SHARED, *commands)
     for flag in _FLAG.findall(code(page)):
         name = flag if flag in everywhere else flag.removeprefix("no")
@@ -120,7 +121,7 @@ def test_flags_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_have_their_flags(page):
     for line in "\n".join(blocks(page)).splitlines():
-        script = re.search(r"(?<![\w/])((?:experiments|benchmarks)/\w+\.py|train_\w+\.py)(.*)", line)
+        script = re.search(r"(?<![\w/])((?:experiments|benchmarks)/\w+\.py|data/prepare\.py|train_\w+\.py)(.*)", line)
         if not script:
             continue
         own = defined_flags(ROOT / script[1], *SHARED) | CONFIGS | HELP
@@ -131,6 +132,7 @@ def test_commands_have_their_flags(page):
 def test_every_command_configuration_and_room_is_described():
     text = "\n".join(page.read_text() for page in PAGES)
     scripts = [*ROOT.glob("experiments/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("train_*.py")]
+    scripts.append(ROOT / "data/prepare.py")
     commands = {path.name for path in scripts if "__main__" in path.read_text()}
     models = {re.sub(r"(_latent)?_config$", "", path.stem) for path in ROOT.glob("configs/*_config.py")}
     models = {name for name in models if not name.startswith("ablation_")}

@@ -37,6 +37,7 @@ COMMANDS = {
     "experiments/import_reference_checkpoint.py": {"config": _IMAGE},
     "benchmarks/train_step.py": {"config": _IMAGE},
     "benchmarks/sampling.py": {"config": _IMAGE},
+    "data/prepare.py": {},
 }
 _STEPS = ("0", "-1", "nan", "1e300", "text", "", str(2**63), "1,", "ddim0", "ddim3.5", "logsnr", "logsnr99999999999")
 _SEEDS = ("0-999999999999", "-1", "5-2", "nan", "", "1,,2", str(2**63), f"0-{2**63}", "1" * 5000, "0-9x", "१-")
@@ -69,6 +70,12 @@ _TEXTS = {
     "device": ("gpu9", "cuda:-1", "cuda:99", "", "cuda:nan"),
     "sampler": ("", "DDIM", "nan"),
     "split": ("", "test"),
+    "source": (*_PATHS, "", "nowhere", "*.tar", "{0..999999999}", "{a,b}/*.tar", "/dev/zero"),
+    "out": (*_PATHS, "", "x.tar", "."),
+    "size": _SIZES,
+    "channels": ("", "2", "nan"),
+    "on_error": ("", "ignore"),
+    "verify": ("perhaps",),
 }
 _CONFIGS = {  # files of configurations that do not give one
     "raises": "raise RuntimeError('two\\nlines')",
@@ -174,14 +181,15 @@ def table(scratch: Path) -> Iterator[tuple[list[str], str]]:
     for argument in field_faults(ImageConfig, "decoder_config"):
         yield [script, *good(script, scratch), argument], _name(argument)
     for script, files in COMMANDS.items():
-        name, file = next(iter(files.items()))
-        for arguments in broken(name, file):
-            given = good(script, scratch, without=name if len(arguments) < 2 else "")
-            yield [script, *given, *arguments], _name(arguments[-1]) if arguments else name
         for argument in flag_faults(script):
             yield [script, *good(script, scratch), argument], _name(argument)
-        for config in _CONFIGS:
-            yield [script, *good(script, scratch, without=name), f"--{name}={scratch / 'configs' / config}.py"], name
+        for name, file in list(files.items())[:1]:
+            for arguments in broken(name, file):
+                given = good(script, scratch, without=name if len(arguments) < 2 else "")
+                yield [script, *given, *arguments], _name(arguments[-1]) if arguments else name
+            for config in _CONFIGS:
+                broken_config = f"--{name}={scratch / 'configs' / config}.py"
+                yield [script, *good(script, scratch, without=name), broken_config], name
 
 
 def _name(argument: str) -> str:
@@ -215,6 +223,7 @@ _GOOD = {  # what each script needs beside its configurations, {s} = the scratch
     "experiments/import_reference_checkpoint.py": "--checkpoint={s}/missing",
     "benchmarks/train_step.py": "--repeats=1 --warmup=1",
     "benchmarks/sampling.py": "--repeats=1",
+    "data/prepare.py": "--source={s}/pictures --out={s}/made --size=8",
 }
 
 
