@@ -1,4 +1,4 @@
-"""Photographs of garments in a folder or zip at 64x64: data.root_dir says where."""
+"""Photographs of garments in a folder, zip or tar at 64x64: data.root_dir says where."""
 
 from configs.small_models import small_image_config
 

@@ -60,7 +60,7 @@ class RunConfig:
 @dataclass(frozen=True)
 class DataConfig:
     name: str = option("functions", "kind of data", choices=DATASETS, shapes=True)
-    root_dir: str = option("", "folder, zip, LMDB or .npz of the images; unused for procedural functions")
+    root_dir: str = option("", "folder, zip, tars, LMDB or .npz of the images; unused for procedural functions")
     img_size: int = option(256, "height of the training images in pixels", low=4, high=MOST_SIDE, shapes=True)
     img_width: int = option(
         256, "width of the training images in pixels", low=4, high=MOST_SIDE, derived="data.img_size", shapes=True

@@ -3,11 +3,13 @@
 | data.name | root_dir | training | validation |
 |---|---|---|---|
 | functions | unused | functions 0 ... num_images-1 of data.seed | val_ratio·num_images others |
-| folder | folder or zip | all others | about val_ratio of the images, by a hash of their names |
-| ffhq | folder or zip | image number < 60000 | image number >= 60000 |
+| folder | images | all others | about val_ratio of the images, by a hash of their names |
+| ffhq | images | image number < 60000 | image number >= 60000 |
 | fashion_mnist | .npz, or folder of the idx file | all others of its training images | as for folder |
-| celeba | folder (split.json beside the images is used if present) or zip | number < 27000 | number >= 27000 |
-| churches | LSUN's LMDB folders, or one LMDB, folder or zip | church_outdoor_train | church_outdoor_val |
+| celeba | images; split.json beside them is used if present | number < 27000 | number >= 27000 |
+| churches | LSUN's LMDB folders, or one LMDB, or images | church_outdoor_train | church_outdoor_val |
+
+Images are a folder, a zip, a tar, or several tars: those in a folder without images, or of a pattern.
 
 This is data.split=published. Where a published split cannot be made (numbers of one side only, say a subset of FFHQ,
 or a church folder without LSUN's two databases), the rule of `folder` holds and a line in the log says so. The number

@@ -3,12 +3,13 @@
     python experiments/calculate_fid.py --samples=checkpoints/ffhq_mollified_256_sampler/samples/256x256_ddim100 \\
         --config configs/ffhq_256_config.py --config.data.root_dir=ffhq.zip
 
-The reference is the data set of --config, or any folder or zip given as --reference. Where the run of --config exists,
-it is the data which that run was trained on; data.root_dir says where they lie. Weights come from the usual caches of
-torch and open_clip, are downloaded, or are given by --weights. Those of --model=efficientnet_lite0 come with a package
-of the extra `eval`; --model=random_features needs none, and measures nothing but that everything works. Features of the
-reference are kept in --cache_dir. The report is printed and written as JSON, by default into the folder of the samples.
-Beside the distance it has its floor, that of as many real images. Under torchrun rank 0 does the work.
+The reference is the data set of --config, or any folder, zip or tar given as --reference. Where the run of --config
+exists, it is the data which that run was trained on; data.root_dir says where they lie. Weights come from the usual
+caches of torch and open_clip, are downloaded, or are given by --weights. Those of --model=efficientnet_lite0 come with
+a package of the extra `eval`; --model=random_features needs none, and measures nothing but that everything works.
+Features of the reference are kept in --cache_dir. The report is printed and written as JSON, by default into the
+folder of the samples. Beside the distance it has its floor, that of as many real images. Under torchrun rank 0 does
+the work.
 
 --protocol=clean (default) takes the PNGs as they are, and the images of the training split unmirrored.
 --protocol=reference does what the authors do: mollified samples (--save_raw) as float16, Wiener-filtered here and

@@ -49,7 +49,7 @@ class ImageSet(Protocol):
 
 
 class ImageFolder:
-    """The images of a folder or zip, sorted by name, at their own sizes.
+    """The images of a folder, zip or tar, sorted by name, at their own sizes.
 
     Of a folder of samples (one with their manifest.json) only those are taken; other pictures in it are counted.
     """
@@ -57,7 +57,7 @@ class ImageFolder:
     def __init__(self, path: str, channels: int, field: str, limit: int | None = None) -> None:
         """
         Args:
-            path: folder or zip.
+            path: folder, zip or tar.
             channels: of the images given out, whatever is stored.
             field: what a user calls this path, for messages.
             limit: take the first so many.

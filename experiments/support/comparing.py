@@ -26,9 +26,9 @@ def define_flags(compared: str, encoder: str) -> None:
         encoder: what the encoder of --encoder_run is for.
     """
     define("device", "cache_dir", "weights", "encoder_run_weights")
-    flags.DEFINE_string("samples", None, "folder or zip of samples")
+    flags.DEFINE_string("samples", None, "folder, zip or tar of samples")
     flags.DEFINE_string("encoder_run", None, f"stage-one run whose encoder {encoder}")
-    flags.DEFINE_string("reference", None, f"folder or zip of {compared} images, instead of --config")
+    flags.DEFINE_string("reference", None, f"folder, zip or tar of {compared} images, instead of --config")
 
 
 def compare(configs: dict[str, Any], work: Callable[[ImageConfig | None, Path, torch.device], str]) -> None:
@@ -36,7 +36,7 @@ def compare(configs: dict[str, Any], work: Callable[[ImageConfig | None, Path, t
     with readable_errors():
         config: ImageConfig | None = configs.get("config")
         if not FLAGS.samples:
-            raise ValueError("--samples is missing; accepted: a folder or zip of images")
+            raise ValueError("--samples is missing; accepted: a folder, zip or tar of images")
         if (config is None) == (FLAGS.reference is None):
             raise ValueError("--reference, --config; accepted: exactly one of them")
         require_run_of_weights("encoder_run_weights", FLAGS.encoder_run)

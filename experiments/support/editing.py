@@ -32,7 +32,7 @@ def define_flags(num_images: int | None, default_size: str = "the training size"
 
 def define_input_flags(num_images: int | None) -> None:
     """Which images are taken."""
-    flags.DEFINE_string("input", None, "image, folder or zip of images of any size; default: --split of the data set")
+    flags.DEFINE_string("input", None, "image, or folder, zip or tar of images; default: --split of the data set")
     flags.DEFINE_enum("split", "val", ("train", "val"), "split of the data set, without --input")
     if num_images is not None:
         flags.DEFINE_integer("num_images", num_images, "take at most so many images", **between(1, 10**7))

@@ -44,10 +44,10 @@ class Inputs:
 
 
 def open_inputs(path: str | None, data: DataConfig, size: Size, count: int, split: str = "val") -> Inputs:
-    """The first images of a file, folder or zip, or without one of a split of the data set.
+    """The first images of a file, folder, zip or tar, or without one of a split of the data set.
 
     Args:
-        path: an image, a folder or a zip of images of any sizes; None for the data set.
+        path: an image, or a folder, zip or tar of images of any sizes; None for the data set.
         data: of the model; its channels count in any case.
         size: (H, W) that images are cropped centrally and reduced to.
         count: at most so many.
@@ -83,7 +83,7 @@ def open_inputs(path: str | None, data: DataConfig, size: Size, count: int, spli
 def _open_source(path: str) -> ImageSource:
     where = Path(path).expanduser()
     if not path or not where.exists():
-        raise ValueError(f"--input is {path}: nothing there; accepted: an image, a folder or a zip of images")
+        raise ValueError(f"--input is {path}: nothing there; accepted: an image, or a folder, zip or tar of images")
     if where.is_dir() or (where.is_file() and not is_image_name(where.name)):
         return open_source(where, "--input")
     return FileSource(where)

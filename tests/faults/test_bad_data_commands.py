@@ -1,6 +1,7 @@
 """Commands that are given files of the wrong kind: status 2, one line that names the file, nothing written, no wait."""
 
 import os
+import tarfile
 import zipfile
 
 import numpy as np
@@ -38,6 +39,19 @@ def bomb(place):
         member.write(bytes(1 << 20))
 
 
+def cut_shard(place):
+    place.mkdir()
+    with tarfile.open(place / "s-0.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("a.png"))
+    os.truncate(place / "s-0.tar", 700)
+
+
+def compressed_shard(place):
+    place.mkdir()
+    with tarfile.open(place / "s-0.tar.gz", "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("a.png"))
+
+
 def directory_of_rubbish(place):
     with zipfile.ZipFile(place, "w") as archive:
         archive.writestr("a.png", b"x" * 100)
@@ -61,7 +75,8 @@ def split(place):
 
 FAULTS = {
     "folder": [(eps, "z.png"), (pipe_in_folder, "b.png"), (endless, "b.png"), (os.mkfifo, "named pipe"),
-               (bomb, "a.png"), (directory_of_rubbish, "set"), (lambda place: place.write_bytes(b"\xff" * 99), "set")],
+               (bomb, "a.png"), (directory_of_rubbish, "set"), (lambda place: place.write_bytes(b"\xff" * 99), "set"), (cut_shard, "s-0.tar is a tar cut short"),
+               (compressed_shard, "s-0.tar.gz is compressed")],
     "churches": [(cut_database, "cut short")],
     "celeba": [(split, "split.json")],
     "fashion_mnist": [(os.mkfifo, "named pipe"), (lambda place: place.symlink_to("/dev/zero"), "a device"),
