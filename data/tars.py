@@ -37,6 +37,7 @@ _FILES, _FOLDERS = b"\x0007", b"5DV"  # kinds of members
 _LEFT_OUT = {b"1": "hard links", b"2": "symbolic links", b"3": "devices", b"4": "devices", b"6": "pipes",
              b"S": "sparse files", b"M": "parts of files"}  # fmt: skip
 _EMPTY = b"123456"  # hold no data, whatever size they name
+_EXTENSIONS = b"LKxXg"  # hold names and fields of what follows
 _LONGEST = 1 << 20  # bytes of a name, and of what extends a header
 _AFTER_END = 20 * _BLOCK  # archives are filled with zeros up to a multiple of this
 _MOST_SHARDS = 100_000
@@ -241,8 +242,8 @@ def _members(file: int, end: int) -> Iterator[tuple[bytes, str, int, int]]:
             return
         if not _is_header(block):
             raise ValueError(f"has no header of a tar archive at byte {at}; accepted: an undamaged uncompressed tar")
-        kind = block[156:157]
-        size = _decimal(fields[b"size"], at) if b"size" in fields else _octal(block[124:136], at)
+        kind, extends = block[156:157], block[156] in _EXTENSIONS
+        size = _octal(block[124:136], at) if extends or b"size" not in fields else _decimal(fields[b"size"], at)
         at += _BLOCK
         more = kind == b"S" and block[482]
         while more:  # the map of a sparse file goes on
@@ -251,7 +252,7 @@ def _members(file: int, end: int) -> Iterator[tuple[bytes, str, int, int]]:
         size = 0 if kind in _EMPTY else size
         if at + size > end:
             raise ValueError(f"is a tar cut short, at {end} of {at + size} bytes or more; accepted: a whole one")
-        if kind in b"LKxXg":
+        if extends:
             if size > _LONGEST:
                 raise ValueError(f"has a header of {size} bytes at byte {at}; accepted: at most {_LONGEST}")
             if kind == b"L":

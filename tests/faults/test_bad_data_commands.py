@@ -75,8 +75,8 @@ def split(place):
 
 FAULTS = {
     "folder": [(eps, "z.png"), (pipe_in_folder, "b.png"), (endless, "b.png"), (os.mkfifo, "named pipe"),
-               (bomb, "a.png"), (directory_of_rubbish, "set"), (lambda place: place.write_bytes(b"\xff" * 99), "set"), (cut_shard, "s-0.tar is a tar cut short"),
-               (compressed_shard, "s-0.tar.gz is compressed")],
+               (bomb, "a.png"), (directory_of_rubbish, "set"), (lambda place: place.write_bytes(b"\xff" * 99), "set"),
+               (cut_shard, "s-0.tar is a tar cut short"), (compressed_shard, "s-0.tar.gz is compressed")],
     "churches": [(cut_database, "cut short")],
     "celeba": [(split, "split.json")],
     "fashion_mnist": [(os.mkfifo, "named pipe"), (lambda place: place.symlink_to("/dev/zero"), "a device"),
