@@ -26,6 +26,7 @@ from infty_diff.images import Images, as_images, as_size
 from infty_diff.latent_prior import LatentPrior
 from infty_diff.loading import from_runs, inverse_snr, provenance, save
 from infty_diff.sampling import SamplingOptions
+from infty_diff.values import evaluate
 from models.sparse_encoder import SparseEncoder
 from models.sparse_unet import SparseUNet
 from runtime.precision import Precision, pick_device
@@ -257,6 +258,7 @@ class InftyDiff:
     super_resolution = super_resolve
     inpaint = inpaint
     interpolate = interpolate
+    evaluate = evaluate
 
     def _latents(self, latents: torch.Tensor) -> torch.Tensor:
         latents = torch.as_tensor(latents, dtype=torch.float32, device=self.device)
