@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import torch
 
+from diffusion.by_frequency import bands
 from diffusion.cosine import dct, on_rows
 from diffusion.mollifier import InverseSnr, Mollifier
 
-_FINEST_SPACING = 1 / 32
 # The correlation of n independent pairs has a standard deviation of 1 / √n, and exceeds four of them by chance once in
 # thirty thousand.
 _SIGNIFICANT = 4.0
@@ -34,14 +34,9 @@ class InverseSnrFit:
         if mollifier.identity:
             raise ValueError("mollifier sigma is 0; accepted: above 0, else there is nothing to undo")
         self._gain = mollifier.gain(mollifier.train_size)
-        frequency = mollifier.frequencies(mollifier.train_size)
-        self.spacing = max(2 / min(mollifier.train_size), _FINEST_SPACING)
-        position = frequency / self.spacing
-        bands = torch.arange(int(position.max()) + 1, dtype=torch.float64)
-        # Each mode counts in the two bands beside it, the nearer the more.
-        self._weights = (1 - (position.flatten() - bands[:, None]).abs()).clamp(min=0)
+        self.spacing, self._weights = bands(mollifier.frequencies(mollifier.train_size), mollifier.train_size)
         self._size, self._images = mollifier.train_size, 0
-        self._sums = torch.zeros(5, len(bands), dtype=torch.float64)  # over images and the frequencies of each band
+        self._sums = torch.zeros(5, len(self._weights), dtype=torch.float64)  # over images and the modes of a band
 
     def add(self, images: torch.Tensor, mollified: torch.Tensor) -> None:
         """Count images (B, C, H, W) and their mollified reconstructions, at the training resolution."""

@@ -9,33 +9,13 @@ from functools import lru_cache, partial
 
 import torch
 
+from diffusion.by_frequency import ByFrequency
 from diffusion.coordinates import Size, size_of
 from diffusion.cosine import CACHED_MATRICES, FFT_FROM, cosine_matrix, dct, idct, on_rows, times_matrix
 
 
-@dataclass(frozen=True)
-class InverseSnr:
-    """The ratio of noise to signal amplitudes in mollified images, by frequency (see `Mollifier.frequencies`).
-
-    spacing: between the frequencies 0, spacing, 2 · spacing, … of the values, above 0.
-    values: the ratios there, above 0. Between them logarithms are linear; beyond the last it stays as it is.
-    """
-
-    spacing: float
-    values: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not 0 < self.spacing < math.inf:
-            raise ValueError(f"spacing is {self.spacing}; accepted: a finite number above 0")
-        if not self.values or not all(0 < value < math.inf for value in self.values):
-            raise ValueError(f"values are {self.values}; accepted: finite numbers above 0, at least one")
-
-    def at(self, frequency: torch.Tensor) -> torch.Tensor:
-        """The ratio at frequencies ≥ 0, float64 of their shape, on the CPU."""
-        logs = torch.tensor([*self.values, self.values[-1]], dtype=torch.float64).log()
-        position = (frequency.double().cpu() / self.spacing).clamp(max=len(self.values) - 1)
-        below = position.floor().long()
-        return torch.lerp(logs[below], logs[below + 1], position - below).exp()
+class InverseSnr(ByFrequency):
+    """The ratio of noise to signal amplitudes in mollified images, by frequency."""
 
 
 @dataclass(frozen=True)
