@@ -24,7 +24,6 @@ The table has the means over the models; the file has the numbers of each.
 import argparse
 import contextlib
 import dataclasses
-import math
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -43,8 +42,8 @@ from configs.validate import freeze
 from data.datasets import open_dataset
 from data.pixels import to_float
 from diffusion.coordinates import CONVENTIONS, Points, Size, points_to_image
-from diffusion.cosine import cosine_matrix, on_rows
 from diffusion.random import Purpose, seed_global, stream
+from diffusion.series import on_lattice
 from diffusion.subsets import draw_points
 from infty_diff.model import InftyDiff, SamplingOptions
 from models.operators.sparse_conv.backend import kernel_window
@@ -101,19 +100,9 @@ def drifts(model: InftyDiff, sizes: list[int], steps: str) -> list[float]:
 
     reference, found = at(side), []
     for n in sizes:
-        a, b = read_at(at(n), min(n, side)), read_at(reference, min(n, side))
+        a, b = (on_lattice(x, (min(n, side), min(n, side))) for x in (at(n), reference))
         found.append(((a - b).square().mean() / b.square().mean()).sqrt().item())
     return found
-
-
-def read_at(x: torch.Tensor, n: int) -> torch.Tensor:
-    """Images (B, C, m, m) at the n × n pixels of a coarser grid, by their cosine series."""
-    m = x.shape[-1]
-    k, place = torch.arange(m, dtype=torch.float64), (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    basis = torch.cos(math.pi * place[:, None] * k) * math.sqrt(2 / m)
-    basis[:, 0] *= math.sqrt(0.5)
-    reader = (basis @ cosine_matrix(m)).mT  # (m, n)
-    return on_rows(lambda rows: rows @ reader, x @ reader)
 
 
 @torch.no_grad()

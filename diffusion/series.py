@@ -62,6 +62,12 @@ def series_values(
     return torch.cat(parts, dim=-1).to(work.dtype)
 
 
+def on_lattice(samples: torch.Tensor, size: Size) -> torch.Tensor:
+    """Samples (B, C, H, W) read at the pixels of another lattice (h, w), by their cosine series."""
+    axes = [(torch.arange(n, dtype=torch.float64, device=samples.device) + 0.5) / n for n in size]
+    return series_values(samples, torch.cartesian_prod(*axes)).unflatten(-1, size)
+
+
 def _basis(places: torch.Tensor, n: int, count: int, order: int) -> torch.Tensor:
     """The order-th derivatives of φ_0 … φ_{count-1} of an axis of n samples at places (B, P): float64 (B, P, count).
 

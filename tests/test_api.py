@@ -320,6 +320,20 @@ def test_the_filter_needs_no_new_samples(model):
         assert torch.equal(model.deblur(mollified, inv_snr), expected)
 
 
+def test_values_of_functions_at_points(model):
+    """The samples themselves at their pixels, and with inv_snr the images; whatever holds the numbers."""
+    mollified = model.sample([3], (13, 29), FAST, latent_steps="4", deblur=False)
+    places = torch.cartesian_prod(*((torch.arange(n) + 0.5) / n for n in (13, 29))).clamp(0, 1)
+    for inv_snr, expected in ((None, mollified), (0.1, model.deblur(mollified, 0.1))):
+        found = model.evaluate(mollified.numpy(), places.numpy(), inv_snr=inv_snr)
+        torch.testing.assert_close(
+            found.reshape(expected.shape), expected, rtol=0, atol=2e-5 * float(expected.abs().max())
+        )
+    with pytest.raises(ValueError, match="unit square") as error:
+        model.evaluate(mollified, places + 1)
+    one_line(error)
+
+
 def test_interpolation_begins_and_ends_at_its_ends(model):
     done = []
     way = model.interpolate([3, 8], 3, FAST, size=(20, 14), done=lambda i, image: done.append(image))

@@ -8,7 +8,7 @@ import torch
 
 from diffusion import series
 from diffusion.mollifier import Mollifier
-from diffusion.series import series_values
+from diffusion.series import on_lattice, series_values
 from known_answers import coefficients, seeded
 
 SIZES = [(8, 8), (6, 11), (1, 7), (5, 1)]
@@ -67,6 +67,13 @@ def test_it_is_the_double_sum_and_passes_through_the_samples(size):
                 for i in range(rows) for j in range(cols)
             )  # fmt: skip
             assert float(found[b, 2, p]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_function_is_read_at_the_pixels_of_another_lattice():
+    """At ratios that are not whole, and coarser ones, which waves are read from all the same."""
+    for size, other in (((48, 9), (32, 5)), ((7, 8), (20, 33)), ((6, 7), (6, 7))):
+        here, there = (closed_form(lattice(n)).reshape(1, 1, *n) for n in (size, other))
+        torch.testing.assert_close(on_lattice(here, other), there, rtol=0, atol=1e-12)
 
 
 def test_it_commutes_with_the_mollifier_at_every_size():

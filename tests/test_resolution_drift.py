@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import torch
 
-from benchmarks.resolution_drift import WAYS, gain_changes, read_at, way_of
+from benchmarks.resolution_drift import WAYS, gain_changes, way_of
 from diffusion.coordinates import CONVENTIONS
 from forked import run
 from models.grid_unet import GridSpec
@@ -38,17 +38,6 @@ def test_a_missing_folder_is_refused():
     done = run_command("--quick", "--json=/no/such/folder/x.json")
     assert done.returncode == 2 and "accepted: a file in a folder that exists" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_functions_are_read_at_the_pixels_of_a_coarser_lattice():
-    """A product of cosines, which has one coefficient, at non-whole ratios too."""
-
-    def function(n: int) -> torch.Tensor:
-        place = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-        return (torch.cos(3 * torch.pi * place)[:, None] * torch.cos(2 * torch.pi * place))[None, None]
-
-    for m, n in ((48, 32), (32, 16), (40, 24), (16, 16)):
-        torch.testing.assert_close(read_at(function(m), n), function(n))
 
 
 def test_ways_differ_in_the_gain_of_constants():
