@@ -71,7 +71,7 @@ def evaluation(
     step = torch.full((batch,), 50, device=device)
     model = InftyDiff(config, nn.Identity(), network, precision=precision)  # nothing is encoded
     process = model.process.respaced("100")
-    denoise = model.denoiser_at(z, size, process)
+    denoise = model.denoiser_at(z, process)
     if guided:
         mask = torch.ones(size, dtype=torch.bool, device=device)
         mask[: size[0] // 2] = False

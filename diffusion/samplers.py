@@ -230,7 +230,7 @@ class Sampler:
 
     draw: the function. steps: its step subset where none is asked for. spacing: what comes before a mere number of
     steps, see `Schedule.respace`. always_noisy: whether it draws noise whatever eta is. takes_eta: whether it has a
-    keyword `eta`.
+    keyword `eta`. delta: where its denoiser is evaluated on a lattice that grows, δ of `diffusion.progressive`.
     """
 
     draw: SamplerFunction
@@ -238,6 +238,12 @@ class Sampler:
     spacing: str = ""
     always_noisy: bool = False
     takes_eta: bool = False
+    delta: float | None = None
+
+    @property
+    def grows(self) -> bool:
+        """Whether its denoiser is evaluated on a lattice that grows; it then needs the spectrum of the data."""
+        return self.delta is not None
 
     def step_spec(self, steps: str | int | None) -> str:
         """The step subset that `steps` stands for, None being the default."""
@@ -265,6 +271,8 @@ SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(ddim, steps="100", takes_eta=True),
     "ddpm": Sampler(ancestral, steps="100", always_noisy=True),
     "dpmpp": Sampler(dpmpp, steps="20", spacing="logsnr"),
+    "progressive": Sampler(ddim, steps="100", takes_eta=True, delta=0.05),
+    "progressive_dpmpp": Sampler(dpmpp, steps="20", spacing="logsnr", delta=0.05),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,9 @@ import torch
 
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.mollifier import InverseSnr
+from diffusion.samplers import SAMPLERS
 from infty_diff.filter_file import CALIBRATED, copy_filter, filter_path, load_filter
+from infty_diff.growing import data_spectrum, spectrum_digest, spectrum_facts, stored_spectrum
 from infty_diff.latent_prior import LatentPrior
 from infty_diff.sampling import SamplingOptions
 from infty_diff.shipped import IMAGE, LATENT, load_stage, resolve, save_stages
@@ -72,11 +75,12 @@ def from_runs(
     precision = Precision.create(where, config.train.amp, config.train.amp_dtype)
     sampling = SamplingOptions(**header.get("sampling", {}))
     trained = {stage: known["step"] for stage, known in headers.items() if "step" in known}
-    return cls(config, networks["encoder"], networks["denoiser"], prior, precision, sampling, trained, files)
+    known = precision, sampling, trained, files, stored_spectrum(header)
+    return cls(config, networks["encoder"], networks["denoiser"], prior, *known)
 
 
 def save(model: InftyDiff, folder: str | Path, *, half: bool = False) -> Path:
-    """Write a folder that `from_runs` loads: weights, configurations, `sampling`, and the calibrated filter if any.
+    """Write a folder that `from_runs` loads: weights, configurations, `sampling`, and filter and spectrum if any.
 
     Args:
         folder: a new or an empty one; it appears whole or not at all.
@@ -88,7 +92,8 @@ def save(model: InftyDiff, folder: str | Path, *, half: bool = False) -> Path:
     modules = {"encoder": model.encoder, "denoiser": model.denoiser}
     tensors = {f"{name}.{key}": v for name, module in modules.items() for key, v in module.state_dict().items()}
     steps = {stage: {"step": step} for stage, step in model.trained.items()}
-    stages = {IMAGE: (model.config, tensors, {"sampling": asdict(model.sampling), **steps.get("image", {})})}
+    facts = {"sampling": asdict(model.sampling), **spectrum_facts(partial(data_spectrum, model))}
+    stages = {IMAGE: (model.config, tensors, {**facts, **steps.get("image", {})})}
     if model.prior is not None:
         stages[LATENT] = (model.prior.config, model.prior.to_tensors(), steps.get("latent", {}))
 
@@ -100,14 +105,16 @@ def save(model: InftyDiff, folder: str | Path, *, half: bool = False) -> Path:
 
 
 def provenance(model: InftyDiff, options: SamplingOptions) -> dict[str, str]:
-    """What identifies the model in a folder of results: name and SHA-256 of its files, the filter's if it is used.
+    """What identifies the model in a folder of results: name and SHA-256 of its files, and what else is used of it.
 
     Raises:
-        ValueError: when the options ask for a calibrated filter and none is stored with the weights.
+        ValueError: when the options ask for a calibrated filter, or a spectrum of the data, and there is none.
     """
     inverse_snr(model, options.inv_snr)
     known = {f"{stage}_run": file_digest(path) for stage, path in model.files.items()}
     known |= {f"{stage}_run_weights": path.name for stage, path in model.files.items()}
+    if SAMPLERS[options.sampler].grows:
+        known["spectrum"] = spectrum_digest(data_spectrum(model))
     if options.inv_snr == CALIBRATED:
         known["filter"] = file_digest(filter_path(model.files["image"]))
     return known

@@ -12,16 +12,26 @@ from torch import nn
 from tqdm import tqdm
 
 from configs.schema import ImageConfig
-from diffusion.coordinates import Points, Size, gather_points, image_to_points, points_to_image, validate_points
+from diffusion.coordinates import (
+    Points,
+    Size,
+    gather_points,
+    image_to_points,
+    points_to_image,
+    size_of,
+    validate_points,
+)
 from diffusion.factory import build_image_process
 from diffusion.mollifier import InverseSnr
 from diffusion.noise import function_noise
 from diffusion.process import Denoised, Denoiser, DiffusionProcess
 from diffusion.random import Purpose, key
 from diffusion.samplers import SAMPLERS, Callback, Correction, LastEstimate, ddim_invert
+from diffusion.spectrum import Spectrum
 from infty_diff.cast_weights import cast_weights
 from infty_diff.editing import inpaint, interpolate, super_resolve
 from infty_diff.filter_file import parse_inv_snr
+from infty_diff.growing import data_spectrum, sampled_denoiser
 from infty_diff.images import Images, as_images, as_size
 from infty_diff.latent_prior import LatentPrior
 from infty_diff.loading import from_runs, inverse_snr, provenance, save
@@ -48,6 +58,7 @@ class InftyDiff:
         sampling: what methods take where they are given no options.
         trained: steps of training by stage, "image" and "latent", as far as known.
         files: the weights that it was loaded from, by stage, if it was.
+        spectrum: of the training data, if known; see `data_spectrum`.
     """
 
     def __init__(
@@ -60,18 +71,20 @@ class InftyDiff:
         sampling: SamplingOptions | None = None,
         trained: Mapping[str, int] | None = None,
         files: Mapping[str, Path] | None = None,
+        spectrum: Spectrum | None = None,
     ) -> None:
         self.config, self.prior, self.trained, self.files = config, prior, dict(trained or {}), dict(files or {})
         self.encoder, self.denoiser = encoder.eval(), denoiser.eval()
         self.process = build_image_process(config)
         self.precision, self._autocast = precision or Precision(self.device, None), precision is not None
-        self.sampling = sampling or SamplingOptions()
+        self.sampling, self.spectrum = sampling or SamplingOptions(), spectrum
         self.calibrated: InverseSnr | None = None  # the filter stored with the weights, once it was asked for
 
     from_runs = classmethod(from_runs)
     save = save
     provenance = provenance
     inverse_snr = inverse_snr
+    data_spectrum = data_spectrum
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +121,7 @@ class InftyDiff:
 
     def in_full_precision(self) -> InftyDiff:
         """The same networks without autocast."""
-        known = {"sampling": self.sampling, "trained": self.trained, "files": self.files}
+        known = {"sampling": self.sampling, "trained": self.trained, "files": self.files, "spectrum": self.spectrum}
         return InftyDiff(self.config, self.encoder, self.denoiser, self.prior, **known)
 
     def encode_distribution(
@@ -155,7 +168,7 @@ class InftyDiff:
         images, steps = as_images(images, self.channels, self.device), str(steps)
         latents = self.encode(images) if latents is None else self._latents(latents)
         process = self.process.respaced(steps)
-        denoise = self.denoiser_at(latents, tuple(images.shape[-2:]), process, clip=False)
+        denoise = self.denoiser_at(latents, process, clip=False)
         return ddim_invert(denoise, process.mollifier(images), process, stop=stop, callback=callback)
 
     @torch.no_grad()
@@ -197,7 +210,7 @@ class InftyDiff:
             )
         self.inverse_snr(options.inv_snr)  # what is missing must not wait for the last step
         process = self.process.respaced(options.steps)
-        denoise = self.denoiser_at(latents, tuple(noise.shape[-2:]), process, options.clip)
+        denoise = sampled_denoiser(self, latents, size_of(noise), process, options)
         denoise = denoise if guide is None else guide(denoise)
         last = LastEstimate(callback)
         draw = SAMPLERS[options.sampler].with_eta(options.eta)
@@ -303,18 +316,17 @@ class InftyDiff:
         ratio = self.inverse_snr(self.sampling.inv_snr if inv_snr is None else parse_inv_snr(inv_snr))
         return self.process.mollifier.inverse(x, ratio) if self.process.mollifier.kind == "dct" else x
 
-    def denoiser_at(self, latents: torch.Tensor, size: Size, process: DiffusionProcess, clip: bool = True) -> Denoiser:
-        """The denoiser of samplers: states (B, C, H, W) and steps t (B,) of a respaced process to estimates.
+    def denoiser_at(self, latents: torch.Tensor, process: DiffusionProcess, clip: bool = True) -> Denoiser:
+        """The denoiser of samplers: states (B, C, H, W) of any size and steps t (B,) of a process to estimates.
 
         Gradients are computed where a state requires them, as in guidance, and else not, whatever the caller's mode.
         """
-        points, latents = Points(size), latents.to(self.device)
-        denoiser = cast_weights(self.denoiser, self.precision.dtype)
+        latents, denoiser = latents.to(self.device), cast_weights(self.denoiser, self.precision.dtype)
 
         def network(x_t: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-            wanted = torch.is_grad_enabled() and x_t.requires_grad
+            wanted, points = torch.is_grad_enabled() and x_t.requires_grad, Points(size_of(x_t))
             with torch.set_grad_enabled(wanted), self.precision.autocast():
-                return points_to_image(denoiser(image_to_points(x_t), points, time, latents).float(), size)
+                return points_to_image(denoiser(image_to_points(x_t), points, time, latents).float(), points.size)
 
         return process.denoiser(network, clip)
 

@@ -234,7 +234,7 @@ def test_guidance_of_a_network_lowers_the_error_of_known_pixels(model):
     image, mask = smooth_image(size)[None], box(size, 5, 2, 6, 7)
     process = model.process.respaced("10")
     latents = model.encode(image)
-    denoise = model.denoiser_at(latents, size, process, clip=False)
+    denoise = model.denoiser_at(latents, process, clip=False)
     known = Known(image, mask, process, model.deblur)
     x, t = model.initial_noise([0], size), torch.tensor([4])
     guided = known.guided(denoise)(x, t)

@@ -142,7 +142,7 @@ def test_guidance_completes_the_hole_by_the_sharp_estimate(tmp_path):
     mask = torch.ones(size, dtype=torch.bool)
     mask[4:9, 3:8] = False
     image, process = picture(size).flip(-1), model.process.respaced("5")
-    denoise = model.denoiser_at(torch.zeros(1, 6), size, process, clip=False)
+    denoise = model.denoiser_at(torch.zeros(1, 6), process, clip=False)
 
     def refuse(x):
         raise AssertionError("filtered")

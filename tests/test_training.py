@@ -107,7 +107,7 @@ def test_run_folder_holds_what_the_contract_says(tmp_path):
     assert (path / "images" / "step_00000006.png").stat().st_size > 0
     assert checkpoint_steps(trainer.run_dir.checkpoints) == [6, 3]
     _, header = load_weights(path / "weights.safetensors")
-    assert header["config"]["model"]["nf"] == 8 and header["step"] == 6
+    assert header["config"]["model"]["nf"] == 8 and header["step"] == 6 and header["spectrum"]["decay"] > 0
 
 
 def test_training_beats_the_trivial_predictor(tmp_path):

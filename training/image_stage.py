@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from diffusion.samplers import LastEstimate
 from diffusion.subsets import draw_points
 from diffusion.transfer import to_device
 from infty_diff.cast_weights import cast_weights
+from infty_diff.growing import spectrum_facts, spectrum_of
 from infty_diff.model import InftyDiff, SamplingOptions
 from models.factory import build_denoiser, build_encoder
 from models.interpolation import interpolate_to_grid
@@ -72,6 +73,10 @@ class ImageStage:
             log.info("no images are held out (data.val_ratio=0): no val_loss, no %s", BEST_WEIGHTS)
         shown = val_set or train_set
         self.shown = to_float(torch.stack([shown[i % len(shown)] for i in range(config.train.sample_size)]))
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        return spectrum_facts(partial(spectrum_of, self.train_set, self.process.mollifier))
 
     def batches(self, seen: int) -> Iterator[torch.Tensor]:
         """Yield this process's uint8 images (B, C, H, W) of every step after `seen` images of all processes."""

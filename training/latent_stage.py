@@ -51,7 +51,7 @@ class LatentStage:
         self.train_set, self.test_set = latents.split(config.data.test_ratio)
         self.examples = {"latents": self.train_set.count, "held out": self.test_set.count}
         self.fingerprint = latents.fingerprint()
-        self.held_out = "test_loss"
+        self.held_out, self.facts = "test_loss", {}
         self.held_out_count = self.test_set.count
         self.held_out_steps = config.train.calculate_test_loss_steps if self.held_out_count else 0
         self.mean, self.std = latents.mean, latents.std

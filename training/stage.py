@@ -12,7 +12,7 @@ class Stage(Protocol):
 
     examples: what it trains on, for people, e.g. {"images": 900, "held out": 100}. fingerprint: a digest of them.
     held_out: name of the loss on held-out data in the log. held_out_steps: steps between two of them, 0 for none.
-    held_out_count: examples that it is of, 0 where nothing is held out.
+    held_out_count: examples that it is of, 0 where nothing is held out. facts: what the header of weights says besides.
     """
 
     modules: dict[str, nn.Module]
@@ -21,6 +21,7 @@ class Stage(Protocol):
     held_out: str
     held_out_steps: int
     held_out_count: int
+    facts: dict[str, Any]
 
     def batches(self, seen: int) -> Iterator[torch.Tensor]:
         """Yield this process's share of every batch after the first `seen` examples of all processes, without end."""

@@ -285,7 +285,7 @@ class Trainer:
         loss = stage.held_out_loss(self.ema.modules)
         if math.isfinite(loss) and loss < self.best.get("loss", math.inf):
             self.best = {"loss": loss, "step": self.step}
-            header = {**self._header(), stage.held_out: loss}
+            header = {**self._header(), **stage.facts, stage.held_out: loss}
             save_weights(self.run_dir.path / BEST_WEIGHTS, stage.weights(self.ema.modules), header)
         return {stage.held_out: loss}
 
@@ -321,7 +321,7 @@ class Trainer:
         if self._is_kept() and not row:
             files.append(numbered_weights(run, self.step))
         for file in files:
-            save_weights(file, self.stage.weights(self.ema.modules), self._header())
+            save_weights(file, self.stage.weights(self.ema.modules), {**self._header(), **self.stage.facts})
         if row:
             log.warning("the gradient was not finite in the last %d steps, up to step %d", row, self.step)
 

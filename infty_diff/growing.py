@@ -1,0 +1,86 @@
+"""Samplers whose lattice grows, and the spectrum of the data that they need: methods of `InftyDiff`."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from data.base import ImageDataset
+from data.datasets import open_dataset
+from data.pixels import to_float
+from diffusion.coordinates import Size
+from diffusion.mollifier import Mollifier
+from diffusion.process import Denoiser, DiffusionProcess
+from diffusion.progressive import progressive
+from diffusion.samplers import SAMPLERS
+from diffusion.spectrum import Spectrum, measure_spectrum
+from infty_diff.sampling import SamplingOptions
+
+if TYPE_CHECKING:
+    from infty_diff.model import InftyDiff
+
+log = logging.getLogger(__name__)
+_IMAGES = 256  # of the training data, whose spectrum is measured
+_TOGETHER = 32
+
+
+def data_spectrum(model: InftyDiff) -> Spectrum:
+    """The power spectrum of the training data: stored with the weights, or measured where the data are.
+
+    Raises:
+        ValueError: when there is neither, or the model has no mollifier.
+    """
+    if model.spectrum is None:
+        try:
+            # A few images are wanted: the whole set need not be decoded for them.
+            data = open_dataset(replace(model.config.data, in_memory="never"), "train")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the weights have no spectrum of their data, and it cannot be measured: {error}; accepted: the data, "
+                "for example with data.root_dir, or a sampler that needs no spectrum"
+            ) from None
+        model.spectrum = spectrum_of(data, model.process.mollifier)
+    return model.spectrum
+
+
+def spectrum_of(data: ImageDataset, mollifier: Mollifier) -> Spectrum:
+    """The spectrum of the first images of a data set; ValueError as `measure_spectrum`."""
+    count = min(_IMAGES, len(data))
+    chunks = (range(first, min(first + _TOGETHER, count)) for first in range(0, count, _TOGETHER))
+    return measure_spectrum((to_float(torch.stack([data[i] for i in chunk])) for chunk in chunks), mollifier)
+
+
+def spectrum_facts(found: Callable[[], Spectrum]) -> dict[str, Any]:
+    """What the header of weights says of the spectrum of their data; nothing where there is none.
+
+    found: returns it, or raises ValueError.
+    """
+    try:
+        return {"spectrum": asdict(found())}
+    except ValueError as error:
+        log.info("no spectrum for --sampler=progressive is stored: %s", error)
+        return {}
+
+
+def spectrum_digest(spectrum: Spectrum) -> str:
+    """SHA-256 of a spectrum, as hex."""
+    return hashlib.sha256(repr(spectrum).encode()).hexdigest()
+
+
+def stored_spectrum(header: Mapping[str, Any]) -> Spectrum | None:
+    """The spectrum in the header of weights, if it has one."""
+    known = header.get("spectrum")
+    return known and Spectrum(known["spacing"], tuple(known["values"]), known["decay"])
+
+
+def sampled_denoiser(
+    model: InftyDiff, latents: torch.Tensor, size: Size, process: DiffusionProcess, options: SamplingOptions
+) -> Denoiser:
+    """The denoiser that a sampler of the options takes, for states (B, C, H, W) of a size."""
+    denoise, delta = model.denoiser_at(latents, process, options.clip), SAMPLERS[options.sampler].delta
+    return denoise if delta is None else progressive(denoise, process, data_spectrum(model), size, delta)
