@@ -72,10 +72,15 @@ def spectrum_digest(spectrum: Spectrum) -> str:
     return hashlib.sha256(repr(spectrum).encode()).hexdigest()
 
 
-def stored_spectrum(header: Mapping[str, Any]) -> Spectrum | None:
-    """The spectrum in the header of weights, if it has one."""
+def stored_spectrum(header: Mapping[str, Any], file: object) -> Spectrum | None:
+    """The spectrum in the header of weights, if it has one; ValueError naming the file where it is none."""
     known = header.get("spectrum")
-    return known and Spectrum(known["spacing"], tuple(known["values"]), known["decay"])
+    if known is None:
+        return None
+    try:
+        return Spectrum(float(known["spacing"]), tuple(map(float, known["values"])), float(known["decay"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} has no spectrum ({error!r}); accepted: weights as they were written") from None
 
 
 def sampled_denoiser(

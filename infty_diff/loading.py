@@ -75,7 +75,7 @@ def from_runs(
     precision = Precision.create(where, config.train.amp, config.train.amp_dtype)
     sampling = SamplingOptions(**header.get("sampling", {}))
     trained = {stage: known["step"] for stage, known in headers.items() if "step" in known}
-    known = precision, sampling, trained, files, stored_spectrum(header)
+    known = precision, sampling, trained, files, stored_spectrum(header, files["image"])
     return cls(config, networks["encoder"], networks["denoiser"], prior, *known)
 
 

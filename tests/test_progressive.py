@@ -20,6 +20,7 @@ from diffusion.samplers import ancestral, ddim, dpmpp
 from diffusion.spectrum import Spectrum, measure_spectrum
 from forked import run
 from infty_diff.editing import InpaintOptions
+from infty_diff.growing import stored_spectrum
 from infty_diff.model import InftyDiff, SamplingOptions
 from known_answers import TRAIN_SIZE, coefficients, image, process_of, seeded
 from runtime.stored import read_header
@@ -171,6 +172,12 @@ def test_the_spectrum_of_fields(size):
     images[1, 0, 2, 2] = math.nan
     whole = measure_spectrum([images[[0, 2]]], Mollifier(1.0, (4, 4)))
     assert measure_spectrum([images], Mollifier(1.0, (4, 4))) == whole
+
+
+@pytest.mark.parametrize("broken", [3, {"spacing": 1}, {"spacing": 0.5, "values": ["x"], "decay": 2}, {"values": 2}])
+def test_a_broken_spectrum_in_a_header_is_named(broken):
+    with pytest.raises(ValueError, match=r"a\.safetensors has no spectrum .*accepted"):
+        stored_spectrum({"spectrum": broken}, "a.safetensors")
 
 
 @pytest.mark.parametrize(
