@@ -22,7 +22,11 @@ _MOST_DERIVED = 2
 
 
 def series_values(
-    samples: torch.Tensor, coordinates: torch.Tensor, order: tuple[int, int] = (0, 0), band: Size | None = None
+    samples: torch.Tensor,
+    coordinates: torch.Tensor,
+    order: tuple[int, int] = (0, 0),
+    band: Size | None = None,
+    sides: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The derivative ∂^(i+j) f / ∂y^i ∂x^j at points, by default the value f.
 
@@ -34,6 +38,8 @@ def series_values(
         coordinates: (P, 2) for all, or (B, P, 2): y, then x, both in [0, 1].
         order: (i, j), at most 2 together.
         band: (h, w): only coefficients k < h, l < w count, those that a lattice (h, w) has; all by default.
+        sides: (P, 2), to take the mean over a rectangle of this height and width about each point, of the series
+            reflected at the edges of the square. A side of 0 has no extent.
     Returns:
         (B, C, P), at least float32.
     Raises:
@@ -49,16 +55,20 @@ def series_values(
     coordinates = coordinates[None] if coordinates.ndim == 2 else coordinates
     held = rows * len(coordinates) + cols * (len(coordinates) + len(samples) * samples.shape[1])
 
-    def block(points: torch.Tensor, spectrum: torch.Tensor) -> torch.Tensor:
+    def block(points: torch.Tensor, about: torch.Tensor, spectrum: torch.Tensor) -> torch.Tensor:
         with torch.autocast(points.device.type, enabled=False):
-            along_y = _basis(points[..., 0], size[0], rows, order[0]).to(spectrum.dtype)[:, None]  # (B | 1, 1, P, h)
-            along_x = _basis(points[..., 1], size[1], cols, order[1]).to(spectrum.dtype)[:, None]
+            along_y, along_x = (  # (B | 1, 1, P, h) and (B | 1, 1, P, w)
+                _basis(points[..., i], about[..., i], size[i], count, order[i]).to(spectrum.dtype)[:, None]
+                for i, count in enumerate((rows, cols))
+            )
             return ((along_y @ spectrum) * along_x).sum(-1)
 
     parts = []
-    for points in coordinates.split(max(1, _AT_ONCE // held), dim=1):
-        wanted = torch.is_grad_enabled() and (points.requires_grad or spectrum.requires_grad)
-        parts.append(checkpoint(block, points, spectrum, use_reentrant=False) if wanted else block(points, spectrum))
+    sides = torch.zeros_like(coordinates[0]) if sides is None else sides
+    at_once = max(1, _AT_ONCE // held)
+    for given in zip(coordinates.split(at_once, dim=1), sides.split(at_once)):
+        many = torch.is_grad_enabled() and at_once < coordinates.shape[1]  # more than one block is not held
+        parts.append(checkpoint(block, *given, spectrum, use_reentrant=False) if many else block(*given, spectrum))
     return torch.cat(parts, dim=-1).to(work.dtype)
 
 
@@ -68,8 +78,10 @@ def on_lattice(samples: torch.Tensor, size: Size) -> torch.Tensor:
     return series_values(samples, torch.cartesian_prod(*axes)).unflatten(-1, size)
 
 
-def _basis(places: torch.Tensor, n: int, count: int, order: int) -> torch.Tensor:
+def _basis(places: torch.Tensor, sides: torch.Tensor, n: int, count: int, order: int) -> torch.Tensor:
     """The order-th derivatives of φ_0 … φ_{count-1} of an axis of n samples at places (B, P): float64 (B, P, count).
+
+    They are means over intervals of lengths `sides` (P,) about the places, which multiplies cos πky by sinc(k side / 2).
 
     In float64, since an error of a place is multiplied by πk.
     """
@@ -77,6 +89,7 @@ def _basis(places: torch.Tensor, n: int, count: int, order: int) -> torch.Tensor
     scale = torch.full_like(wave, math.sqrt(2 / n)) * wave**order
     scale[0] *= math.sqrt(0.5)
     angle = places.double()[..., None] * wave
+    scale = scale * torch.sinc(sides.double()[:, None] * wave / (2 * math.pi))
     return scale * (-angle.sin() if order == 1 else angle.cos() if order == 0 else -angle.cos())
 
 
