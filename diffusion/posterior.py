@@ -51,8 +51,8 @@ class Measured:
 
         with a = √ᾱ_t, b = √(1 - ᾱ_t) and s the scale of noise at the resolution. V follows from Tweedie's formula: the
         noise of x_t has the covariance s² b² T Tᵗ, and J T Tᵗ = T Tᵗ Jᵗ. Of both forms this one needs vector-Jacobian
-        products alone, one for each iteration of `conjugate_residuals`. What is assumed: p(x_0 | x_t) is Gaussian, and x̂
-        its mean, which also makes J T Tᵗ symmetric. Then the result is exact.
+        products alone, one for each iteration of `conjugate_residuals`. What is assumed: p(x_0 | x_t) is Gaussian with x̂
+        as its mean, which also makes J T Tᵗ symmetric. Then the result is exact.
 
         x̂_0 is corrected by T⁻¹ of that, (s² b² / a) Tᵗ Jᵗ …, for which T need not be inverted. With `sharp`, J is
         ∂x̂_0 / ∂x_t, and H x̂_0 stands for H x̂.
@@ -126,7 +126,7 @@ def conjugate_residuals(
 
 
 def check_measurements(values: torch.Tensor, variance: torch.Tensor) -> None:
-    """Raise ValueError for no measurement, one that is not finite, and variances not of their number, finite and ≥ 0."""
+    """Raise ValueError for no measurement, one that is not finite, and wrong variances: not one each, finite, ≥ 0."""
     if not values.numel():
         raise ValueError("measurements are none; accepted: at least one")
     if not values.isfinite().all():

@@ -7,13 +7,12 @@ autograd computes. `diffusion.posterior` conditions on any of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import interpolate
 
-from diffusion.coordinates import Size, size_of
+from diffusion.coordinates import Size
 from diffusion.cosine import dct, idct, on_rows
 from diffusion.posterior import Observe, check_measurements, conjugate_residuals
 from diffusion.series import series_values
@@ -123,7 +122,7 @@ def lower_resolution(size: Size) -> Observe:
 def smooth_guess(
     observe: Observe, values: torch.Tensor, variance: torch.Tensor, channels: int, size: Size
 ) -> torch.Tensor:
-    """The mean (1, C, H, W) of images given measurements, if they were Gaussian fields with the spectrum of photographs.
+    """The mean (1, C, H, W) of images given measurements, were they Gaussian fields with the spectrum of photographs.
 
     K Hᵗ (H K Hᵗ + R)⁻¹ y, where K multiplies the cosine coefficient (k, l) by c ∝ 1 / (1 + (k² + l²) / 2): a smooth
     surface through the measurements, to begin with. Arguments as in `diffusion.posterior.Measured`.

@@ -81,8 +81,7 @@ def on_lattice(samples: torch.Tensor, size: Size) -> torch.Tensor:
 def _basis(places: torch.Tensor, sides: torch.Tensor, n: int, count: int, order: int) -> torch.Tensor:
     """The order-th derivatives of φ_0 … φ_{count-1} of an axis of n samples at places (B, P): float64 (B, P, count).
 
-    They are means over intervals of lengths `sides` (P,) about the places, which multiplies cos πky by sinc(k side / 2).
-
+    They are means over intervals of lengths `sides` (P,) about the places, by the factor sinc(k side / 2) of cos πky.
     In float64, since an error of a place is multiplied by πk.
     """
     wave = math.pi * torch.arange(count, dtype=torch.float64, device=places.device)

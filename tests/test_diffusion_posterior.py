@@ -11,7 +11,7 @@ from diffusion.posterior import Measured, conjugate_residuals
 from diffusion.process import Prediction
 from diffusion.samplers import SAMPLERS
 from diffusion.sensors import Sensors, lower_resolution, pixels, smooth_guess
-from known_answers import coefficients, image, process_of, seeded
+from known_answers import coefficients, process_of, seeded
 
 
 def some(*shape: int, seed: int = 0) -> torch.Tensor:
