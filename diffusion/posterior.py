@@ -51,8 +51,8 @@ class Measured:
 
         with a = √ᾱ_t, b = √(1 - ᾱ_t) and s the scale of noise at the resolution. V follows from Tweedie's formula: the
         noise of x_t has the covariance s² b² T Tᵗ, and J T Tᵗ = T Tᵗ Jᵗ. Of both forms this one needs vector-Jacobian
-        products alone, one for each iteration of `conjugate_residuals`. What is assumed: p(x_0 | x_t) is Gaussian with x̂
-        as its mean, which also makes J T Tᵗ symmetric. Then the result is exact.
+        products alone, one for each iteration of `conjugate_residuals`. What is assumed: p(x_0 | x_t) is Gaussian, and
+        its mean is x̂, which also makes J T Tᵗ symmetric. Then the result is exact.
 
         x̂_0 is corrected by T⁻¹ of that, (s² b² / a) Tᵗ Jᵗ …, for which T need not be inverted. With `sharp`, J is
         ∂x̂_0 / ∂x_t, and H x̂_0 stands for H x̂.
@@ -65,7 +65,9 @@ class Measured:
             with torch.enable_grad():
                 x_t = x_t.detach().requires_grad_()
                 denoised = denoise(x_t, t)
-                seen = self.observe(denoised.sharp if self.sharp else denoised.smooth)
+                found = denoised.sharp if self.sharp else denoised.smooth
+                assert found is not None  # a process that gives x̂_0 always does
+                seen = self.observe(found)
 
             def spread(weights: torch.Tensor) -> torch.Tensor:
                 """The correction of x̂_0 that weights (B, M) of the measurements make."""
@@ -131,9 +133,9 @@ def check_measurements(values: torch.Tensor, variance: torch.Tensor) -> None:
         raise ValueError("measurements are none; accepted: at least one")
     if not values.isfinite().all():
         raise ValueError("measurements are not all finite; accepted: finite values")
-    least, most = (math.nan, math.nan) if variance.isnan().any() else map(float, variance.aminmax())
-    if tuple(variance.shape) != tuple(values.shape[-1:]) or not 0 <= least <= most < math.inf:
+    fits = tuple(variance.shape) == tuple(values.shape[-1:])
+    if not fits or not torch.all((variance >= 0) & (variance < math.inf)):
+        found = f"from {float(variance.min()):g} to {float(variance.max()):g}" if fits else f"{tuple(variance.shape)}"
         raise ValueError(
-            f"variances have shape {tuple(variance.shape)} and are from {least:g} to {most:g}; accepted: one for each "
-            f"of the {values.shape[-1]} measurements, finite, 0 or more"
+            f"variances are {found}; accepted: one for each of the {values.shape[-1]} measurements, finite, 0 or more"
         )

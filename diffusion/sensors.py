@@ -7,7 +7,6 @@ autograd computes. `diffusion.posterior` conditions on any of them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import interpolate
@@ -18,10 +17,10 @@ from diffusion.posterior import Observe, check_measurements, conjugate_residuals
 from diffusion.series import series_values
 
 _APART = 1e-9  # parts of a side within which two sensors are at one place
+_SLACK = 1e-6  # of decimal fractions
 _DEVIATION = 0.5  # of images in [-1, 1], about
 
 
-@dataclass(frozen=True)
 class Sensors:
     """Sensors in the unit square, which read the cosine series of images: the same at every size.
 
@@ -34,27 +33,24 @@ class Sensors:
     one place.
     """
 
-    places: torch.Tensor
-    values: torch.Tensor
-    sd: float | torch.Tensor = 0.0
-    sides: torch.Tensor | None = None
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        places: torch.Tensor,
+        values: torch.Tensor,
+        sd: float | torch.Tensor = 0.0,
+        sides: torch.Tensor | None = None,
+    ) -> None:
+        self.places, self.values = torch.as_tensor(places).double(), torch.as_tensor(values).double()
         count = len(self.places)
-        sides = torch.zeros(count, 2) if self.sides is None else torch.as_tensor(self.sides)
-        given = {"places": torch.as_tensor(self.places), "values": torch.as_tensor(self.values), "sides": sides,
-                 "sd": torch.as_tensor(self.sd)}  # fmt: skip
-        for name, tensor in given.items():
-            object.__setattr__(self, name, tensor.double())
-        if self.sd.ndim == 0:
-            object.__setattr__(self, "sd", self.sd.expand(count))
+        self.sides = torch.zeros(count, 2).double() if sides is None else torch.as_tensor(sides).double()
+        self.sd = torch.as_tensor(sd).double()
+        self.sd = self.sd.expand(count) if self.sd.ndim == 0 else self.sd
         for name, columns in (("places", 2), ("sides", 2), ("values", "C")):
             shape = tuple(getattr(self, name).shape)
             if len(shape) != 2 or shape[0] != count or shape[1] < 1 or columns not in ("C", shape[1]):
                 raise ValueError(f"{name} of sensors have shape {shape}; accepted: ({count}, {columns})")
         low, high = self.places - self.sides / 2, self.places + self.sides / 2
-        slack = 1e-6  # of decimal fractions
-        inside = ((low >= -slack) & (high <= 1 + slack) & (self.sides >= 0)).all(1)
+        inside = ((low >= -_SLACK) & (high <= 1 + _SLACK) & (self.sides >= 0)).all(1)
         if not inside.all():
             i = int(inside.logical_not().nonzero()[0])
             y, x, height, width = (*self.places[i].tolist(), *self.sides[i].tolist())
@@ -63,7 +59,7 @@ class Sensors:
                 f"sensor {i + 1} is at y {y:g}, x {x:g}{over}; accepted: places from 0 to 1, and what it averages over "
                 "within that"
             )
-        if tuple(self.sd.shape) != (count,) or not ((self.sd >= 0) & (self.sd < math.inf)).all():
+        if tuple(self.sd.shape) != (count,) or not torch.all((self.sd >= 0) & (self.sd < math.inf)):
             raise ValueError(f"sd of sensors is {_some(self.sd)}; accepted: 0 or more, finite, one for all or for each")
         if self.values.isinf().any():
             raise ValueError("values of sensors are infinite; accepted: finite values, or nan where none is known")

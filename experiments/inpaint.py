@@ -5,7 +5,8 @@
 
 The hole is --box, in pixels of the working size, or the white part of --mask, a black and white image of the size of
 the input. Where the opacity of --mask varies, the hole is what is transparent.
-Reconstruction guidance of strength --guidance holds the rest. By default what is in the hole is never looked at: the
+Reconstruction guidance of strength --guidance holds the rest; --method=posterior holds it better, slower, and without a
+strength to choose (docs/functions.md). By default what is in the hole is never looked at: the
 encoder gets exactly the visible pixels, which it can, and sampling starts from fresh noise there. With --see_hole, as
 in the paper, latents and the state at step --start_step are encodings of the whole image, so that an earlier start step
 gives a hole more like the original. Known pixels are put back at the end, unless --nopaste.
@@ -31,7 +32,7 @@ from experiments.support import editing as edit
 from experiments.support.inputs import MASK, Inputs, parse_box, parse_step, read_mask
 from experiments.support.options import between, define, requested_size, sampling_options
 from experiments.support.results import digest
-from infty_diff.editing import InpaintOptions
+from infty_diff.editing import INPAINTING, InpaintOptions
 from infty_diff.folder import parse_seeds
 from runtime.command import Command, readable_errors
 
@@ -40,6 +41,7 @@ edit.define_flags(4)
 flags.DEFINE_string("mask", None, f"image of the size of the input, {MASK}")
 flags.DEFINE_string("box", None, "top,left,height,width of the unknown pixels, in pixels of the working size")
 define("seeds=0-2")
+edit.define_method(INPAINTING, "hold known pixels by reconstruction guidance, or by the posterior mean given them")
 flags.DEFINE_float("guidance", None, "λ, 0 for none; default: 0.4, or 0.003 with --plain_guidance",
                    **between(0.0, 1e4))  # fmt: skip
 flags.DEFINE_bool("plain_guidance", False, "guide by the gradient as the paper prints it")
@@ -62,10 +64,13 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         model = edit.open_model(config, sampling)
         size = requested_size() or model.config.size
         start = parse_step(FLAGS.start_step, model.process.schedule.num_steps)
-        options = InpaintOptions(sampling, FLAGS.guidance, FLAGS.plain_guidance, start, FLAGS.see_hole, FLAGS.follow)
+        how = (FLAGS.guidance, FLAGS.plain_guidance, start, FLAGS.see_hole, FLAGS.follow, FLAGS.method)
+        options = InpaintOptions(sampling, *how)
         inputs = edit.open_images(model, size)
         masks = [hole(inputs, i) for i in range(len(inputs.images))]
         settings = {"size": list(size), "mask": FLAGS.mask, "box": FLAGS.box, "paste": FLAGS.paste, **asdict(options)}
+        del settings["method"]
+        settings |= edit.method_setting()
         results = edit.open_results("inpaint", config, model, sampling, settings)
         names = [[f"{inputs.stem(i)}_seed{seed}" for seed in seeds] for i in range(len(masks))]
         given = [digest(image, mask) for image, mask in zip(inputs.images, masks)]

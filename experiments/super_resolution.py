@@ -6,6 +6,7 @@
 Images are reduced to --input_size, encoded, and sampled at --factor times that size, or at --sample_img_size. The
 latent alone keeps what an image shows, not every detail of it. --ddim_encoding also keeps the details that the low
 resolution has: sampling starts at --start_step from the encoding of the image by DDIM, with new noise for finer ones.
+--method=posterior holds results to what they must be, reduced again (docs/functions.md): slower, and by far the closest.
 
 Writes every result as PNG, sheet.png (a row per image, of the first 16: low resolution, bicubic, ours), and result.json
 with PSNR and SSIM of our results, reduced again, against the input. Run again, only what is missing is made.
@@ -27,7 +28,7 @@ from experiments.support import editing as edit
 from experiments.support.inputs import parse_step
 from experiments.support.options import between, define, requested_size, sampling_options
 from experiments.support.results import digest
-from infty_diff.editing import enlarged
+from infty_diff.editing import SUPER_RESOLUTION, enlarged
 from infty_diff.folder import parse_size
 from runtime.command import Command, readable_errors
 
@@ -36,6 +37,9 @@ edit.define_flags(4, "--factor times --input_size")
 flags.DEFINE_string("input_size", None, "size that images are reduced to before; default: the training size")
 flags.DEFINE_float("factor", 4.0, "how many times --input_size the results are", **between(1.0, 1024.0))
 define("seed")
+edit.define_method(
+    SUPER_RESOLUTION, "encode the image alone, or also hold results to it by their posterior mean given it"
+)
 flags.DEFINE_bool("ddim_encoding", False, "start from the encoding of the image by DDIM")
 flags.DEFINE_string("start_step", None, "with it: step 0 … T-1, or fraction 0.0 … 1.0 of them; default: the last")
 
@@ -55,13 +59,16 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         start = parse_step(FLAGS.start_step or str(last), last + 1) if FLAGS.ddim_encoding else None
         inputs = edit.open_images(model, low)
         settings = {"input_size": list(low), "size": list(size), "seed": FLAGS.seed, "start_step": start}
+        settings |= edit.method_setting()
         results = edit.open_results("super_resolution", config, model, sampling, settings)
         missing = [i for i, image in enumerate(inputs.images) if results.lacks(inputs.stem(i), digest(image))]
         steps = edit.step_count(model, sampling, start, encoded=FLAGS.ddim_encoding)
         with edit.steps_bar(steps * len(missing), "super-resolution") as bar:
             for i in missing:
                 image, seeds = inputs.images[i], [FLAGS.seed + i]
-                fine = model.super_resolution(image, size, seeds, sampling, start, lambda *_: bar.update())
+                fine = model.super_resolution(
+                    image, size, seeds, sampling, start, lambda *_: bar.update(), FLAGS.method
+                )
                 fine = fine.cpu().clamp(-1, 1)
                 row = {"image": inputs.names[i], **edit.similarity(reduced(fine, low), image[None])}
                 results.add(inputs.stem(i), digest(image), fine[0], row)

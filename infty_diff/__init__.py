@@ -13,6 +13,7 @@ _HOMES = {
     "InpaintOptions": "infty_diff.editing",
     "to_pil": "infty_diff.images",
     "to_uint8": "data.pixels",
+    "Sensors": "diffusion.sensors",
     "WrappedImages": "data.wrapped",
 }
 __all__ = ["__version__", *_HOMES]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING
@@ -15,7 +15,9 @@ from diffusion.conditioning import Known, descend, fill_hole, follow, join_bands
 from diffusion.coordinates import Points, Size
 from diffusion.process import Denoised
 from diffusion.samplers import Callback, Correction
+from diffusion.sensors import lower_resolution, pixels
 from infty_diff.images import Images, OneImage, as_images, as_size
+from infty_diff.posterior import QUANTISATION, measurements
 from infty_diff.sampling import SamplingOptions
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 # On Gaussian random fields the least error in the hole is between 0.2 and 0.4 at 25 to 100 steps; steps of 1 oscillate.
 _GUIDANCE = 0.4
 _PLAIN_GUIDANCE = 0.003
+INPAINTING = ("guidance", "posterior")
+SUPER_RESOLUTION = ("encoding", "posterior")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class InpaintOptions:
     see_hole: encode the whole image, as in the paper, what is in the hole included, to latents and to the state at t_s.
         Else the hole is never looked at: latents come from the known pixels alone, and the state has fresh noise there.
     follow: also hold what is well inside the known part to the states that DDIM inversion went through.
+    method: "guidance" holds the known pixels by reconstruction guidance. "posterior" by the posterior mean given them
+        (`diffusion.posterior`), which has no λ.
     """
 
     sampling: SamplingOptions | None = None
@@ -45,8 +51,14 @@ class InpaintOptions:
     start_step: int | None = None
     see_hole: bool = False
     follow: bool = False
+    method: str = "guidance"
 
     def __post_init__(self) -> None:
+        _check_method(self.method, INPAINTING)
+        if self.method == "posterior":
+            if self.guidance is not None or self.plain_guidance:
+                raise ValueError(f"guidance is {self.guidance}; accepted with the method posterior: none")
+            object.__setattr__(self, "guidance", 0.0)
         if self.guidance is None:
             object.__setattr__(self, "guidance", _PLAIN_GUIDANCE if self.plain_guidance else _GUIDANCE)
         if not 0 <= self.guidance < 1:
@@ -101,16 +113,22 @@ def inpaint(
         alpha_bar = float(process.schedule.alpha_bar[start])
         code = _noise_in_hole(code, states[0], soft, alpha_bar, model.initial_noise(seeds, size))
 
-    guidance = options.guidance
+    guidance, guide, drawn = options.guidance, None, sampling
+    if options.method == "posterior":
+        values = image[..., mask].flatten()
+        guide = measurements(model, pixels(mask), values, QUANTISATION**2, sampling, sharp=True).posterior
+        drawn = replace(sampling, clip=False)
+    elif guidance:
+        guide = partial(known.guided, plain=options.plain_guidance)
     corrections: list[Correction] = [descend(guidance)] if guidance else []
     corrections += [follow(states, soft)] if options.follow else []
     results = model.decode(
         latents.expand(len(seeds), -1),
         code.expand(len(seeds), -1, -1, -1),
-        sampling,
+        drawn,
         step_noise=model.step_noise(seeds, size),
         start=start,
-        guide=partial(known.guided, plain=options.plain_guidance) if guidance else None,
+        guide=guide,
         correct=_chain(corrections),
         callback=callback,
     )
@@ -148,12 +166,16 @@ def super_resolve(
     options: SamplingOptions | None = None,
     encoding_step: int | None = None,
     callback: Callback | None = None,
+    method: str = "encoding",
 ) -> torch.Tensor:
     """Show images at a higher resolution (section 5.3 of the paper): encode them, and decode on a finer lattice.
 
     The latent alone keeps the content, not every detail. With `encoding_step` sampling starts from a state at that step
     whose cosine coefficients, as far as the given lattice determines them, are those that DDIM inversion leads the
     enlarged image to. The finer ones are fresh noise: inverted, they would only return the smooth enlarged image.
+
+    With the method "posterior" the results are also held to what they must be, reduced again: by the posterior mean
+    given the images as measurements (`diffusion.posterior`).
 
     Args:
         images: B images of size (h, w), see `infty_diff.images.as_images`.
@@ -162,11 +184,13 @@ def super_resolve(
         options: sampler, steps, Wiener filter; `model.sampling` by default.
         encoding_step: step of the process as trained at which sampling starts, or None for noise.
         callback: called as callback(i, t, x, denoised) after each step, of DDIM inversion, if any, and of sampling.
+        method: "encoding" or "posterior".
     Returns:
         (B, C, H, W), not clamped.
     Raises:
         ValueError: when `size` is smaller than the images.
     """
+    _check_method(method, SUPER_RESOLUTION)
     images, size = as_images(images, model.channels, model.device), as_size(size)
     seeds, sampling = range(len(images)) if seeds is None else seeds, options or model.sampling
     band = tuple(images.shape[-2:])
@@ -181,8 +205,13 @@ def super_resolve(
         alpha_bar = float(schedule.alpha_bar[start])
         fresh = alpha_bar**0.5 * model.process.mollifier(large) + (1 - alpha_bar) ** 0.5 * state
         state = join_bands(code, fresh, band)
+    guide = None
+    if method == "posterior":
+        reduce, values = lower_resolution(band), images.flatten(1)
+        guide = measurements(model, reduce, values, QUANTISATION**2, sampling, sharp=True).posterior
+        sampling = replace(sampling, clip=False)
     step_noise = model.step_noise(seeds, size)
-    return model.decode(latents, state, sampling, step_noise=step_noise, start=start, callback=callback)
+    return model.decode(latents, state, sampling, step_noise=step_noise, start=start, guide=guide, callback=callback)
 
 
 @torch.no_grad()
@@ -240,6 +269,11 @@ def interpolate(
         if done is not None:
             done(i, pictures[-1])
     return torch.stack(pictures)
+
+
+def _check_method(method: str, accepted: Sequence[str]) -> None:
+    if method not in accepted:
+        raise ValueError(f"method is {method!r}; accepted: {', '.join(accepted)}")
 
 
 def require_no_noise(sampling: SamplingOptions) -> None:

@@ -35,6 +35,7 @@ from infty_diff.growing import data_spectrum, sampled_denoiser
 from infty_diff.images import Images, as_images, as_size
 from infty_diff.latent_prior import LatentPrior
 from infty_diff.loading import from_runs, inverse_snr, provenance, save
+from infty_diff.posterior import posterior
 from infty_diff.sampling import SamplingOptions
 from infty_diff.values import evaluate
 from models.sparse_encoder import SparseEncoder
@@ -272,6 +273,7 @@ class InftyDiff:
     inpaint = inpaint
     interpolate = interpolate
     evaluate = evaluate
+    posterior = posterior
 
     def _latents(self, latents: torch.Tensor) -> torch.Tensor:
         latents = torch.as_tensor(latents, dtype=torch.float32, device=self.device)

@@ -221,7 +221,7 @@ def test_wrong_measurements_are_named():
         ([math.nan], [0.1], "not all finite"),
         ([0.1], [-0.1], "from -0.1 to -0.1; accepted: one for each of the 1"),
         ([0.1], [math.nan], "from nan to nan"),
-        ([0.1], [0.1, 0.1], r"shape \(2,\)"),
+        ([0.1], [0.1, 0.1], r"variances are \(2,\)"),
     ):
         with pytest.raises(ValueError, match=message):
             Measured(lambda x: x, torch.tensor(values), torch.tensor(variance), process)

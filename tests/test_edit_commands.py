@@ -129,10 +129,15 @@ def test_an_interrupted_command_says_so_and_keeps_what_it_made(root, tmp_path):
 
 
 def test_super_resolution(root, tmp_path):
-    extra = ("--split=train", "--num_images=3", "--factor=2", "--ddim_encoding")
+    extra = ("--split=train", "--num_images=3", "--factor=2", "--ddim_encoding", "--method=posterior")
     result = succeeds("super_resolution", root, tmp_path, *extra)
     assert list(shapes(tmp_path).values()) == [(32, 24, 3)] * 3
-    assert result["start_step"] == 999 and result["size"] == [32, 24] and result["input_size"] == [16, 12]
+    assert (
+        result["start_step"] == 999
+        and result["method"] == "posterior"
+        and result["size"] == [32, 24]
+        and result["input_size"] == [16, 12]
+    )
     assert result["mean"].keys() == {"psnr", "ssim"}
     assert Image.open(tmp_path / "sheet.png").width == 3 * 24 * 5 + 2 * 8 + 32
     goes_on("super_resolution", root, tmp_path, *extra)
@@ -194,6 +199,7 @@ def test_interpolation_of_samples(root, tmp_path):
         ("inpaint", ["--input=none.png", "--box=1,1,2,2"], "--input is none.png: nothing there"),
         ("inpaint", ["--box=1,1,3,3", "--config.model.nf=24"], "model.nf is 24"),
         ("inpaint", ["--box=1,1,3,3", "--see_hole"], "all equal with --see_hole"),
+        ("inpaint", ["--box=1,1,3,3", "--method=posterior", "--guidance=0.4"], "accepted with the method posterior"),
         ("super_resolution", ["--start_step=3"], "accepted: with --ddim_encoding"),
         ("generate_recons", ["--sampler=dpmpp"], "stochastic codes belong to DDIM"),
         ("interpolate", ["--seeds=1,2"], "--seeds, --decoder_config; accepted: both"),

@@ -30,6 +30,16 @@ def define_flags(num_images: int | None, default_size: str = "the training size"
            out_dir="; default: COMMAND/INPUT-DIGEST_OF_SETTINGS in the folder of the run")  # fmt: skip
 
 
+def define_method(methods: tuple[str, ...], text: str) -> None:
+    """--method; the first of `methods` is the default, and `text` says what each is."""
+    flags.DEFINE_enum("method", methods[0], methods, text)
+
+
+def method_setting() -> dict[str, str]:
+    """What the settings of results say of --method; nothing of the default."""
+    return {} if FLAGS.method == FLAGS["method"].default else {"method": FLAGS.method}
+
+
 def define_input_flags(num_images: int | None) -> None:
     """Which images are taken."""
     flags.DEFINE_string("input", None, "image, or folder, zip or tar of images; default: --split of the data set")
