@@ -110,9 +110,14 @@ def pixels(mask: torch.Tensor) -> Observe:
     return lambda images: images[..., mask].flatten(1)
 
 
+def reduced(images: torch.Tensor, size: Size) -> torch.Tensor:
+    """Images (B, C, H, W) at a lower resolution by an antialiased bicubic filter."""
+    return interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+
+
 def lower_resolution(size: Size) -> Observe:
-    """H for all pixels of images that an antialiased bicubic filter has reduced to a size."""
-    return lambda images: interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).flatten(1)
+    """H for all pixels of images that are reduced to a size."""
+    return lambda images: reduced(images, size).flatten(1)
 
 
 def smooth_guess(

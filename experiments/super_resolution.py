@@ -6,7 +6,7 @@
 Images are reduced to --input_size, encoded, and sampled at --factor times that size, or at --sample_img_size. The
 latent alone keeps what an image shows, not every detail of it. --ddim_encoding also keeps the details that the low
 resolution has: sampling starts at --start_step from the encoding of the image by DDIM, with new noise for finer ones.
---method=posterior holds results to what they must be, reduced again (docs/functions.md): slower, and by far the closest.
+--method=posterior also holds results to what they must be, reduced again: slower, and the closest (docs/functions.md).
 
 Writes every result as PNG, sheet.png (a row per image, of the first 16: low resolution, bicubic, ours), and result.json
 with PSNR and SSIM of our results, reduced again, against the input. Run again, only what is missing is made.
@@ -19,11 +19,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
-from torch import Tensor
-from torch.nn.functional import interpolate
 
 from configs.schema import ImageConfig
-from diffusion.coordinates import Size
+from diffusion.sensors import reduced
 from experiments.support import editing as edit
 from experiments.support.inputs import parse_step
 from experiments.support.options import between, define, requested_size, sampling_options
@@ -37,9 +35,7 @@ edit.define_flags(4, "--factor times --input_size")
 flags.DEFINE_string("input_size", None, "size that images are reduced to before; default: the training size")
 flags.DEFINE_float("factor", 4.0, "how many times --input_size the results are", **between(1.0, 1024.0))
 define("seed")
-edit.define_method(
-    SUPER_RESOLUTION, "encode the image alone, or also hold results to it by their posterior mean given it"
-)
+edit.define_method(SUPER_RESOLUTION, "encode the image alone, or also hold results to it by the posterior mean")
 flags.DEFINE_bool("ddim_encoding", False, "start from the encoding of the image by DDIM")
 flags.DEFINE_string("start_step", None, "with it: step 0 … T-1, or fraction 0.0 … 1.0 of them; default: the last")
 
@@ -65,12 +61,13 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         steps = edit.step_count(model, sampling, start, encoded=FLAGS.ddim_encoding)
         with edit.steps_bar(steps * len(missing), "super-resolution") as bar:
             for i in missing:
-                image, seeds = inputs.images[i], [FLAGS.seed + i]
-                fine = model.super_resolution(
-                    image, size, seeds, sampling, start, lambda *_: bar.update(), FLAGS.method
+                image, how = (
+                    inputs.images[i],
+                    ([FLAGS.seed + i], sampling, start, lambda *_: bar.update(), FLAGS.method),
                 )
+                fine = model.super_resolution(image, size, *how)
                 fine = fine.cpu().clamp(-1, 1)
-                row = {"image": inputs.names[i], **edit.similarity(reduced(fine, low), image[None])}
+                row = {"image": inputs.names[i], **edit.similarity(reduced(fine, low).clamp(-1, 1), image[None])}
                 results.add(inputs.stem(i), digest(image), fine[0], row)
         for i, image in enumerate(inputs.images):
             results.show(inputs.names[i], [image, *enlarged(image[None], size)], [inputs.stem(i)])
@@ -78,11 +75,6 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
     ssim = f", SSIM {means['ssim']:.4f}" if "ssim" in means else ""
     print(f"PSNR {means['psnr']:.2f} dB{ssim} (reduced again, against the input)")
     print(edit.summary(results, len(missing), len(inputs.names), inputs))
-
-
-def reduced(images: Tensor, size: Size) -> Tensor:
-    """Images at a lower resolution by an antialiased bicubic filter."""
-    return interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
 
 
 if __name__ == "__main__":

@@ -76,12 +76,6 @@ def test_operators_are_linear_and_autograd_is_their_adjoint(name):
         torch.testing.assert_close(adjoint.flatten(1), weights @ matrix)
 
 
-def test_the_reduction_of_resolution_is_that_of_images():
-    whole = some(1, 3, 12, 10)
-    expected = torch.nn.functional.interpolate(whole, (6, 5), mode="bicubic", antialias=True)
-    assert torch.equal(lower_resolution((6, 5))(whole), expected.flatten(1))
-
-
 @pytest.mark.parametrize("skew", [0.0, 0.3])
 def test_conjugate_residuals_solve_a_batch_as_a_dense_solver_does(skew):
     """Symmetric or nearly; one item is singular, one has nothing to solve; the residual never grows."""

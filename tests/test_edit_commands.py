@@ -132,12 +132,8 @@ def test_super_resolution(root, tmp_path):
     extra = ("--split=train", "--num_images=3", "--factor=2", "--ddim_encoding", "--method=posterior")
     result = succeeds("super_resolution", root, tmp_path, *extra)
     assert list(shapes(tmp_path).values()) == [(32, 24, 3)] * 3
-    assert (
-        result["start_step"] == 999
-        and result["method"] == "posterior"
-        and result["size"] == [32, 24]
-        and result["input_size"] == [16, 12]
-    )
+    assert result["start_step"] == 999 and result["method"] == "posterior"
+    assert result["size"] == [32, 24] and result["input_size"] == [16, 12]
     assert result["mean"].keys() == {"psnr", "ssim"}
     assert Image.open(tmp_path / "sheet.png").width == 3 * 24 * 5 + 2 * 8 + 32
     goes_on("super_resolution", root, tmp_path, *extra)
