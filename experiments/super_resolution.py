@@ -61,12 +61,9 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         steps = edit.step_count(model, sampling, start, encoded=FLAGS.ddim_encoding)
         with edit.steps_bar(steps * len(missing), "super-resolution") as bar:
             for i in missing:
-                image, how = (
-                    inputs.images[i],
-                    ([FLAGS.seed + i], sampling, start, lambda *_: bar.update(), FLAGS.method),
-                )
-                fine = model.super_resolution(image, size, *how)
-                fine = fine.cpu().clamp(-1, 1)
+                image, seeds = inputs.images[i], [FLAGS.seed + i]
+                how = (sampling, start, lambda *_: bar.update(), FLAGS.method)
+                fine = model.super_resolution(image, size, seeds, *how).cpu().clamp(-1, 1)
                 row = {"image": inputs.names[i], **edit.similarity(reduced(fine, low).clamp(-1, 1), image[None])}
                 results.add(inputs.stem(i), digest(image), fine[0], row)
         for i, image in enumerate(inputs.images):

@@ -122,7 +122,7 @@ def _draw_batch(model: InftyDiff, out_dir: Path, seeds: list[int], options: Fold
     images = to_uint8(model.sharpened(mollified, last.denoised, options.sampling.inv_snr)).cpu()
     for seed, raw, image in zip(seeds, mollified.cpu(), images):
         if options.save_raw:
-            write_atomic(_raw_path(out_dir, seed), lambda path, raw=raw: _save_npy(path, raw))
+            save_npy(_raw_path(out_dir, seed), raw)
         save_png(out_dir / f"{seed:06d}.png", image, mark, {SEED: str(seed)})
 
 
@@ -130,20 +130,26 @@ def _raw_path(out_dir: Path, seed: int) -> Path:
     return out_dir / "raw" / f"{seed:06d}.npy"
 
 
-def _save_npy(path: Path, raw: torch.Tensor) -> None:
-    with path.open("wb") as file:
-        np.save(file, raw.numpy())
+def save_npy(path: Path, raw: torch.Tensor) -> None:
+    """Write a tensor of the CPU as an array, atomically."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.save(file, raw.numpy())
+
+    write_atomic(path, write)
 
 
 def _is_done(out_dir: Path, seed: int, options: FolderOptions, mark: str, channels: int) -> bool:
     """Whether the image of a seed is there, whole, of the right size, and was drawn into this folder."""
-    if options.save_raw and not _is_whole_raw(_raw_path(out_dir, seed), (channels, *options.size)):
+    if options.save_raw and not is_whole_npy(_raw_path(out_dir, seed), (channels, *options.size)):
         return False
     size, texts = whole_png(out_dir / f"{seed:06d}.png") or (None, {})
     return size == tuple(options.size) and is_marked(texts, mark) and texts.get(SEED) == str(seed)
 
 
-def _is_whole_raw(path: Path, shape: tuple[int, ...]) -> bool:
+def is_whole_npy(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether a file holds a whole float32 array of this shape."""
     try:
         raw = np.load(path, mmap_mode="r", allow_pickle=False)  # a file that is cut cannot be mapped
     except (OSError, ValueError, EOFError):
