@@ -1,0 +1,213 @@
+"""How well functions are drawn given measurements: where the answer is known, and with a trained model.
+
+    python benchmarks/posterior.py --model=landscapes-32 --json=benchmarks/results/posterior.json
+
+First Gaussian random fields of 64x64 (`benchmarks/sampler_error.py`) with the optimal denoiser, of which 3 % of the
+pixels of T x_0 are measured with errors of 0.02. The posterior is kriging, computed by dense matrices. Samplers are 100
+steps of DDIM, which are affine in x_T, or nearly, so that their mean is what they make of x_T = 0.
+
+    mean     ‖mean - exact‖ / ‖exact‖
+    sd       root mean variance of the samples over that of the exact posterior, at pixels that are not measured
+    misfit   root mean square of what is measured on the samples minus the measurements
+
+"posterior" is `diffusion.posterior`. "ΠGDM" (Song et al. 2023) takes r² I in place of H V Hᵗ, with r² the posterior
+variance of a pixel if pixels were independent. "DPS" (Chung et al. 2023) takes a step ζ ∇‖y - H x̂‖ after each step of
+the sampler. Both have the gradient of mollified states, T Tᵗ ∇. "prior" takes no notice of the measurements.
+
+With --model then holes in held-out images are filled, and images of a lower resolution made finer, by each method.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks.sampler_error import field_variances
+from data.datasets import open_dataset
+from diffusion.cosine import cosine_matrix, dct, idct, on_rows
+from diffusion.mollifier import Mollifier
+from diffusion.posterior import Measured
+from diffusion.process import Denoised, Denoiser, DiffusionProcess, Prediction
+from diffusion.samplers import Correction, ddim
+from diffusion.schedules import Schedule
+from diffusion.sensors import pixels, reduced
+from experiments.support.tables import aligned
+from infty_diff import InftyDiff, InpaintOptions, SamplingOptions
+from infty_diff.editing import enlarged
+from infty_diff.images import as_images
+from runtime.files import write_json
+
+PART, ERROR, DEVIATION = 0.03, 0.02, 0.5
+ZETAS = (0.1, 0.3, 1.0)
+Guide = Callable[[Denoiser], Denoiser]
+
+
+class Field:
+    """The field, its optimal denoiser, one draw of it measured at some pixels, and the exact posterior of T x_0."""
+
+    def __init__(self, size: tuple[int, int], steps: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        schedule, self.size, count = Schedule.create("cosine", 1000), size, math.prod(size)
+        self.process = DiffusionProcess(schedule, Mollifier(1.0, size), Prediction.MOLLIFIED_EPS).respaced(steps)
+        self.c, gain = field_variances(size, DEVIATION), self.process.mollifier.gain(size)
+        self.mask = torch.zeros(count, dtype=torch.bool)
+        self.mask[torch.randperm(count, generator=generator)[: max(2, round(PART * count))]] = True
+        truth = filtered(gain * self.c.sqrt(), torch.randn(size, dtype=torch.float64, generator=generator)).flatten()
+        self.y = truth[self.mask] + ERROR * torch.randn(int(self.mask.sum()), dtype=torch.float64, generator=generator)
+        units = torch.eye(count, dtype=torch.float64)[self.mask].reshape(-1, *size)
+        cross = filtered(gain**2 * self.c, units).flatten(1)
+        weights = torch.linalg.solve(cross[:, self.mask] + ERROR**2 * torch.eye(len(self.y)), cross)
+        rows, cols = (cosine_matrix(n).square() for n in size)
+        prior = (rows.mT @ (gain**2 * self.c) @ cols).flatten()
+        self.mean, self.variance = self.y @ weights, prior - (cross * weights).sum(0)
+
+    def observe(self, images: torch.Tensor) -> torch.Tensor:
+        return pixels(self.mask.reshape(self.size))(images)
+
+    def denoise(self, x: torch.Tensor, t: torch.Tensor) -> Denoised:
+        alpha_bar = self.process.schedule.at("alpha_bar", t, x)
+        smooth = filtered(alpha_bar.sqrt() * self.c.to(x) / (alpha_bar * self.c.to(x) + 1 - alpha_bar), x)
+        noise = (x - alpha_bar.sqrt() * smooth) / (1 - alpha_bar).sqrt()
+        return Denoised(smooth, noise, self.process.log_variance(None, t, x))
+
+    def row(self, method: str, count: int, guide: Guide | None, correct: Correction | None = None) -> dict[str, Any]:
+        """The errors of a method from `count` samples."""
+        states = torch.randn(count + 1, 1, *self.size, generator=torch.Generator().manual_seed(1))
+        states[0] = 0
+        denoise = guide(self.denoise) if guide else self.denoise
+        drawn = ddim(denoise, self.process.mollifier.noise(states), self.process, correct=correct)
+        found, free = drawn.double().flatten(1), ~self.mask
+        spread = (found[1:] - found[0])[:, free].square().mean()
+        return {
+            "method": method,
+            "mean_error": float((found[0] - self.mean).norm() / self.mean.norm()),
+            "sd_ratio": float((spread / self.variance[free].mean()).sqrt()),
+            "misfit": float((found[1:, self.mask] - self.y).square().mean().sqrt()),
+        }
+
+    def with_gradient(self, weigh: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], denoise: Denoiser) -> Denoiser:
+        """The estimate plus (s² b² / a) T Tᵗ Jᵗ Hᵗ w, with weights w that `weigh` makes of (t, y - H x̂)."""
+
+        def guided(x: torch.Tensor, t: torch.Tensor) -> Denoised:
+            schedule, mollifier = self.process.schedule, self.process.mollifier
+            a, b = (schedule.at(name, t, x) for name in ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar"))
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                denoised = denoise(x, t)
+                seen = self.observe(denoised.smooth)
+                (gradient,) = torch.autograd.grad(seen, x, weigh(t, self.y.to(x) - seen.detach()))
+            smooth = denoised.smooth.detach() + b**2 / a * mollifier(mollifier(gradient))
+            return Denoised(smooth, (x.detach() - a * smooth) / b, denoised.log_variance)
+
+        return guided
+
+    def pigdm(self, denoise: Denoiser) -> Denoiser:
+        def weigh(t: torch.Tensor, missed: torch.Tensor) -> torch.Tensor:
+            alpha_bar = self.process.schedule.at("alpha_bar", t, missed)
+            independent = (1 - alpha_bar) * DEVIATION**2 / (alpha_bar * DEVIATION**2 + 1 - alpha_bar)
+            return missed / (independent + ERROR**2)
+
+        return self.with_gradient(weigh, denoise)
+
+    def dps(self, zeta: float) -> Correction:
+        """x_{t-1} + ζ T Tᵗ Jᵗ Hᵗ (y - H x̂) / ‖y - H x̂‖; the optimal J is symmetric and depends on t alone."""
+
+        def correct(x: torch.Tensor, step: int, denoised: Denoised) -> torch.Tensor:
+            missed = self.y.to(x) - self.observe(denoised.smooth)
+            spread = torch.zeros_like(x).flatten(1)
+            spread[:, self.mask] = missed / missed.norm(dim=1, keepdim=True)
+            t = torch.full((len(x),), step)
+            gradient = self.denoise(spread.reshape(x.shape), t).smooth
+            return x + zeta * self.process.mollifier(self.process.mollifier(gradient))
+
+        return correct
+
+
+def filtered(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Images with their cosine coefficients times a factor."""
+    return on_rows(idct, idct(on_rows(dct, dct(x)) * factor))
+
+
+def gaussian_rows(size: tuple[int, int] = (64, 64), count: int = 24, steps: str = "100") -> list[dict[str, Any]]:
+    """The first table."""
+    field = Field(size, steps)
+    measured = Measured(field.observe, field.y, torch.full_like(field.y, ERROR**2), field.process)
+    rows = [field.row("posterior", count, measured.posterior), field.row("ΠGDM", count, field.pigdm)]
+    rows += [field.row(f"DPS, ζ {zeta:g}", count, None, field.dps(zeta)) for zeta in ZETAS]
+    return [*rows, field.row("prior", count, None)]
+
+
+def model_rows(model: InftyDiff, count: int, steps: int) -> list[dict[str, Any]]:
+    """The second table: `count` held-out images, with a hole in the middle, and to be drawn at twice the size."""
+    sampling, size, data = SamplingOptions(steps), model.config.size, model.config.data
+    twice = (2 * size[0], 2 * size[1])
+    sets = [open_dataset(replace(data, img_size=h, img_width=w, in_memory="never"), "val") for h, w in (size, twice)]
+    images, large = (as_images([s[i] for i in range(count)], model.channels, model.device) for s in sets)
+    known = torch.ones(size, dtype=torch.bool, device=model.device)
+    known[size[0] // 4 : 5 * size[0] // 8, size[1] // 3 : 3 * size[1] // 4] = False
+    rows = []
+    for method in ("guidance", "posterior"):
+        options = InpaintOptions(sampling, method=method)
+        filled = torch.cat([model.inpaint(image, known, [0], options) for image in images]).clamp(-1, 1)
+        error = (filled - images).square()
+        rows.append(_row("inpainting", method, error[..., ~known], error[..., known]))
+    low = reduced(large, size).clamp(-1, 1)
+    for method, start in (
+        ("bicubic", None),
+        ("encoding", None),
+        ("encoding", 999),
+        ("posterior", None),
+        ("posterior", 999),
+    ):
+        if method == "bicubic":
+            finer = enlarged(low, twice)
+        else:
+            finer = model.super_resolution(low, twice, None, sampling, start, method=method).clamp(-1, 1)
+        named = method + (", from the code" if start else "")
+        rows.append(_row("super-resolution", named, (finer - large).square(), (reduced(finer, size) - low).square()))
+    return rows
+
+
+def _row(task: str, method: str, error: torch.Tensor, misfit: torch.Tensor) -> dict[str, Any]:
+    """PSNR of what is not measured, or of all, and of what is; means over images, in decibel."""
+    psnr, measured = (float((10 * torch.log10(4 / e.flatten(1).mean(1))).mean()) for e in (error, misfit))
+    return {"task": task, "method": method, "psnr": psnr, "psnr_measured": measured}
+
+
+def tables(gaussian: list[dict[str, Any]], trained: list[dict[str, Any]]) -> str:
+    """Both tables as aligned text."""
+    lines = [("Gaussian field", "mean", "sd", "misfit")]
+    lines += [(r["method"], *(f"{r[name]:.4f}" for name in ("mean_error", "sd_ratio", "misfit"))) for r in gaussian]
+    text = aligned(lines)
+    if trained:
+        lines = [("trained model", "PSNR (dB)", "of what is measured")]
+        lines += [(f"{r['task']}, {r['method']}", f"{r['psnr']:.2f}", f"{r['psnr_measured']:.2f}") for r in trained]
+        text += "\n\n" + aligned(lines)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="run or model in weights/; default: the first table alone")
+    parser.add_argument("--images", type=int, default=8, help="held-out images for it")
+    parser.add_argument("--steps", type=int, default=25, help="steps of its sampler")
+    parser.add_argument("--json", type=Path, help="file for the result; default: none, the tables alone")
+    arguments = parser.parse_args()
+    gaussian, trained = gaussian_rows(), []
+    if arguments.model:
+        trained = model_rows(InftyDiff.from_runs(arguments.model), arguments.images, arguments.steps)
+    if arguments.json:
+        settings = {"model": arguments.model, "images": arguments.images, "steps": arguments.steps}
+        write_json(arguments.json, {**settings, "gaussian": gaussian, "trained": trained})
+    print(tables(gaussian, trained))
+
+
+if __name__ == "__main__":
+    main()
