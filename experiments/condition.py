@@ -23,8 +23,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-import torch
 from absl import flags
 
 from configs.schema import ImageConfig
@@ -32,7 +30,7 @@ from diffusion.samplers import LastEstimate
 from experiments.support import editing as edit
 from experiments.support.options import between, define, requested_size, require_run_of_weights, sampling_options
 from experiments.support.results import digest
-from experiments.support.sensors import read_sensors, with_sensors
+from experiments.support.sensors import moments, read_sensors, with_sensors
 from infty_diff.folder import check_steps, is_whole_npy, parse_seeds, save_npy
 from infty_diff.posterior import LATENTS
 from runtime.command import Command, readable_errors, stages
@@ -102,16 +100,6 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         misfit = results.finish()["misfit"]
     print(f"misfit {misfit:.4f} (root mean square over {len(sensors.readings)} measurements), mean sd {sd.mean():.4f}")
     print(f"{len(missing)} made, {len(seeds) - len(missing)} were there: {results.folder}")
-
-
-def moments(files: list[Path], shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the arrays of files, float32, of which one is held at a time; 0 for one file."""
-    mean, squares = np.zeros(shape), np.zeros(shape)
-    for i, file in enumerate(files, 1):
-        step = np.load(file, allow_pickle=False) - mean
-        mean += step / i
-        squares += step * (step - step / i)
-    return torch.from_numpy(mean).float(), torch.from_numpy(np.sqrt(squares / max(1, len(files) - 1))).float()
 
 
 if __name__ == "__main__":

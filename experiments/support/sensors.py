@@ -140,3 +140,13 @@ def with_sensors(image: torch.Tensor | None, sensors: Sensors, size: tuple[int, 
         if least > 1:
             draw.rectangle([round(e + s) for e, s in zip(box, (-1, -1, 1, 1))], outline="black")
     return to_float(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+
+
+def moments(files: list[Path], shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the arrays of files, float32, of which one is held at a time; 0 for one file."""
+    mean, squares = np.zeros(shape), np.zeros(shape)
+    for i, file in enumerate(files, 1):
+        step = np.load(file, allow_pickle=False) - mean
+        mean += step / i
+        squares += step * (step - step / i)
+    return torch.from_numpy(mean).float(), torch.from_numpy(np.sqrt(squares / max(1, len(files) - 1))).float()
