@@ -1,6 +1,7 @@
 """How well functions are drawn given measurements: where the answer is known, and with a trained model.
 
-    python benchmarks/posterior.py --model=landscapes-32 --json=benchmarks/results/posterior.json
+    python benchmarks/posterior.py --model=landscapes-32 --images=4 \\
+        --json=benchmarks/results/posterior.json
 
 First Gaussian random fields of 64x64 (`benchmarks/sampler_error.py`) with the optimal denoiser, of which 3 % of the
 pixels of T x_0 are measured with errors of 0.02. The posterior is kriging, computed by dense matrices. Samplers are 100
@@ -196,7 +197,7 @@ def tables(gaussian: list[dict[str, Any]], trained: list[dict[str, Any]]) -> str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="run or model in weights/; default: the first table alone")
-    parser.add_argument("--images", type=int, default=8, help="held-out images for it")
+    parser.add_argument("--images", type=int, default=4, help="held-out images for it")
     parser.add_argument("--steps", type=int, default=25, help="steps of its sampler")
     parser.add_argument("--json", type=Path, help="file for the result; default: none, the tables alone")
     arguments = parser.parse_args()

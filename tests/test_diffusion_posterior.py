@@ -1,12 +1,15 @@
 """Conditioning on measurements: on Gaussian fields it is kriging; operators against dense matrices; wrong sensors."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.integrate
 import torch
 
+from benchmarks.posterior import gaussian_rows, tables
 from diffusion.posterior import Measured, conjugate_residuals
 from diffusion.process import Prediction
 from diffusion.samplers import SAMPLERS
@@ -221,3 +224,14 @@ def test_wrong_measurements_are_named():
             Measured(lambda x: x, torch.tensor(values), torch.tensor(variance), process)
     with pytest.raises(ValueError, match="sharp is True"):
         Measured(lambda x: x, torch.tensor([0.1]), torch.tensor([0.1]), process, sharp=True)
+
+
+def test_the_benchmark_finds_it_best_and_its_table_is_the_committed_one():
+    rows = {row["method"]: row for row in gaussian_rows((10, 12), 16, "30")}
+    ours = rows.pop("posterior")
+    assert ours["mean_error"] < 0.02 and all(ours["mean_error"] < 0.5 * row["mean_error"] for row in rows.values())
+    results = Path(__file__).parents[1] / "benchmarks/results"
+    stored = json.loads((results / "posterior.json").read_text())
+    assert tables(stored["gaussian"], stored["trained"]) + "\n" == (results / "posterior.txt").read_text()
+    kriging = stored["gaussian"][0]
+    assert kriging["mean_error"] < 0.02 and 0.95 < kriging["sd_ratio"] < 1.05

@@ -32,6 +32,7 @@ COMMANDS = {
     "experiments/generate_recons.py": {"config": _IMAGE},
     "experiments/inpaint.py": {"config": _IMAGE},
     "experiments/super_resolution.py": {"config": _IMAGE},
+    "experiments/condition.py": {"config": _IMAGE},
     "experiments/calculate_fid.py": {"config": _IMAGE},
     "experiments/nearest_neighbours.py": {"config": _IMAGE},
     "experiments/import_reference_checkpoint.py": {"config": _IMAGE},
@@ -62,6 +63,8 @@ _TEXTS = {
     "json": _PATHS,
     "input": _PATHS,
     "mask": _PATHS,
+    "sensors": (*_PATHS, "", "missing.csv", "README.md", "/dev/zero"),
+    "latents": ("", "text"),
     "samples": _PATHS,
     "reference": _PATHS,
     "encoder_run": _PATHS,
@@ -218,6 +221,7 @@ _GOOD = {  # what each script needs beside its configurations, {s} = the scratch
     "experiments/generate_recons.py": "--input={s}/pictures --sampling_steps=2",
     "experiments/inpaint.py": "--input={s}/pictures --sampling_steps=2 --seeds=0 --box=0,0,2,2",
     "experiments/super_resolution.py": "--input={s}/pictures --sampling_steps=2 --ddim_encoding",
+    "experiments/condition.py": "--sensors={s}/sensors.csv --sampling_steps=2 --seeds=0",
     "experiments/calculate_fid.py": "--samples={s}/pictures --model=random_features --cache_dir={s}/cache",
     "experiments/nearest_neighbours.py": "--samples={s}/pictures --metric=pixels --cache_dir={s}/cache --device=cpu",
     "experiments/import_reference_checkpoint.py": "--checkpoint={s}/missing",
@@ -235,10 +239,11 @@ def write_configs(scratch: Path) -> None:
 
 
 def write_runs(scratch: Path) -> None:
-    """Two runs that lack nothing, and pictures."""
+    """Two runs that lack nothing, pictures and sensors."""
     micro.write_run(micro.image(scratch / "runs"))
     micro.write_prior(micro.latent(scratch / "runs"))
     pictures.folder(scratch / "pictures", 4)
+    (scratch / "sensors.csv").write_text("y,x,value1,value2,value3\n0.5,0.5,0.1,0.2,0.3\n")
 
 
 def attempts(scratch: Path) -> Iterator[tuple[str, Callable[[], str]]]:
