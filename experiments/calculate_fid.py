@@ -30,6 +30,7 @@ import torch
 from absl import flags
 
 from configs.schema import ImageConfig
+from configs.validate import shown
 from data.datasets import SPLITS
 from diffusion.factory import build_image_process
 from experiments.support.comparing import compare, define_flags, encoder_of_run
@@ -66,11 +67,12 @@ def score(config: ImageConfig | None, folder: Path, device: torch.device) -> str
         raise ValueError(f"--encoder_run is {FLAGS.encoder_run}; accepted: a stage-one run, with --model=encoder alone")
     extractor = encoder_of_run(device) if FLAGS.encoder_run else open_extractor(FLAGS.model, device, FLAGS.weights)
     samples, reference = image_sets(config, extractor.channels)
+    manifest = manifest_of(folder)
     how = Extraction(FLAGS.eval_batch_size, os.cpu_count() or 1, Path(FLAGS.cache_dir), device)
     report = evaluate(samples, reference, extractor, how, FLAGS.patches)
     report["protocol"] = FLAGS.protocol
     report["config_sha256"] = config_digest(asdict(config)) if config else None
-    report["samples"]["manifest"] = manifest_of(folder)
+    report["samples"]["manifest"] = manifest
     path = Path(FLAGS.json) if FLAGS.json else default_report(folder)
     write_json(path, report)
     return f"{table(report)}\nwritten: {path}"
@@ -79,6 +81,8 @@ def score(config: ImageConfig | None, folder: Path, device: torch.device) -> str
 def image_sets(config: ImageConfig | None, channels: int) -> tuple[ImageSet, ImageSet]:
     """The samples and the reference images that the command line names."""
     authors = FLAGS.protocol == "reference"
+    if FLAGS["inv_snr"].present and not authors:
+        raise ValueError(f"--inv_snr is {shown(FLAGS.inv_snr)}; accepted: with --protocol=reference")
     if authors and config is None:
         raise ValueError("--protocol is reference; accepted: with --config, which says how samples were mollified")
     if authors:
@@ -89,8 +93,9 @@ def image_sets(config: ImageConfig | None, channels: int) -> tuple[ImageSet, Ima
     else:
         samples = ImageFolder(FLAGS.samples, channels, "--samples", FLAGS.num_samples)
     if config is None:
-        if FLAGS.reference_size:
-            raise ValueError(f"--reference_size is {FLAGS.reference_size}; accepted: with --config")
+        for name in ("reference_size", "split"):
+            if FLAGS[name].value:
+                raise ValueError(f"--{name} is {shown(FLAGS[name].value)}; accepted: with --config")
         return samples, ImageFolder(FLAGS.reference, channels, "--reference")
     if FLAGS.reference_size:
         height, width = parse_size(FLAGS.reference_size, "reference_size")

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import flags
 
 from configs.schema import ImageConfig
+from configs.validate import shown
 from data.opening import read_json
 from experiments.support.commands import (
     check_all_steps,
@@ -45,6 +46,8 @@ flags.DEFINE_string(
 define("sampling_steps=100", "out_dir=coordinate_sparsity")
 flags.DEFINE_bool("skip_fid", False, "measure speed and memory alone: train stage one, and nothing else")
 _STATED = ("mc_integral.ratio", "mc_integral.q_sample")
+_OF_SCORES = ("num_samples", "sampling_steps", "latent_sampling_steps", "sample_batch_size", "model", "weights",
+              "run_weights", "decoder_run_weights")  # fmt: skip
 
 
 def main(command: Command, configs: dict[str, Any]) -> None:
@@ -58,6 +61,13 @@ def main(command: Command, configs: dict[str, Any]) -> None:
                              "--config of stage one with --skip_fid")  # fmt: skip
         for path in set(_STATED) & set(command.overridden[image]):
             raise ValueError(f"--{image}.{path} is given; accepted: not here, --ratios says it")
+        vain = [name for name in _OF_SCORES if FLAGS.skip_fid and FLAGS[name].present]
+        if vain:
+            raise ValueError(f"--{vain[0]} is {shown(str(FLAGS[vain[0]].value))}; accepted: without --skip_fid")
+        train = configs[image].train
+        if train.steps < train.plot_graph_steps:
+            raise ValueError(f"--{image}.train.steps is {train.steps}; accepted: at least train.plot_graph_steps="
+                             f"{train.plot_graph_steps}, whose log has the speed")  # fmt: skip
         if not FLAGS.skip_fid:
             check_all_steps(configs, [FLAGS.sampling_steps])
             require_extractor()

@@ -11,6 +11,8 @@ from configs.validate import shown
 from experiments.support.tables import aligned
 from metrics.evaluation import SCORES
 
+_LONGEST = 20  # characters of a fraction
+
 
 @dataclass(frozen=True)
 class RatioResult:
@@ -33,11 +35,12 @@ def parse_ratios(text: str) -> list[Fraction]:
     Raises:
         ValueError: for anything but distinct fractions above 0 and up to 1.
     """
-    try:
-        ratios = [Fraction(part.strip()) for part in text.split(",")]
+    parts = [part.strip() for part in text.split(",")]
+    try:  # an exponent could ask for a number of gigabytes
+        ratios = [Fraction(part) for part in parts if len(part) <= _LONGEST and "e" not in part.lower()]
     except (ValueError, ZeroDivisionError):
         ratios = []
-    if not ratios or not all(0 < ratio <= 1 for ratio in ratios) or len(set(ratios)) < len(ratios):
+    if len(set(ratios)) < len(parts) or not all(0 < ratio <= 1 for ratio in ratios):
         raise ValueError(
             f"--ratios is {shown(text)}; accepted: distinct fractions above 0 and up to 1, e.g. 1,1/2,1/4,1/8"
         )
