@@ -144,8 +144,8 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def _write_sealed(path: Path, state: dict[str, Any]) -> None:
     """Write a state with its checksum as the comment of the zip archive, which readers of such archives pass over."""
-    torch.save(state, path)
-    with path.open("r+b") as file:
+    with path.open("w+b") as file:
+        torch.save(state, file)  # by its path the archive would hold its name, of this process
         end = file.seek(-2, os.SEEK_END)
         file.write(_SEAL_LENGTH.to_bytes(2, "little"))  # of the comment, empty so far
         file.seek(0)

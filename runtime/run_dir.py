@@ -142,13 +142,17 @@ class RunDir:
                 log.warning("run.logger: %s failed and gets nothing more (%s)", name, one_line(error))
                 del self._loggers[name]
 
+    def preview(self, step: int) -> Path:
+        """The file of the previews of a step."""
+        return self.previews / f"step_{step:08d}.png"
+
     def save_previews(self, step: int, rows: dict[str, torch.Tensor]) -> Path:
-        """Write `images/step_XXXXXXXX.png`: a labelled row for each kind.
+        """Write them, a labelled row for each kind.
 
         Args:
             rows: name -> (N, C, H, W) in [−1, 1].
         """
-        path = self.previews / f"step_{step:08d}.png"
+        path = self.preview(step)
         save_sheet(path, [Row(to_pictures(images), name) for name, images in rows.items()])
         self._tell(lambda logger: logger.image(path, list(rows), step))
         return path

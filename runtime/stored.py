@@ -87,6 +87,15 @@ def read_header(path: Path) -> dict[str, Any]:
     return content
 
 
+def stored_step(path: Path) -> int:
+    """The step of a file of weights; -1 where there is no readable one."""
+    try:
+        step = read_header(path).get("step")
+    except ValueError:
+        return -1
+    return step if isinstance(step, int) else -1
+
+
 def stored_config(run: Path, cls: type[Config]) -> Config | None:
     """The configuration of a run: that of its weights, before there are any that of its folder; None without a run.
 

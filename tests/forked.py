@@ -5,33 +5,64 @@ script, with its own arguments, environment and standard streams, as `python SCR
 """
 
 import atexit
+import contextlib
 import json
 import os
 import subprocess
 import sys
-import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 _PRELOADED = ("configs.defaults", "runtime.command", "training.prepare", "training.trainer", "infty_diff.encodings",
-              "training.image_stage", "training.latent_stage", "torchvision.utils")  # fmt: skip
+              "training.image_stage", "training.latent_stage", "torchvision.utils", "infty_diff.reference_runs",
+              "experiments.support.commands", "experiments.support.comparing", "experiments.support.editing",
+              "metrics.nearest", "torch.utils.data")  # fmt: skip
+_CAP_DAC_OVERRIDE = 1  # by which root may write anywhere
 
 
-def run(command: list, environment: dict[str, str] | None = None, timeout: float = 240) -> subprocess.CompletedProcess:
-    """Run a script of the repository, given as for `python`; texts and status as of `subprocess.run`."""
+@dataclass
+class Started:
+    """A command that runs: signals may be sent to `pid` until it is waited for."""
+
+    command: list[str]
+    pid: int
+
+    def wait(self, timeout: float = 240) -> subprocess.CompletedProcess:
+        """Texts and status as of `subprocess.run`; subprocess.TimeoutExpired, and a kill, where it does not end."""
+        status, stdout, stderr = _ask({"wait": self.pid, "timeout": timeout})
+        if status is None:
+            raise subprocess.TimeoutExpired(self.command, timeout, stdout, stderr)
+        return subprocess.CompletedProcess(self.command, status, stdout, stderr)
+
+
+def start(
+    command: Sequence, environment: dict[str, str] | None = None, largest: int | None = None, user: bool = False
+) -> Started:
+    """Start a script of the repository, or another one by its whole path, given as for `python`.
+
+    largest: bytes beyond which no file can grow, what a full disk is to those that write. user: without root's right
+    to write where permissions forbid it.
+    """
     command = [str(part) for part in command]
-    with tempfile.TemporaryDirectory() as folder:
-        files = {name: f"{folder}/{name}" for name in ("stdout", "stderr")}
-        request = {"command": command, "environment": environment or dict(os.environ), "timeout": timeout, **files}
-        server = _server()
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        status = json.loads(server.stdout.readline())
-        texts = {name: Path(file).read_text() for name, file in files.items()}
-    if status is None:
-        raise subprocess.TimeoutExpired(command, timeout, texts["stdout"], texts["stderr"])
-    return subprocess.CompletedProcess(command, status, **texts)
+    request = {"command": command, "environment": environment or dict(os.environ), "largest": largest, "user": user}
+    return Started(command, _ask(request))
+
+
+def run(
+    command: Sequence, environment: dict[str, str] | None = None, timeout: float = 240
+) -> subprocess.CompletedProcess:
+    """As `start`, and wait for its end."""
+    return start(command, environment).wait(timeout)
+
+
+def _ask(request: dict):
+    server = _server()
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    return json.loads(server.stdout.readline())
 
 
 @lru_cache
@@ -49,44 +80,66 @@ def _serve() -> None:
     sys.path[0] = str(ROOT)
     for name in _PRELOADED:
         importlib.import_module(name)
+    streams: dict[int, list[int]] = {}
     for line in sys.stdin:
         request = json.loads(line)
+        if "wait" in request:
+            print(json.dumps(_wait(request["wait"], streams.pop(request["wait"]), request["timeout"])), flush=True)
+            continue
+        (stdout, out), (stderr, err) = os.pipe(), os.pipe()
         child = os.fork()
         if not child:
-            _become(request)
-        print(json.dumps(_wait(child, request["timeout"])), flush=True)
+            _become(request, out, err)
+        os.close(out)
+        os.close(err)
+        streams[child] = [stdout, stderr]
+        print(child, flush=True)
 
 
-def _wait(child: int, timeout: float) -> int | None:
+def _wait(child: int, streams: list[int], timeout: float) -> tuple[int | None, str, str]:
     import signal
     import time
 
-    deadline = time.monotonic() + timeout
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
+    texts = {stream: b"" for stream in streams}
+
+    def read() -> None:
+        for stream in streams:
+            with contextlib.suppress(BlockingIOError):  # while it has nothing; processes of the child may keep it open
+                while chunk := os.read(stream, 1 << 16):
+                    texts[stream] += chunk
+
+    for stream in streams:
+        os.set_blocking(stream, False)
+    deadline, ended, status = time.monotonic() + timeout, 0, None
+    while not ended:
         if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return None
-        time.sleep(0.005)
+            break
+        ended, ending = os.waitpid(child, os.WNOHANG)
+        status = os.waitstatus_to_exitcode(ending) if ended else None
+        read()
+        if not ended:
+            time.sleep(0.005)
+    for stream in streams:
+        os.close(stream)
+    return status, *(text.decode(errors="replace") for text in texts.values())
 
 
-def _become(request: dict) -> None:
+def _become(request: dict, out: int, err: int) -> None:
     """Be the script, in this forked process."""
     import runpy
     import traceback
 
-    for number, (name, flags) in enumerate((("/dev/null", os.O_RDONLY), (request["stdout"], os.O_WRONLY | os.O_CREAT),
-                                            (request["stderr"], os.O_WRONLY | os.O_CREAT))):  # fmt: skip
-        os.dup2(os.open(name, flags), number)
+    for number, stream in enumerate((os.open("/dev/null", os.O_RDONLY), out, err)):
+        os.dup2(stream, number)
     os.environ.clear()
     os.environ.update(request["environment"])
     script = request["command"][0]
     sys.argv, sys.path[0] = list(request["command"]), str((ROOT / script).parent)
     status = 0
     try:
+        _confine(request)
         runpy.run_path(script, run_name="__main__")
     except SystemExit as left:
         status = left.code if isinstance(left.code, int) else int(left.code is not None)
@@ -98,6 +151,25 @@ def _become(request: dict) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _confine(request: dict) -> None:
+    import ctypes
+    import resource
+    import signal
+
+    if request["largest"] is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest"],) * 2)
+    if request["user"] and os.geteuid() == 0:
+        header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()  # of capset(2), version 3
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.capget(header, sets):
+            raise OSError(ctypes.get_errno(), "capget")
+        for kind in range(3):  # effective, permitted, inheritable
+            sets[kind] &= ~(1 << _CAP_DAC_OVERRIDE)
+        if libc.capset(header, sets):
+            raise OSError(ctypes.get_errno(), "capset")
 
 
 if __name__ == "__main__":

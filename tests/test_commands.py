@@ -1,8 +1,7 @@
-"""The commands as users type them: all three stages on a folder of images, killed and run again, and wrong input."""
+"""The commands as users type them: all three stages on a folder of images, and wrong input."""
 
 import json
 import os
-import random
 import re
 import shlex
 import signal
@@ -77,16 +76,16 @@ def root(tmp_path_factory) -> Path:
     return root
 
 
-def losses(run_folder: Path) -> list[tuple[int, float]]:
+def logged(run_folder: Path) -> list[int]:
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines]
+    return [line["step"] for line in lines]
 
 
 def test_the_three_commands_make_their_files(root):
     for name in ("micro", "micro_sampler"):
         files = {path.name for path in (root / name).iterdir()}
         assert {"config.json", "metrics.jsonl", "images", "checkpoints", "weights.safetensors"} <= files
-        assert [step for step, _ in losses(root / name)] == [1, 2, 3, 4, 5, 6]
+        assert logged(root / name) == [1, 2, 3, 4, 5, 6]
     assert len(list((root / "micro" / "latents").glob("*.safetensors"))) == 1
     done = run(sampling(root, "--sample_img_size=24x40", "--sampling_steps=3", "--latent_sampling_steps=5"))
     assert done.returncode == 0, done.stderr
@@ -95,29 +94,6 @@ def test_the_three_commands_make_their_files(root):
     assert np.array(Image.open(folder / "000002.png")).shape == (24, 40, 3)
     again = run(sampling(root, "--sample_img_size=24x40", "--sampling_steps=3", "--latent_sampling_steps=5"))
     assert again.stdout.startswith("0 images drawn, 3 were there")
-
-
-def test_killed_at_random_moments_the_run_gives_the_same_losses(root):
-    longer = {"train.steps": 40, "train.checkpoint_steps": 5, "train.plot_samples_steps": 40}
-    whole = {**longer, "run.experiment": "whole"}
-    assert run(stage_one(root, whole)).returncode == 0
-    chance, folder = random.Random(0), root / "killed"
-    command = [sys.executable, *stage_one(root, {**longer, "run.experiment": "killed"})]
-    for _ in range(3):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before = len(losses(folder)) if folder.exists() else 0
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            metrics = folder / "metrics.jsonl"
-            if metrics.exists() and metrics.read_bytes().count(b"\n") > before + 2:
-                break
-            time.sleep(0.02)
-        time.sleep(chance.uniform(0.0, 0.4))
-        process.kill()
-        process.wait()
-    done = run(command[1:])
-    assert done.returncode == 0, done.stderr
-    assert losses(folder) == losses(root / "whole")
 
 
 def test_interrupt_of_a_whole_terminal_saves_first(root):

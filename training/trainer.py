@@ -15,6 +15,7 @@ import platform
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from runtime.precision import Precision, describe
 from runtime.processes import ALONE, Processes, leave
 from runtime.run_dir import RunDir
 from runtime.signals import Signals
-from runtime.stored import BEST_WEIGHTS, WEIGHTS, numbered_weights
+from runtime.stored import BEST_WEIGHTS, WEIGHTS, numbered_weights, stored_step
 from training.acceleration import accelerate
 from training.ema import Ema, PowerAverages
 from training.guard import StepGuard
@@ -128,6 +129,8 @@ class Trainer:
         )
         clock, due = Clock(self.step, train.steps), False
         with self.signals, contextlib.closing(self.run_dir), bar:
+            if first and self.step:
+                self._make_up()
             while True:
                 batch = self._next(batches)  # before they agree: what one cannot read stops all of them
                 stop = self.processes.agree(signal.SIGCHLD if self.fault else self.signals.number)
@@ -151,7 +154,7 @@ class Trainer:
                 if done or (due and not self.guard.read()[1]):
                     self._save()
                     due = False
-                if self.step % train.plot_samples_steps == 0 or done:
+                if self._shows():
                     if first:
                         self._save_previews()
                     clock.restart(self.step)
@@ -187,6 +190,18 @@ class Trainer:
         """Whether train.keep_every keeps this step."""
         every = self.config.train.keep_every
         return bool(every) and self.step % every == 0
+
+    def _shows(self) -> bool:
+        """Whether previews are drawn of this step."""
+        return self.step % self.config.train.plot_samples_steps == 0 or self.step == self.config.train.steps
+
+    def _make_up(self) -> None:
+        """Write what a process that was killed right after its checkpoint of this step did not come to."""
+        for file in self._weights_files():
+            if stored_step(file) < self.step:
+                self._save_weights(file)
+        if self._shows() and not self.run_dir.preview(self.step).exists():
+            self._save_previews()
 
     def _save_previews(self) -> None:
         """Draw and write the previews of this step, unless a signal cuts it short; their failure is only told."""
@@ -316,14 +331,19 @@ class Trainer:
             save_checkpoint(self.run_dir.checkpoints, self.step, state, keep, train.keep_every)
         except FloatingPointError as error:
             raise self._diverged(str(error)) from None
-        run = self.run_dir.path
-        files = [run / WEIGHTS] if not row or self.step == train.steps else []
-        if self._is_kept() and not row:
-            files.append(numbered_weights(run, self.step))
-        for file in files:
-            save_weights(file, self.stage.weights(self.ema.modules), {**self._header(), **self.stage.facts})
+        for file in self._weights_files():
+            self._save_weights(file)
         if row:
             log.warning("the gradient was not finite in the last %d steps, up to step %d", row, self.step)
+
+    def _save_weights(self, file: Path) -> None:
+        save_weights(file, self.stage.weights(self.ema.modules), {**self._header(), **self.stage.facts})
+
+    def _weights_files(self) -> list[Path]:
+        """The files of weights that belong to the checkpoint of this step."""
+        run, row = self.run_dir.path, self.guard.read()[1]
+        newest = [run / WEIGHTS] if not row or self.step == self.config.train.steps else []
+        return newest + ([numbered_weights(run, self.step)] if self._is_kept() and not row else [])
 
     def _header(self) -> dict[str, Any]:
         return {

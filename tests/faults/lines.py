@@ -10,7 +10,7 @@ import ast
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import micro
@@ -200,6 +200,7 @@ def _name(argument: str) -> str:
     return argument.lstrip("-").partition("=")[0].split(".")[-1]
 
 
+@lru_cache
 def good(script: str, scratch: Path, without: str = "") -> list[str]:
     """Arguments of a script that are right."""
     given = []
@@ -216,7 +217,7 @@ def good(script: str, scratch: Path, without: str = "") -> list[str]:
 _GOOD = {  # what each script needs beside its configurations, {s} = the scratch folder, to be as fast as it can
     "experiments/generate_samples.py": "--num_samples=1 --sampling_steps=2 --latent_sampling_steps=2",
     "experiments/resolution_sweep.py": "--seeds=0 --sizes=16x12 --sampling_steps=2 --latent_sampling_steps=2",
-    "experiments/coordinate_sparsity.py": "--ratios=1 --skip_fid --out_dir={s}/out --decoder_config.train.steps=1",
+    "experiments/coordinate_sparsity.py": "--ratios=1 --model=random_features --num_samples=2 --out_dir={s}/out",
     "experiments/interpolate.py": "--input={s}/pictures --sampling_steps=2",
     "experiments/generate_recons.py": "--input={s}/pictures --sampling_steps=2",
     "experiments/inpaint.py": "--input={s}/pictures --sampling_steps=2 --seeds=0 --box=0,0,2,2",
@@ -246,8 +247,10 @@ def write_runs(scratch: Path) -> None:
     (scratch / "sensors.csv").write_text("y,x,value1,value2,value3\n0.5,0.5,0.1,0.2,0.3\n")
 
 
-def attempts(scratch: Path) -> Iterator[tuple[str, Callable[[], str]]]:
+def attempts(scratch: Path, _: int) -> Iterator[tuple[str, Callable[[], str]]]:
     """For the battery: every line with a call that says what went wrong, if anything did."""
+    scratch /= "lines"
+    scratch.mkdir()
     write_configs(scratch)
     write_runs(scratch)
     for line, named in table(scratch):

@@ -100,6 +100,17 @@ def test_what_cannot_be_read_is_not_taken_for_damaged(root, monkeypatch, error):
     assert content(root) == before
 
 
+def test_what_a_kill_after_a_checkpoint_left_out_is_made_up(tmp_path):
+    changes = {"train.keep_every": 3, "train.plot_samples_steps": 3}
+    image_trainer(tmp_path, changes).run()
+    run, before = tmp_path / "micro", content(tmp_path)
+    shutil.copy(run / "weights" / "step_00000003.safetensors", run / "weights.safetensors")
+    (run / "weights" / "step_00000006.safetensors").write_bytes(b"cut")
+    (run / "images" / "step_00000006.png").unlink()
+    image_trainer(tmp_path, changes).run()
+    assert content(tmp_path) == before
+
+
 def test_a_folder_that_cannot_be_listed_is_no_new_run(root, monkeypatch):
     def fail(path):
         raise PermissionError(13, "Permission denied", str(path))

@@ -9,12 +9,10 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-import forked
 from data.loader import batches
 from runtime.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint, save_weights
 from runtime.files import sweep, write_atomic, write_json
@@ -32,6 +30,7 @@ def test_every_signal_that_ends_a_session_saves(tmp_path, number):
     with pytest.raises(SystemExit) as stop:
         trainer.run()
     assert stop.value.code == 128 + number and checkpoint_steps(trainer.run_dir.checkpoints) == [trainer.step]
+    assert trainer.step > 0 and signal.getsignal(number) == signal.SIG_DFL
 
 
 def test_nohup_is_honoured():
@@ -236,16 +235,6 @@ def test_training_on_a_full_disk_is_one_line_and_its_last_state_loads(tmp_path, 
     small_files(resource.RLIM_INFINITY)
     assert load_checkpoint(trainer.run_dir.checkpoints, 2)["step"] == 2
     image_trainer(tmp_path, {"train.steps": 4}).run()
-
-
-def test_a_disk_that_is_read_only_is_one_line(tmp_path):
-    """Root may write anywhere but into /proc, where nobody can make a folder."""
-    with pytest.raises(OSError, match=r"/proc/none/x: cannot be written \(.+\)"):
-        write_atomic(Path("/proc/none/x"), lambda path: path.touch())
-    done = forked.run(["train_inf_ae_diffusion.py", "--config=configs/tiny_config.py", "--config.run.root_dir=/proc",
-                       "--config.run.experiment=none", "--config.run.device=cpu"])  # fmt: skip
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and len(lines) == 1 and "/proc/none" in lines[0] and "Traceback" not in done.stderr
 
 
 def test_a_second_training_of_a_run_is_refused_and_the_first_goes_on(tmp_path):
