@@ -22,7 +22,7 @@ from diffusion.samplers import LastEstimate
 from infty_diff.model import InftyDiff
 from infty_diff.sampling import SamplingOptions
 from runtime.claimed import MANIFEST, SEED, claim_folder, is_marked, open_png, save_png, whole_png
-from runtime.files import write_atomic
+from runtime.files import sweep, write_atomic
 from runtime.lock import FolderLock
 from runtime.processes import ALONE, Processes
 from runtime.sheet import WIDTH, Row, save_sheet
@@ -76,6 +76,8 @@ def draw_folder(
     channels = model.config.data.channels
 
     def claim() -> tuple[str, list[int]]:
+        for folder in (out_dir, out_dir / "raw"):
+            sweep(folder, "*")
         mark = claim_folder(out_dir, MANIFEST, {"settings": settings, "model": provenance})
         return mark, [seed for seed in seeds if not _is_done(out_dir, seed, options, mark, channels)]
 

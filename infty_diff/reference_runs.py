@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import os
 import platform
 import shutil
@@ -19,7 +20,7 @@ from models.factory import build_denoiser, build_encoder, build_latent_model
 from models.operators.dispatch import get_backend
 from models.reference_weights import LAYOUTS, layout_of_state, state_from_reference
 from runtime.checkpoint import load_plain, save_weights
-from runtime.files import file_digest, plain, write_json
+from runtime.files import file_digest, plain, sweep, temporary_of, write_json
 from runtime.run_dir import run_path
 from runtime.stored import WEIGHTS
 
@@ -157,7 +158,9 @@ def refuse_existing(configs: Sequence[ImageConfig | LatentConfig]) -> None:
 def write_runs(runs: Sequence[ReferenceRun]) -> None:
     """Write the folder of each run, which appears whole or not at all. Raises ValueError as `refuse_existing`."""
     refuse_existing([run.config for run in runs])
-    unfinished = [run.path.with_name(f".{run.path.name}.{os.getpid()}.tmp") for run in runs]
+    unfinished = [temporary_of(run.path) for run in runs]
+    for run in runs:
+        sweep(run.path.parent, glob.escape(run.path.name))
     try:
         for run, folder in zip(runs, unfinished):
             _write(run, folder)

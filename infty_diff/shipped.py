@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ import torch
 from configs.schema import ImageConfig, LatentConfig
 from infty_diff import __version__
 from runtime.checkpoint import load_weights, save_weights
-from runtime.files import plain
+from runtime.files import plain, sweep, temporary_of
 from runtime.stored import Config, config_from, require_config, stage_of, weights_path
 
 IMAGE, LATENT = "image.safetensors", "latent.safetensors"  # of a saved model; its sampling options are in the first
@@ -105,7 +106,8 @@ def save_stages(
     folder = Path(folder).expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} holds something already; accepted: a new or an empty folder")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(folder)
+    sweep(folder.parent, glob.escape(folder.name))
     try:
         for name, (config, tensors, facts) in stages.items():
             header = {**facts, "config": _portable(config), "version": __version__}

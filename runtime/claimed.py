@@ -62,12 +62,15 @@ def mark_of(content: dict[str, Any]) -> str:
 
 
 def save_png(path: Path, image: torch.Tensor, mark: str, texts: Mapping[str, str]) -> None:
-    """Write uint8 (C, H, W) as PNG, atomically, with the mark of its folder and texts by their keywords."""
+    """Write uint8 (C, H, W) as PNG, atomically, with the mark of its folder and texts by their keywords.
+
+    Who writes them sweeps the folder before.
+    """
     (picture,) = to_pictures(image[None])
     info = PngInfo()
     for keyword, text in {_MARK: mark, **texts}.items():
         info.add_text(keyword, text)
-    write_atomic(path, lambda temporary: picture.save(temporary, format="png", pnginfo=info))
+    write_atomic(path, lambda temporary: picture.save(temporary, format="png", pnginfo=info), one_of_many=True)
 
 
 def whole_png(path: Path) -> tuple[tuple[int, int], dict[str, str]] | None:

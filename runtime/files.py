@@ -1,11 +1,13 @@
 """Atomic writing, and JSON: a reader sees the old file or the new one, never a part."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -19,13 +21,22 @@ _FORGOTTEN = 24 * 3600  # seconds after which a temporary file of another machin
 _HOST = re.sub(r"[^\w-]", "_", socket.gethostname())
 
 
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+def temporary_of(path: Path) -> Path:
+    """Where this process makes what is to be at `path`; `sweep` knows it as left behind once the process has ended."""
+    return path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
+
+
+def write_atomic(path: Path, write: Callable[[Path], object], *, one_of_many: bool = False) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to the disk and rename it to `path`.
+
+    one_of_many: leave it to the caller to sweep the folder, once for all files; else what is left of `path` goes.
 
     Raises:
         OSError: naming `path`, when it cannot be written, as on a full disk; then what was there is as it was.
     """
-    temporary = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
+    temporary = temporary_of(path)
+    if not one_of_many:
+        sweep(path.parent, glob.escape(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
@@ -48,15 +59,22 @@ def cannot_write(path: Path, error: Exception) -> OSError:
     return OSError(f"{path}: cannot be written ({reason})")
 
 
-def sweep(folder: Path) -> None:
+def sweep(folder: Path, names: str = "") -> None:
     """Remove from a folder the temporary files of processes that have ended.
 
     Of another machine's processes nothing is known; their files go a day after they were last written.
+
+    Args:
+        folder: of this project alone, if no `names` are given.
+        names: pattern of what they would have become; then files and folders of this machine alone go.
     """
-    for path in folder.glob(".*.tmp"):
+    for path in folder.glob(f".{names}.{_HOST}.*.tmp" if names else ".*.tmp"):
         with contextlib.suppress(OSError):
-            if path.is_file() and _left_behind(path):
-                path.unlink()
+            if _left_behind(path):
+                if names and path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
 
 def _left_behind(path: Path) -> bool:

@@ -15,7 +15,7 @@ from PIL import Image
 from data.opening import parse_json
 from data.pixels import to_pictures, to_uint8
 from runtime.claimed import claim_folder, is_marked, open_png, save_png, whole_png
-from runtime.files import to_json, write_json
+from runtime.files import sweep, to_json, write_json
 from runtime.lock import FolderLock
 from runtime.sheet import Row, save_sheet
 
@@ -61,6 +61,7 @@ class Results:
         self._lock = FolderLock(folder)
         self._lock.__enter__()
         atexit.register(self._lock.__exit__, None, None, None)
+        sweep(folder, "*")
         self._mark = claim_folder(folder, "settings.json", {"settings": settings, "model": model})
         self.folder, self._report = folder, {**settings, **model}
         self._rows: dict[str, dict[str, Any]] = {}  # in the order in which pictures were asked for
