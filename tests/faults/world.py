@@ -93,6 +93,7 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[str, dict[str, Any]]], str]] = {
         "--checkpoint={h}/theirs/image --latent_checkpoint={h}/theirs/latent"),
     "saving": ("{h}/save.py", {}, ""),
 }  # fmt: skip
+_ONCE = ("saving", "importing")  # which refuse to do again what is done
 # What else the world begins with.
 _MADE_BY = ("stage one, continued", "stage two, continued", "sampling, continued", "scoring, cached")
 
@@ -187,7 +188,10 @@ class World:
 
     def finish(self, name: str) -> str:
         """Give the command again, undisturbed; "" if all is as if nothing had happened."""
-        return said(forked.run(self.command(name)), 0) or self.difference(self.undisturbed(name)[0])
+        end = self.undisturbed(name)[0]
+        if name in _ONCE and not self.difference(end):
+            return ""
+        return said(forked.run(self.command(name)), 0) or self.difference(end)
 
     def added(self, name: str) -> dict[str, bytes]:
         """Of what the command leaves, the files that it writes."""
