@@ -7,12 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+from data.base import digest
 from data.opening import read_json
 from diffusion.mollifier import InverseSnr, Mollifier
-from runtime.files import file_digest, write_json
+from runtime.files import file_digest, plain, write_json
 
 log = logging.getLogger(__name__)
 CALIBRATED = "calibrated"
+_CHECKSUM = "sha256"  # of the rest of the file
 _LEAST, _MOST = 1e-6, 1e6  # below, the filter amplifies rounding to white noise; above, it leaves no image
 
 _OTHER = {"weights_sha256": "other weights", "mollifier": "another mollifier"}
@@ -41,7 +43,8 @@ def filter_path(weights: Path) -> Path:
 def save_filter(weights: Path, mollifier: Mollifier, ratios: InverseSnr, facts: dict[str, Any]) -> Path:
     """Write the ratios atomically beside the weights they belong to, with facts about how they were found."""
     path = filter_path(weights)
-    write_json(path, {**_key(weights, mollifier), "spacing": ratios.spacing, "inv_snr": ratios.values, **facts})
+    content = plain({**_key(weights, mollifier), "spacing": ratios.spacing, "inv_snr": ratios.values, **facts})
+    write_json(path, {**content, _CHECKSUM: digest(content, [])})
     return path
 
 
@@ -56,6 +59,8 @@ def load_filter(weights: Path, mollifier: Mollifier) -> InverseSnr:
         raise ValueError(f"inv_snr is calibrated, but {path} is not there; {advice}")
     try:
         stored = read_json(path, dict, "a calibrated filter")
+        if _CHECKSUM in stored and stored.pop(_CHECKSUM) != digest(stored, []):
+            raise ValueError("its checksum is another")
         ratios = InverseSnr(float(stored["spacing"]), tuple(map(float, stored["inv_snr"])))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"inv_snr is calibrated, but {path} is no calibrated filter ({error!r}); {advice}") from None

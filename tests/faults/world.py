@@ -6,6 +6,7 @@ equal, bit for bit, what it leaves undisturbed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -162,6 +163,9 @@ class World:
                     content = re.sub(rb', "images_per_second": [^,}]+', b"", content)
                 if path.suffix == ".pt":
                     content = self._held(path, content)
+                if path.suffix == ".json":
+                    with contextlib.suppress(ValueError):
+                        content = json.dumps(json.loads(content)).encode()
                 found[str(path.relative_to(self.here))] = content
         return found
 
