@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import math
 import re
@@ -133,13 +134,10 @@ def _raw_path(out_dir: Path, seed: int) -> Path:
 
 
 def save_npy(path: Path, raw: torch.Tensor) -> None:
-    """Write a tensor of the CPU as an array, atomically."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.save(file, raw.numpy())
-
-    write_atomic(path, write)
+    """Write a tensor of the CPU as an array, atomically; who writes many sweeps the folder before."""
+    content = io.BytesIO()  # into a file on a full disk NumPy writes less, and says nothing
+    np.save(content, raw.numpy())
+    write_atomic(path, lambda temporary: temporary.write_bytes(content.getbuffer()), one_of_many=True)
 
 
 def _is_done(out_dir: Path, seed: int, options: FolderOptions, mark: str, channels: int) -> bool:

@@ -165,7 +165,11 @@ def write_runs(runs: Sequence[ReferenceRun]) -> None:
         for run, folder in zip(runs, unfinished):
             _write(run, folder)
         for run, folder in zip(runs, unfinished):
-            os.rename(folder, run.path)
+            try:
+                os.rename(folder, run.path)
+            except OSError:
+                refuse_existing([run.config])  # made meanwhile
+                raise
     finally:
         for folder in unfinished:
             shutil.rmtree(folder, ignore_errors=True)

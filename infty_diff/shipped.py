@@ -104,8 +104,7 @@ def save_stages(
         FloatingPointError: when a tensor is not finite, or too large for half precision.
     """
     folder = Path(folder).expanduser().absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} holds something already; accepted: a new or an empty folder")
+    _require_empty(folder)
     temporary = temporary_of(folder)
     sweep(folder.parent, glob.escape(folder.name))
     try:
@@ -113,11 +112,20 @@ def save_stages(
             header = {**facts, "config": _portable(config), "version": __version__}
             save_weights(temporary / name, {k: _rounded(v) if half else v for k, v in tensors.items()}, header)
         finish(temporary)
-        os.replace(temporary, folder)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            _require_empty(folder)  # which it was at first
+            raise
     finally:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(temporary)
     return folder
+
+
+def _require_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} holds something already; accepted: a new or an empty folder")
 
 
 def _portable(config: ImageConfig | LatentConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import forked
 from faults.world import COMMANDS, Attempt, chance_of, said, world
 
 _TIMES = 2
+_REASONS = ("in use by process", "exists; accepted", "holds something already")  # the last of what is written once
 
 
 def attempts(scratch: Path, seed: int) -> Iterator[Attempt]:
@@ -31,7 +32,7 @@ def together(scratch: Path, command: str, seed: int, number: int) -> str:
     os.kill(first.pid, signal.SIGCONT)
     done = first.wait()
     for told in (done, second):
-        if told.returncode == 2 and "in use by process" not in told.stderr and "hold" not in told.stderr:
+        if told.returncode == 2 and not any(reason in told.stderr for reason in _REASONS):
             return f"refused for another reason: {told.stderr[-300:]}"
     fault = said(done, 0, 2) or said(second, 0, 2) or here.difference(end)
     return "both were refused" if done.returncode == second.returncode == 2 else fault
