@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from runtime.files import plain, write_atomic, write_json
 MANIFEST = "manifest.json"  # of a folder of samples
 _MARK, SEED = "folder", "seed"  # keywords of the mark, and of the seed of a sample, in the header of a picture
 SHEETS = ("contact_sheet.png", "sheet.png")  # bear no mark
+
+_END = b"\0\0\0\0IEND\xaeB`\x82"  # of every PNG
 
 
 def claim_folder(out_dir: Path, name: str, wanted: dict[str, Any]) -> str:
@@ -78,8 +81,10 @@ def whole_png(path: Path) -> tuple[tuple[int, int], dict[str, str]] | None:
     try:
         with open_png(path) as image:
             size, texts = image.size[::-1], {k: v for k, v in image.info.items() if isinstance(v, str)}
-            image.verify()
-            return size, texts
+            image.verify()  # looks at no more than the name of the last chunk
+        with path.open("rb") as file:
+            file.seek(-len(_END), os.SEEK_END)
+            return (size, texts) if file.read() == _END else None
     except (OSError, ValueError, SyntaxError):  # Pillow raises SyntaxError for a broken PNG
         return None
 

@@ -11,7 +11,7 @@ import forked
 from faults.world import Attempt, World, chance_of, said, turns, world
 
 _COMMANDS = ("stage one", "stage two", "encoding", "sampling", "scoring", "saving", "stage one, continued",
-             "reconstructing", "averaging", "importing", "neighbours", "inpainting")  # fmt: skip
+             "reconstructing", "averaging", "importing", "neighbours", "preparing")  # fmt: skip
 _FULL, _SPACE, _READ_ONLY = 24, 24, 12
 _MOUNT = ("mount", "-t", "tmpfs", "-o")
 

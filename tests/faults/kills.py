@@ -10,9 +10,10 @@ from pathlib import Path
 import forked
 from faults.world import Attempt, chance_of, turns, world
 
-COUNT = 77
+COUNT = 72
 _COMMANDS = ("stage one", "stage two", "encoding", "sampling", "scoring", "saving", "stage one, continued",
-             "stage one on files", "reconstructing", "averaging", "importing")  # fmt: skip
+             "stage one on files", "reconstructing", "averaging", "importing",
+             "preparing")  # fmt: skip
 
 
 def attempts(scratch: Path, seed: int) -> Iterator[Attempt]:

@@ -29,9 +29,9 @@ import pictures
 import reference_files
 from diffusion.factory import build_image_process
 from diffusion.mollifier import InverseSnr
-from infty_diff.claimed import whole_png
 from infty_diff.filter_file import save_filter
 from runtime.checkpoint import checkpoint_steps, load_checkpoint, load_weights
+from runtime.claimed import whole_png
 from runtime.stored import WEIGHTS
 
 Attempt = tuple[str, Callable[[], str]]
@@ -92,6 +92,7 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[str, dict[str, Any]]], str]] = {
     "importing": (reference_files.COMMAND, {
         "config": ("new", {**micro.IMAGE, **reference_files.SQUARE}), "latent_config": ("new_latent", micro.LATENT)},
         "--checkpoint={h}/theirs/image --latent_checkpoint={h}/theirs/latent"),
+    "preparing": ("data/prepare.py", {}, "--source={h}/pictures --out={h}/made.zip --size=16x12 --processes=1"),
     "saving": ("{h}/save.py", {}, ""),
 }  # fmt: skip
 _ONCE = ("saving", "importing")  # which refuse to do again what is done
@@ -215,6 +216,7 @@ def _canonical(path: Path) -> bytes:
         state = load_checkpoint(path.parent, int(path.stem.removeprefix("step_")))
     except (ValueError, OSError):
         return b""
+    state["config"]["train"].pop("steps")  # a run goes on with more of them
     sha = hashlib.sha256()
 
     def add(value: Any) -> None:
