@@ -216,7 +216,7 @@ def _canonical(path: Path) -> bytes:
         state = load_checkpoint(path.parent, int(path.stem.removeprefix("step_")))
     except (ValueError, OSError):
         return b""
-    state["config"]["train"].pop("steps")  # a run goes on with more of them
+    state.get("config", {}).get("train", {}).pop("steps", None)  # a run goes on with more of them
     sha = hashlib.sha256()
 
     def add(value: Any) -> None:
