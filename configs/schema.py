@@ -129,7 +129,7 @@ class TrainConfig:
         "torch.compile of the dense part of each network, by mode; reduce-overhead = CUDA graphs; auto = on a GPU",
         choices=("auto", "off", "default", "reduce-overhead", "max-autotune"),
     )
-    init_from: str = option("", "folder of a run whose EMA weights a new run starts from", shapes=True)
+    init_from: str = option("", "run or saved model whose EMA weights a new run starts from", shapes=True)
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
     python experiments/calculate_fid.py --samples=checkpoints/ffhq_mollified_256_sampler/samples/256x256_ddim100 \\
         --config configs/ffhq_256_config.py --config.data.root_dir=ffhq.zip
 
-The reference is the data set of --config, or any folder, zip or tar given as --reference. Where the run of --config
-exists, it is the data which that run was trained on; data.root_dir says where they lie. Weights come from the usual
-caches of torch and open_clip, are downloaded, or are given by --weights. Those of --model=efficientnet_lite0 come with
-a package of the extra `eval`; --model=random_features needs none, and measures nothing but that everything works.
-Features of the reference are kept in --cache_dir. The report is printed and written as JSON, by default into the
+The reference is the data set of --config or --saved_model, or any folder, zip or tar given as --reference. Where the run
+of --config exists, it is the data which that run was trained on; data.root_dir says where they lie. Weights come from
+the usual caches of torch and open_clip, are downloaded, or are given by --weights. Those of --model=efficientnet_lite0
+come with a package of the extra `eval`; --model=random_features needs none, and measures nothing but that everything
+works. Features of the reference are kept in --cache_dir. The report is printed and written as JSON, by default into the
 folder of the samples. Beside the distance it has its floor, that of as many real images. Under torchrun rank 0 does
 the work.
 
@@ -34,8 +34,8 @@ from configs.validate import shown
 from data.datasets import SPLITS
 from diffusion.factory import build_image_process
 from experiments.support.comparing import compare, define_flags, encoder_of_run
-from experiments.support.options import between, define
-from infty_diff.filter_file import CALIBRATED, parse_inv_snr
+from experiments.support.options import between, define, sampling_options
+from infty_diff.filter_file import CALIBRATED
 from infty_diff.folder import parse_size
 from metrics.evaluation import evaluate, table
 from metrics.extractors import open_extractor
@@ -50,8 +50,8 @@ define("model", "num_samples", "inv_snr", num_samples=", the first by name; defa
        inv_snr=", with --protocol=reference")  # fmt: skip
 flags.DEFINE_integer("patches", 0, "patches an image for patch FID; 0 = no patch FID", **between(0, 10_000))
 flags.DEFINE_enum("protocol", "clean", ("clean", "reference"), "how images are prepared; reference = the authors' way")
-flags.DEFINE_enum("split", None, SPLITS, "part of the data set of --config; default: train (see also --protocol)")
-flags.DEFINE_string("reference_size", None, "size of the images of --config, 256 or 192x320; default: that of training")
+flags.DEFINE_enum("split", None, SPLITS, "part of the data set of the model; default: train (see also --protocol)")
+flags.DEFINE_string("reference_size", None, "size of the data set's images, 256 or 192x320; default: that of training")
 flags.DEFINE_integer("eval_batch_size", 64, "images in the network at once", **between(1, 65_536))
 flags.DEFINE_string("json", None, "file of the report; default: fid_MODEL[_reference].json beside the samples")
 _FLIP_SEED = 0
@@ -86,7 +86,7 @@ def image_sets(config: ImageConfig | None, channels: int) -> tuple[ImageSet, Ima
     if authors and config is None:
         raise ValueError("--protocol is reference; accepted: with --config, which says how samples were mollified")
     if authors:
-        mollifier, inv_snr = build_image_process(config).mollifier, parse_inv_snr(FLAGS.inv_snr)
+        mollifier, inv_snr = build_image_process(config).mollifier, sampling_options().inv_snr
         if inv_snr == CALIBRATED:
             raise ValueError(f"--inv_snr is {CALIBRATED}; accepted: a number, with --protocol=reference")
         samples = MollifiedSamples(FLAGS.samples, mollifier, inv_snr, channels, FLAGS.num_samples)

@@ -14,7 +14,7 @@ the smaller, the more the errors are those of the network alone.
 
 import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from diffusion.calibration import InverseSnrFit
 from diffusion.mollifier import InverseSnr, Mollifier
 from experiments.support import editing as edit
 from experiments.support.inputs import parse_step
-from experiments.support.options import define
+from experiments.support.options import define, sampling_options
 from infty_diff.filter_file import save_filter
 from infty_diff.sampling import SamplingOptions
 from runtime.command import Command, readable_errors
@@ -42,7 +42,7 @@ flags.DEFINE_string("start_step", None, "start at this noisy state of the images
 def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
     config: ImageConfig = configs["config"]
     with readable_errors():
-        sampling = SamplingOptions(FLAGS.sampling_steps, FLAGS.sampler, FLAGS.eta)
+        sampling = replace(sampling_options(), inv_snr=SamplingOptions.inv_snr)  # of no effect here
         model = edit.open_model(config, sampling)
         size, mollifier = model.config.size, model.process.mollifier
         if model.process.gives_sharp:

@@ -54,7 +54,8 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         sampling = sampling_options()
         require_no_noise(sampling)
         if (FLAGS.seeds is None) != (latent is None):
-            raise ValueError("--seeds, --decoder_config; accepted: both, with --config of the sampler, or neither")
+            raise ValueError("--seeds, --decoder_config; accepted: both, with --config of the sampler, or neither; "
+                             "or --seeds with --saved_model")  # fmt: skip
         require_run_of_weights("decoder_run_weights", latent)
         model = edit.open_model(config, sampling, latent)
         size = requested_size() or model.config.size

@@ -30,10 +30,10 @@ from experiments.support.commands import (
     sample,
     score,
 )
-from experiments.support.options import define, settings_name
+from experiments.support.options import define, sampling_options, settings_name
 from experiments.support.plots import line_plot, require_matplotlib
-from infty_diff.filter_file import parse_inv_snr
 from infty_diff.folder import parse_seeds, parse_size
+from infty_diff.sampling import SamplingOptions
 from metrics.evaluation import SCORES
 from metrics.resize import by
 from runtime.claimed import open_png
@@ -46,8 +46,8 @@ FLAGS = flags.FLAGS
 define_scoring_flags(num_samples=10_000)
 flags.DEFINE_enum("figure", "2", ("2", "7"), "which figure of the paper")
 flags.DEFINE_string("sizes", None, "sizes, 64,128 or 48x80,96x160; default: the training size times 1/4 (1/2) to 4 (2)")
-define("seeds=0-3", "sampling_steps=100", "inv_snr", "out_dir", seeds=", of figure 2", sampling_steps=", of figure 2",
-       out_dir="; default: resolution_sweep in the latent run")  # fmt: skip
+define("saved_model", "seeds=0-3", "sampling_steps=100", "inv_snr", "out_dir", seeds=", of figure 2",
+       sampling_steps=", of figure 2", out_dir="; default: resolution_sweep in the latent run")  # fmt: skip
 flags.DEFINE_string("steps", "20,40,60,80,100", "numbers of sampling steps in figure 7")
 flags.DEFINE_bool("reference_at_size", False, "score against the data at the size of the samples, not of training")
 _FACTORS = {"2": (0.25, 0.5, 1, 2, 4), "7": (0.5, 1, 2)}
@@ -55,31 +55,34 @@ _FACTORS = {"2": (0.25, 0.5, 1, 2, 4), "7": (0.5, 1, 2)}
 
 def main(command: Command, configs: dict[str, Any]) -> None:
     with readable_errors():
-        inv_snr = parse_inv_snr(FLAGS.inv_snr)
+        sampling = sampling_options()
         train_size = configs["decoder_config"].size
         sizes = parse_sizes(FLAGS.sizes, train_size, _FACTORS[FLAGS.figure])
         out_dir = Path(FLAGS.out_dir) if FLAGS.out_dir else run_path(configs["config"]) / "resolution_sweep"
         model = [*command.arguments("config", "config", {}), *command.arguments("decoder_config", "decoder_config", {})]
         if FLAGS.figure == "2" and FLAGS["steps"].present:
             raise ValueError(f"--steps is {shown(FLAGS.steps)}; accepted: with --figure=7")
-        steps = [FLAGS.sampling_steps] if FLAGS.figure == "2" else [*map(str, parse_steps(FLAGS.steps))]
+        steps = [sampling.steps] if FLAGS.figure == "2" else [*map(str, parse_steps(FLAGS.steps))]
         check_all_steps(configs, steps)
         if FLAGS.figure == "2":
-            figure, found = resolutions(model, sizes, train_size, out_dir)
+            figure, found = resolutions(model, sizes, train_size, sampling, out_dir)
         else:
-            figure, found = steps_and_resolutions(command, model, sizes, out_dir)
-        settings = {"sizes": [by(size) for size in sizes], "train_size": by(train_size), "inv_snr": inv_snr}
+            figure, found = steps_and_resolutions(command, model, sizes, sampling, out_dir)
+        settings = {"sizes": [by(size) for size in sizes], "train_size": by(train_size)}
+        settings |= {"inv_snr": sampling.inv_snr}
         write_json(figure.with_suffix(".json"), {**settings, **found})
     print(f"written: {figure} and {figure.with_suffix('.json').name}")
 
 
-def resolutions(model: list[str], sizes: list[Size], train_size: Size, out_dir: Path) -> tuple[Path, dict[str, Any]]:
+def resolutions(
+    model: list[str], sizes: list[Size], train_size: Size, sampling: SamplingOptions, out_dir: Path
+) -> tuple[Path, dict[str, Any]]:
     """Figure 2: draw every seed at every size, and put them together."""
     seeds, folders = parse_seeds(FLAGS.seeds), {}
     for size in sizes:
-        folders[size] = out_dir / settings_name(size, FLAGS.sampling_steps)
+        folders[size] = out_dir / settings_name(size, sampling.steps, sampling.sampler)
         sample(folders[size], model, f"--seeds={FLAGS.seeds}", f"--sample_img_size={by(size)}",
-               f"--sampling_steps={FLAGS.sampling_steps}", f"--inv_snr={FLAGS.inv_snr}")  # fmt: skip
+               f"--sampling_steps={sampling.steps}", f"--inv_snr={sampling.inv_snr}")  # fmt: skip
     names = [f"{by(size)} (training)" if size == train_size else by(size) for size in sizes]
     framed = [i for i, size in enumerate(sizes) if size == train_size]
     pictures = [[open_png(folders[size] / f"{seed:06d}.png") for size in sizes] for seed in seeds]
@@ -87,11 +90,11 @@ def resolutions(model: list[str], sizes: list[Size], train_size: Size, out_dir: 
     rows += [Row(row, f"seed {seed}", framed=framed) for seed, row in zip(seeds, pictures)]
     figure = out_dir / "resolutions.png"
     save_sheet(figure, rows, names)
-    return figure, {"seeds": seeds, "sampling_steps": FLAGS.sampling_steps}
+    return figure, {"seeds": seeds, "sampling_steps": sampling.steps}
 
 
 def steps_and_resolutions(
-    command: Command, model: list[str], sizes: list[Size], out_dir: Path
+    command: Command, model: list[str], sizes: list[Size], sampling: SamplingOptions, out_dir: Path
 ) -> tuple[Path, dict[str, Any]]:
     """Figure 7: draw and score samples for every number of steps and every size, and plot the scores."""
     require_matplotlib()
@@ -99,9 +102,9 @@ def steps_and_resolutions(
     reports: dict[str, dict[int, dict[str, Any]]] = {by(size): {} for size in sizes}
     for steps in parse_steps(FLAGS.steps):
         for size in sizes:
-            folder = out_dir / f"{settings_name(size, str(steps))}_scored"
+            folder = out_dir / f"{settings_name(size, str(steps), sampling.sampler)}_scored"
             sample(folder, model, f"--num_samples={FLAGS.num_samples}", f"--sample_img_size={by(size)}",
-                   f"--sampling_steps={steps}", f"--inv_snr={FLAGS.inv_snr}")  # fmt: skip
+                   f"--sampling_steps={steps}", f"--inv_snr={sampling.inv_snr}")  # fmt: skip
             reference, report = command.arguments("decoder_config", "config", {}), f"{folder.name}_fid.json"
             if FLAGS.reference_at_size:
                 reference, report = [*reference, f"--reference_size={by(size)}"], f"{folder.name}_fid_at_size.json"
@@ -112,7 +115,7 @@ def steps_and_resolutions(
         name: {size: {steps: report[name] for steps, report in of_size.items()} for size, of_size in reports.items()}
         for name in SCORES
     }
-    line_plot(figure, found["fid"], "Sampling steps (DDIM)", label, "Size (pixels)")
+    line_plot(figure, found["fid"], f"Sampling steps ({sampling.sampler})", label, "Size (pixels)")
     return figure, {"metric": metric_name(), "num_samples": FLAGS.num_samples, **found}
 
 

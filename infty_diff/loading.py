@@ -15,12 +15,13 @@ from diffusion.samplers import SAMPLERS
 from infty_diff.filter_file import CALIBRATED, copy_filter, filter_path, load_filter
 from infty_diff.growing import data_spectrum, spectrum_digest, spectrum_facts, stored_spectrum
 from infty_diff.latent_prior import LatentPrior
-from infty_diff.sampling import SamplingOptions
-from infty_diff.shipped import IMAGE, LATENT, load_stage, resolve, save_stages
+from infty_diff.sampling import SamplingOptions, stored_sampling
+from infty_diff.stage_files import load_stage, save_stages
 from models.factory import build_denoiser, build_encoder, for_evaluation
 from runtime.checkpoint import load_networks
 from runtime.files import file_digest
 from runtime.precision import Precision, pick_device
+from runtime.saved import IMAGE, LATENT, resolve
 
 if TYPE_CHECKING:
     from infty_diff.model import InftyDiff
@@ -40,7 +41,7 @@ def from_runs(
 
     Args:
         image_run, latent_run: a run's folder, a file of weights, a folder that `save` wrote, or the name of a model in
-            weights/ (`infty_diff.shipped.resolve`). The last two hold both stages: they need no `latent_run`.
+            weights/ (`runtime.saved.resolve`). The last two hold both stages: they need no `latent_run`.
         device: "auto", or what `torch.device` takes, of a CPU or a CUDA device.
         given, latent_given: in place of the stored configurations, the same but for what does not shape what was
             trained (`runtime.stored.relocate`), as a `Command` hands them on: the back end, where data are.
@@ -73,7 +74,7 @@ def from_runs(
                 f"{latent_file} draws latents of size {prior.dim}; {image_run} decodes model.z_dim={config.model.z_dim}"
             )
     precision = Precision.create(where, config.train.amp, config.train.amp_dtype)
-    sampling = SamplingOptions(**header.get("sampling", {}))
+    sampling = stored_sampling(files["image"], header)
     trained = {stage: known["step"] for stage, known in headers.items() if "step" in known}
     known = precision, sampling, trained, files, stored_spectrum(header, files["image"])
     return cls(config, networks["encoder"], networks["denoiser"], prior, *known)

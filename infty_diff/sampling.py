@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from diffusion.samplers import SAMPLERS
 from infty_diff.filter_file import parse_inv_snr
+from runtime.stored import read_header
 
 
 @dataclass(frozen=True)
@@ -38,3 +42,16 @@ class SamplingOptions:
     def draws_noise(self) -> bool:
         """Whether steps draw noise, so that images depend on more than latent and first state."""
         return SAMPLERS[self.sampler].draws_noise(self.eta)
+
+
+def stored_sampling(file: Path, header: Mapping[str, Any] | None = None) -> SamplingOptions:
+    """The options that a file of weights was saved with; header: its own, if it was read already.
+
+    Raises:
+        ValueError: when they are not options of this version, or the file cannot be read.
+    """
+    stored = (read_header(file) if header is None else header).get("sampling", {})
+    try:
+        return SamplingOptions(**stored)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: holds sampling options this version refuses: {error}") from None

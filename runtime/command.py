@@ -25,6 +25,7 @@ from configs.validate import ConfigError, freeze, one_line
 from runtime.help import field_lines, flag_lines, show
 from runtime.overrides import apply_overrides, expanded, load_config, split_arguments
 from runtime.processes import Processes, leave
+from runtime.saved import saved_config
 from runtime.stored import relocate, run_path, stage_of, stored_config
 
 _log = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ class Command:
 
     What any other name stands for is a run, wherever that run exists: its stored configuration is handed on, with what
     the command line says of fields that do not shape what was trained; what contradicts it is refused. Where there
-    is no run yet, file and command line count.
+    is no run yet, file and command line count. Where a command has the flag --saved_model, a saved model takes the
+    place of those names in the same way.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class Command:
         self.configs: dict[str, ImageConfig | LatentConfig] = {}
         self.overridden: dict[str, list[str]] = {name: [] for name in configs}
         self._runs: dict[str, Path] = {}
-        self._given: dict[str, tuple[str, list[tuple[str, str]]]] = {}
+        self._given: dict[str, tuple[str, list[tuple[str, str]]]] = {}  # a file or a saved model, overrides
         for name, stage in configs.items():
             flags.DEFINE_string(name, None, f"{stage.__name__} file, e.g. {_EXAMPLES[stage]}")
         flags.DEFINE_bool(
@@ -121,19 +123,22 @@ class Command:
 
         experiment: another name of the run, if it is not to be its own.
         """
-        file, overrides = self._given[name]
+        overrides = self._given[name][1]
         wanted = {path: value for path, value in overrides if path in ("run.root_dir", "run.device")}
         wanted["run.experiment"] = experiment or self.configs[name].run.experiment
-        return [f"--{as_name}={file}", *(f"--{as_name}.{path}={value}" for path, value in wanted.items())]
+        return [self._source(name, as_name), *(f"--{as_name}.{path}={value}" for path, value in wanted.items())]
 
     def arguments(self, name: str, as_name: str, changes: dict[str, Any], trains: bool = True) -> list[str]:
         """A configuration as it was given, with changes, for the command line of a command that calls it `as_name`.
 
         trains: whether that command trains what the configuration describes; others take no fields of training alone.
         """
-        file, overrides = self._given[name]
+        overrides = self._given[name][1]
         fields = [(path, value) for path, value in (*overrides, *changes.items()) if trains or not training_only(path)]
-        return [f"--{as_name}={file}", *(f"--{as_name}.{path}={value}" for path, value in fields)]
+        return [self._source(name, as_name), *(f"--{as_name}.{path}={value}" for path, value in fields)]
+
+    def _source(self, name: str, as_name: str) -> str:
+        return f"--{'saved_model' if _saved_model() else as_name}={self._given[name][0]}"
 
     def _parse(self, argv: list[str], processes: Processes) -> list[str]:
         faults: list[str] = []
@@ -151,25 +156,31 @@ class Command:
             leave([*faults, one_line(error)])
         faults += _flag_faults()
         faults += [f"argument {arg!r}: accepted: flags only, see --help" for arg in positional[1:]]
+        saved = _saved_model()
         for name, stage in self.stages.items():
-            if name not in config_files:
+            if saved and name in config_files:
+                faults.append(f"--saved_model, --{name}; accepted: one of them")
+                continue
+            if not saved and name not in config_files:
                 stray = any(owner == name for owner, _, _ in overrides)
                 if name in self.optional and not stray:
                     continue
-                faults.append(f"--{name}: missing; accepted: a configuration file, e.g. {_EXAMPLES[stage]}")
+                instead = ", or --saved_model" if "saved_model" in flags.FLAGS else ""
+                faults.append(f"--{name}: missing; accepted: a configuration file, e.g. {_EXAMPLES[stage]}{instead}")
                 continue
             try:
-                config = load_config(config_files[name], name)
-                _check_stage(config, stage, config_files[name], name)
+                source = saved or config_files[name]
+                config = _saved_config(saved, stage) if saved else load_config(source, name)
+                _check_stage(config, stage, source, name)
                 mine = [(path, value) for owner, path, value in overrides if owner == name]
                 self.overridden[name] = [path for path, _ in mine]
-                self._given[name] = (config_files[name], mine)
+                self._given[name] = (source, mine)
                 wrong = apply_overrides(config, mine, name)
                 faults += wrong
                 frozen = freeze(config, stage, name)
                 if not wrong:
                     known = name in self.as_given
-                    self.configs[name] = frozen if known else self._of_run(frozen, stage, name)
+                    self.configs[name] = frozen if known else self._of_run(frozen, stage, name, saved)
                     faults += in_vain(self.configs[name], self.overridden[name], known, name)
             except ConfigError as error:
                 faults += [fault for fault in error.faults if fault not in faults]
@@ -177,26 +188,30 @@ class Command:
             leave(faults)
         return positional
 
-    def _of_run(self, given: ImageConfig | LatentConfig, stage: type, name: str) -> ImageConfig | LatentConfig:
-        """The configuration of the run that `given` names, or `given` where there is none.
+    def _of_run(
+        self, given: ImageConfig | LatentConfig, stage: type, name: str, saved: str | None
+    ) -> ImageConfig | LatentConfig:
+        """The configuration of the saved model, or of the run that `given` names, or `given` where there is none.
 
         Raises ConfigError where the command line contradicts the run, or the run cannot be read.
         """
-        run = run_path(given)
+        run = Path(saved) if saved else run_path(given)
         try:
-            stored = stored_config(run, stage)
+            stored = saved_config(saved, stage) if saved else stored_config(run, stage)
         except ValueError as error:
             raise ConfigError([f"--{name}: {' '.join(str(error).split())}"]) from error
         if stored is None:
             return given
-        self._runs[name] = run
+        if not saved:
+            self._runs[name] = run
         try:
             return relocate(stored, given, self.overridden[name], str(run))
         except ConfigError as error:
             raise ConfigError([f"--{name}.{fault}" for fault in error.faults]) from error
 
     def _help(self, files: dict[str, str], overrides: list[tuple[str, str, str]], full: bool) -> list[str]:
-        lines = [self.doc.strip(), "", "flags:", *flag_lines([*self.stages, "dry_run"])]
+        own = [*self.stages, *(["saved_model"] if "saved_model" in flags.FLAGS else []), "dry_run"]
+        lines = [self.doc.strip(), "", "flags:", *flag_lines(own)]
         if not self.stages:
             return lines
         if not full:
@@ -212,6 +227,17 @@ class Command:
                     raise ConfigError(faults)
             lines += ["", *field_lines(name, stage, given)]
         return lines
+
+
+def _saved_model() -> str | None:
+    return flags.FLAGS.saved_model if "saved_model" in flags.FLAGS else None
+
+
+def _saved_config(saved: str, stage: type) -> ConfigDict:
+    try:
+        return ConfigDict(asdict(saved_config(saved, stage))).lock()
+    except ValueError as error:
+        raise ConfigError([f"--saved_model: {one_line(error)}"]) from None
 
 
 def _check_stage(config: ConfigDict, stage: type, path: str, name: str) -> None:
@@ -253,9 +279,12 @@ def shell_line(script: str, *arguments: str) -> str:
 def stages(argv: Sequence[str]) -> dict[str, type[ImageConfig] | type[LatentConfig]]:
     """The configurations of a command that takes the image model alone, or a sampler with the image model it is of.
 
-    As everywhere, that is `--config IMAGE`, or `--config LATENT --decoder_config IMAGE`; the help shows both.
+    As everywhere, that is `--config IMAGE`, or `--config LATENT --decoder_config IMAGE`; the help shows both. Of a
+    saved model the sampler is taken where the flag --seeds is.
     """
-    both = any(re.match(r"--?((no)?decoder_config|help(full|short)?|h)(\W|$)", arg) for arg in argv)
+    given = {match[1] for arg in argv if (match := re.match(r"--?(\w+)", arg))}
+    both = given & {"decoder_config", "nodecoder_config", "help", "helpfull", "helpshort", "h"}
+    both |= {"seeds"} if {"saved_model", "seeds"} <= given else set()
     return {"config": LatentConfig, "decoder_config": ImageConfig} if both else {"config": ImageConfig}
 
 

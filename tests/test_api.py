@@ -15,9 +15,9 @@ from PIL import Image
 import infty_diff
 from data.loader import batches
 from diffusion.schedules import Schedule, make_betas
-from infty_diff import InftyDiff, InpaintOptions, SamplingOptions, WrappedImages, shipped, to_pil, to_uint8
+from infty_diff import InftyDiff, InpaintOptions, SamplingOptions, WrappedImages, stage_files, to_pil, to_uint8
 from infty_diff.images import as_images, as_size
-from runtime import precision
+from runtime import precision, saved
 from runtime.checkpoint import save_weights
 from runtime.stored import read_header
 from test_generation import stored
@@ -87,7 +87,7 @@ def test_runs_files_folders_and_names(runs, model, tmp_path, monkeypatch):
         model.save(tmp_path / "weights" / "mine")
     finally:
         model.sampling = before
-    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "weights")
+    monkeypatch.setattr(saved, "FOLDER", tmp_path / "weights")
     for given in (tmp_path / "weights" / "mine", str(tmp_path / "weights" / "mine"), "mine"):
         again = InftyDiff.from_runs(given, device="cpu")
         assert_equal(again, model)
@@ -118,12 +118,12 @@ def test_half_precision_halves_the_files_and_rounds_once(model, tmp_path):
         bound = torch.finfo(torch.float16).eps / 2 * tensor.abs() + 2.0**-25  # of a number and of a subnormal one
         assert again[name].dtype == tensor.dtype and ((again[name] - tensor).abs() <= bound).all(), name
     InftyDiff.from_runs(half, device="cpu").save(tmp_path / "again", half=True)
-    for name in (shipped.IMAGE, shipped.LATENT):
+    for name in (saved.IMAGE, saved.LATENT):
         assert (half / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
 def test_saved_models_tell_nothing_of_the_machine(runs, model, tmp_path):
-    header = read_header(model.save(tmp_path / "saved") / shipped.IMAGE)
+    header = read_header(model.save(tmp_path / "saved") / saved.IMAGE)
     assert str(runs) in json.dumps(asdict(model.config)) and str(runs) not in json.dumps(header)
     assert header["version"] == infty_diff.__version__ and header["step"] == 1
 
@@ -136,24 +136,24 @@ def test_saving_is_all_or_nothing(model, tmp_path, monkeypatch):
     assert "holds something already" in one_line(error)
 
     def fail_at_the_second(path, *rest):
-        if path.name == shipped.LATENT:
+        if path.name == saved.LATENT:
             raise OSError("no space left")
         save_weights(path, *rest)
 
-    monkeypatch.setattr(shipped, "save_weights", fail_at_the_second)
+    monkeypatch.setattr(stage_files, "save_weights", fail_at_the_second)
     with pytest.raises(OSError, match="no space left"):
         model.save(tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()} == kept
 
 
-@pytest.mark.skipif(not shipped.shipped_names(), reason="the folder weights/ holds no model")
+@pytest.mark.skipif(not saved.shipped_names(), reason="the folder weights/ holds no model")
 def test_shipped_models_load_and_are_small():
-    for name in shipped.shipped_names():
-        model, folder = InftyDiff.from_runs(name, device="cpu"), shipped.FOLDER / name
+    for name in saved.shipped_names():
+        model, folder = InftyDiff.from_runs(name, device="cpu"), saved.FOLDER / name
         assert model.prior is not None and model.trained
         assert sum(path.stat().st_size for path in folder.iterdir()) <= 10e6
-        assert str(Path.home()) not in json.dumps(read_header(folder / shipped.IMAGE))
+        assert str(Path.home()) not in json.dumps(read_header(folder / saved.IMAGE))
 
 
 @pytest.mark.parametrize("device", ["nonsense", "mps", "meta", "cuda:99", "", None, torch.device("mps")])

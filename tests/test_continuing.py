@@ -13,8 +13,10 @@ from configs.schema import ImageConfig, LatentConfig
 from diffusion.random import Purpose, stream
 from runtime.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from runtime.run_dir import RunDir
+from runtime.saved import IMAGE, LATENT
 from runtime.stored import BEST_WEIGHTS, SHAPING
 from test_training import CPU, everything, image_trainer, latent_trainer, metrics
+from training.init_from import fitting_weights
 
 CHANGED = {
     "optimizer.learning_rate": 1e-4, "optimizer.adam_beta1": 0.5, "optimizer.weight_decay": 0.1,
@@ -129,6 +131,11 @@ def test_a_run_starts_from_the_ema_weights_of_another(tmp_path, make, caplog):
     assert "EMA weights of step 6" in line and "EMA, optimiser, steps" in line
     assert ("mean, std are this run's own" in line) == (make is latent_trainer)
 
+    own, other = (LATENT, IMAGE) if make is latent_trainer else (IMAGE, LATENT)
+    (tmp_path / other).write_bytes(b"of the other stage")
+    shutil.copy(source.run_dir.path / "weights.safetensors", tmp_path / own)
+    assert fitting_weights(str(tmp_path), trainer.stage.modules)[1].keys() == tensors.keys()
+
     trainer.run()
     assert history(trainer)[0] == {"step": 0, **origin}
     shutil.rmtree(source.run_dir.path)  # continuing does not read it again
@@ -140,7 +147,7 @@ def test_a_run_starts_from_the_ema_weights_of_another(tmp_path, make, caplog):
 @pytest.mark.parametrize(("changes", "said"), [
     ({"model.nf": 16}, r"is \[.*\] there, \[.*\] here and \d+ more; accepted: a run with the same networks"),
     ({"model.num_conv_blocks": 2}, r"is missing there, \[.*\] here and \d+ more"),
-    ({"train.init_from": "nowhere"}, "train.init_from is 'nowhere', but nowhere/weights.safetensors: no such file"),
+    ({"train.init_from": "nowhere"}, "train.init_from is 'nowhere', but nowhere is no run and no model"),
 ])  # fmt: skip
 def test_weights_that_do_not_fit_are_one_line(tmp_path, changes, said):
     source = image_trainer(tmp_path / "source", {"train.steps": 1})

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from infty_diff import InftyDiff, SamplingOptions, shipped
+from infty_diff import InftyDiff, SamplingOptions
+from runtime import saved
 from test_generation import build
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +36,7 @@ def blocks(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs(page, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(shipped, "FOLDER", weights)
+    monkeypatch.setattr(saved, "FOLDER", weights)
     monkeypatch.chdir(tmp_path)
     session = {"__name__": "session"}
     for code in blocks(page):
@@ -57,7 +58,7 @@ def test_the_notebook_runs(weights):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    place = f"import infty_diff.shipped, pathlib\ninfty_diff.shipped.FOLDER = pathlib.Path({str(weights)!r})"
+    place = f"import runtime.saved, pathlib\nruntime.saved.FOLDER = pathlib.Path({str(weights)!r})"
     notebook.cells.insert(2, nbformat.v4.new_code_cell(place))  # after the cell that finds the clone
     path = {"metadata": {"path": str(NOTEBOOK.parent)}}
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=path).execute()

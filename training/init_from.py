@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from runtime.checkpoint import load_networks, load_weights, require_fitting
-from runtime.stored import WEIGHTS, differences, require_config
+from runtime.saved import resolve
+from runtime.stored import differences, require_config
 
 
 def fitting_weights(
@@ -19,7 +20,7 @@ def fitting_weights(
     """The EMA weights of a run for networks of the same shapes.
 
     Args:
-        run: its folder.
+        run: its folder, or the folder or name of a saved model (`runtime.saved.resolve`).
         modules: name -> network, on any device, as the run's inference file names them.
     Returns:
         The tensors of the networks, all tensors of the file, and its header.
@@ -27,7 +28,7 @@ def fitting_weights(
         ValueError: when the folder holds no weights, or not those of such networks.
     """
     try:
-        tensors, header = load_weights(Path(run) / WEIGHTS)
+        tensors, header = load_weights(_file(run, modules))
     except ValueError as error:
         raise ValueError(f"train.init_from is {run!r}, but {error}") from None
     networks = {k: v for k, v in tensors.items() if k.startswith(tuple(f"{name}." for name in modules))}
@@ -53,11 +54,17 @@ def take_over(run: str, modules: Mapping[str, nn.Module], config: dict[str, Any]
     taken = ", ".join(f"{count} tensors of {name}" for name, count in counts.items())
     left = sorted(tensors.keys() - networks.keys())
     there = header.get("config", {})
-    require_config(there, str(Path(run) / WEIGHTS))
+    file = _file(run, modules)
+    require_config(there, str(file))
     other = differences(there, {**config, "train": {}})
     line = (
-        f"starting from {Path(run) / WEIGHTS}, EMA weights of step {header.get('step')}: {taken}; EMA, optimiser, steps"
+        f"starting from {file}, EMA weights of step {header.get('step')}: {taken}; EMA, optimiser, steps"
         f"{''.join(f', {name}' for name in left)} are this run's own"
         + (f"; configured differently: {'; '.join(other)}" if other else "")
     )
     return line, event
+
+
+def _file(run: str, modules: Mapping[str, nn.Module]) -> Path:
+    files = resolve(run)
+    return files.latent if files.latent is not None and "latent_model" in modules else files.image

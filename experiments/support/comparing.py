@@ -25,20 +25,20 @@ def define_flags(compared: str, encoder: str) -> None:
         compared: what the images are called that samples are compared with.
         encoder: what the encoder of --encoder_run is for.
     """
-    define("device", "cache_dir", "weights", "encoder_run_weights")
+    define("saved_model", "device", "cache_dir", "weights", "encoder_run_weights")
     flags.DEFINE_string("samples", None, "folder, zip or tar of samples")
-    flags.DEFINE_string("encoder_run", None, f"stage-one run whose encoder {encoder}")
-    flags.DEFINE_string("reference", None, f"folder, zip or tar of {compared} images, instead of --config")
+    flags.DEFINE_string("encoder_run", None, f"stage-one run, or saved model, whose encoder {encoder}")
+    flags.DEFINE_string("reference", None, f"folder, zip or tar of {compared} images, instead of a model's")
 
 
 def compare(configs: dict[str, Any], work: Callable[[ImageConfig | None, Path, torch.device], str]) -> None:
-    """Print what `work` says of the samples, given --config if any."""
+    """Print what `work` says of the samples, given the configuration of a model if any."""
     with readable_errors():
         config: ImageConfig | None = configs.get("config")
         if not FLAGS.samples:
             raise ValueError("--samples is missing; accepted: a folder, zip or tar of images")
         if (config is None) == (FLAGS.reference is None):
-            raise ValueError("--reference, --config; accepted: exactly one of them")
+            raise ValueError("--reference, --config, --saved_model; accepted: exactly one of them")
         require_run_of_weights("encoder_run_weights", FLAGS.encoder_run)
         said = work(config, Path(FLAGS.samples), pick_device(FLAGS.device))
     print(said)

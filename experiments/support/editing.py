@@ -11,6 +11,7 @@ from tqdm import tqdm
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.coordinates import Size
 from experiments.support.inputs import Inputs, open_inputs
+from experiments.support.opening import opened
 from experiments.support.options import between, define
 from experiments.support.results import Results, digest
 from infty_diff.folder import check_steps, final_estimate
@@ -41,7 +42,8 @@ def method_setting() -> dict[str, str]:
 
 
 def define_input_flags(num_images: int | None) -> None:
-    """Which images are taken."""
+    """Which model and which images are taken."""
+    define("saved_model")
     flags.DEFINE_string("input", None, "image, or folder, zip or tar of images; default: --split of the data set")
     flags.DEFINE_enum("split", "val", ("train", "val"), "split of the data set, without --input")
     if num_images is not None:
@@ -49,10 +51,8 @@ def define_input_flags(num_images: int | None) -> None:
 
 
 def open_model(config: ImageConfig, sampling: SamplingOptions, latent: LatentConfig | None = None) -> InftyDiff:
-    """The model of a run, which must have the steps of `sampling`; latent: of the sampler, where one is needed."""
-    latent_run = run_path(latent) if latent else None
-    which = [FLAGS.decoder_run_weights, FLAGS.run_weights] if latent else [FLAGS.run_weights]
-    model = InftyDiff.from_runs(run_path(config), latent_run, config.run.device, config, latent, *which)
+    """As `opened`; the model must have the steps of `sampling` and its filter."""
+    model = opened(config, latent)
     model.inverse_snr(sampling.inv_snr)
     check_steps(model.process, sampling.steps, "sampling_steps")
     return model

@@ -1,6 +1,7 @@
 """The flags that several commands have: each is defined here, once, and means the same everywhere."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from absl import flags
@@ -9,10 +10,11 @@ from configs.schema import MOST_SAMPLES, MOST_SEED
 from diffusion.samplers import SAMPLERS
 from diffusion.schedules import STEPS_ACCEPTED
 from infty_diff.folder import parse_size
-from infty_diff.sampling import SamplingOptions
+from infty_diff.sampling import SamplingOptions, stored_sampling
 from metrics.extractors import EXTRACTORS
 from metrics.features import Extraction
 from metrics.resize import by
+from runtime.saved import saved_files
 
 FLAGS = flags.FLAGS
 
@@ -56,11 +58,17 @@ _FLAGS: dict[str, _Flag] = {
     "sampler": (flags.DEFINE_enum, SamplingOptions.sampler, "sampler of the images", {"enum_values": SAMPLERS}),
     "sampling_steps": (flags.DEFINE_string, SamplingOptions.steps,
                        f"step subset of the images: {STEPS_ACCEPTED}; default: {_STEPS}", {}),
+    "saved_model": (flags.DEFINE_string, None,
+                    "instead of configuration files and runs: a folder that InftyDiff.save wrote, or the name of a "
+                    "model in weights/, such as landscapes-32. How it samples is stored with it, and the default", {}),
     "seed": (flags.DEFINE_integer, 0, "seed of the noise of the first image; later ones follow",
              between(0, MOST_SEED)),
     "seeds": (flags.DEFINE_string, None, "seeds of the noise, one result each: 0-99 or 3,7,10-12", {}),
     "weights": (flags.DEFINE_string, None, "file of pretrained weights; default: the usual cache, else a download", {}),
 }  # fmt: skip
+
+
+_SAMPLING = {"steps": "sampling_steps", "sampler": "sampler", "eta": "eta", "inv_snr": "inv_snr"}
 
 
 def define(*names: str, **notes: str) -> None:
@@ -78,8 +86,14 @@ def define(*names: str, **notes: str) -> None:
 
 
 def sampling_options() -> SamplingOptions:
-    """--sampling_steps, --sampler, --eta and --inv_snr."""
-    return SamplingOptions(FLAGS.sampling_steps, FLAGS.sampler, FLAGS.eta, FLAGS.inv_snr)
+    """--sampling_steps, --sampler, --eta and --inv_snr; what is not given is as stored with --saved_model, if any."""
+    saved = FLAGS.saved_model
+    stored = stored_sampling(saved_files(saved).image) if saved else SamplingOptions()
+    given = {name: FLAGS[flag].value for name, flag in _SAMPLING.items()
+             if flag in FLAGS and (FLAGS[flag].present or not saved)}  # fmt: skip
+    if given.get("sampler", stored.sampler) != stored.sampler:  # steps and eta belong to a sampler
+        given = {"steps": None, "eta": SamplingOptions.eta, **given}
+    return replace(stored, **given)
 
 
 def require_run_of_weights(flag: str, run: object) -> None:

@@ -1,4 +1,4 @@
-"""Where the weights of a model are: a run, a file, or the name of a model in the folder weights/ of this project."""
+"""The weights of one stage in a file, and of both in a folder that `InftyDiff.save` writes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import glob
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,57 +17,9 @@ from configs.schema import ImageConfig, LatentConfig
 from infty_diff import __version__
 from runtime.checkpoint import load_weights, save_weights
 from runtime.files import plain, sweep, temporary_of
-from runtime.stored import Config, config_from, require_config, stage_of, weights_path
+from runtime.stored import Config, config_from, require_config, stage_of
 
-IMAGE, LATENT = "image.safetensors", "latent.safetensors"  # of a saved model; its sampling options are in the first
-FOLDER = Path(__file__).resolve().parents[1] / "weights"
 _LOCAL = {"run": ("root_dir", "wandb_dir"), "data": ("root_dir",), "train": ("init_from",)}  # paths of one machine
-
-
-@dataclass(frozen=True)
-class Files:
-    """The weights of a model: of stage one, and where they are kept together also of stage two."""
-
-    image: Path
-    latent: Path | None = None
-
-
-def shipped_names() -> list[str]:
-    """The names of the models in weights/."""
-    return sorted(path.parent.name for path in FOLDER.glob(f"*/{IMAGE}"))
-
-
-def resolve(given: str | Path, weights: str = "newest") -> Files:
-    """The files that a user means. What is there as a path is taken as one, before it is looked up as a name.
-
-    Args:
-        given: the folder of a run, a folder that `InftyDiff.save` wrote, a file of weights, or the name of a model in
-            weights/.
-        weights: of a run, "newest" or "best" (`runtime.stored.weights_path`).
-    Raises:
-        ValueError: for a name that is none of these; says which there are. For weights that a run does not have, and
-            for any but the newest of what is not a run.
-    """
-    path = Path(given).expanduser()
-    if path.is_file():
-        return _only(Files(path), weights)
-    if not path.exists() and len(path.parts) == 1:
-        path = FOLDER / path
-        if not path.is_dir():
-            there = ", ".join(shipped_names()) or "none is there"
-            raise ValueError(
-                f"{given} is no run and no model; accepted: the folder of a run, a file of weights, or the name of a "
-                f"model in weights/ ({there})"
-            )
-    if (path / IMAGE).exists():
-        return _only(Files(path / IMAGE, path / LATENT if (path / LATENT).exists() else None), weights)
-    return Files(weights_path(path, weights))
-
-
-def _only(files: Files, weights: str) -> Files:
-    if weights != "newest":
-        raise ValueError(f"weights is {weights!r}, but {files.image} is not of a run; accepted: newest")
-    return files
 
 
 def load_stage(
