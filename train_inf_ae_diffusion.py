@@ -12,10 +12,10 @@ images of each step. A run may be continued with another number of GPUs.
 
 from configs.schema import ImageConfig
 from diffusion.random import Purpose, seed_global
+from experiments.support.following import next_of_stage_one
 from runtime.command import Command, readable_errors
 from training.image_stage import ImageStage
 from training.prepare import ImageRun, prepare_image_run
-from training.report import next_of_stage_one
 from training.trainer import Trainer
 
 

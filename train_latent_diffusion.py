@@ -16,13 +16,13 @@ from absl import flags
 
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.random import Purpose, seed_global
+from experiments.support.following import next_of_stage_two
 from experiments.support.options import define
 from infty_diff.encodings import load_or_encode
 from runtime.command import Command, readable_errors
 from runtime.processes import Processes
 from training.latent_stage import LatentStage
 from training.prepare import LatentRun, prepare_latent_run
-from training.report import next_of_stage_two
 from training.trainer import Trainer
 
 FLAGS = flags.FLAGS

@@ -26,7 +26,7 @@ from benchmarks.report import circumstances, peak_memory, reset_peak_memory, sam
 from configs.schema import ImageConfig
 from diffusion.conditioning import Known
 from diffusion.random import Purpose, seed_global, stream
-from infty_diff.folder import parse_size
+from experiments.support.parsing import parse_size
 from infty_diff.model import InftyDiff
 from models.factory import build_denoiser, for_evaluation
 from models.sparse_unet import SparseUNet

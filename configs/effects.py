@@ -34,7 +34,7 @@ def in_vain(config: ImageConfig | LatentConfig, overridden: Iterable[str], train
     """
     faults = []
     for path in dict.fromkeys(overridden):
-        said, accepted = f"--{name}.{path} is {_value(config, path)!r}", ""
+        said, accepted = f"{name}.{path} is {_value(config, path)!r}", ""
         other, values = _NEEDS.get(path, ("", ()))
         if training_only(path) and not trains:
             accepted = "in the command that trains it, this one does not"

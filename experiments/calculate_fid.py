@@ -35,8 +35,8 @@ from data.datasets import SPLITS
 from diffusion.factory import build_image_process
 from experiments.support.comparing import compare, define_flags, encoder_of_run
 from experiments.support.options import between, define, sampling_options
+from experiments.support.parsing import parse_size
 from infty_diff.filter_file import CALIBRATED
-from infty_diff.folder import parse_size
 from metrics.evaluation import evaluate, table
 from metrics.extractors import open_extractor
 from metrics.features import Extraction

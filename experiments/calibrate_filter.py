@@ -27,8 +27,8 @@ from configs.schema import ImageConfig
 from diffusion.calibration import InverseSnrFit
 from diffusion.mollifier import InverseSnr, Mollifier
 from experiments.support import editing as edit
-from experiments.support.inputs import parse_step
 from experiments.support.options import define, sampling_options
+from experiments.support.parsing import parse_step
 from infty_diff.filter_file import save_filter
 from infty_diff.sampling import SamplingOptions
 from runtime.command import Command, readable_errors

@@ -22,8 +22,9 @@ from configs.schema import ImageConfig, LatentConfig
 from diffusion.process import DiffusionProcess, Prediction
 from experiments.support.opening import opened
 from experiments.support.options import define, requested_size, sampling_options, settings_name
+from experiments.support.parsing import parse_seeds
 from infty_diff.filter_file import CALIBRATED
-from infty_diff.folder import FolderOptions, draw_folder, parse_seeds
+from infty_diff.folder import FolderOptions, draw_folder
 from infty_diff.sampling import SamplingOptions
 from runtime.command import Command, readable_errors
 from runtime.processes import Processes

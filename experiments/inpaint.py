@@ -29,11 +29,11 @@ from absl import flags
 from configs.schema import ImageConfig
 from diffusion.conditioning import check_mask
 from experiments.support import editing as edit
-from experiments.support.inputs import MASK, Inputs, parse_box, parse_step, read_mask
+from experiments.support.inputs import MASK, Inputs, read_mask
 from experiments.support.options import between, define, requested_size, sampling_options
+from experiments.support.parsing import parse_box, parse_seeds, parse_step
 from experiments.support.results import digest
 from infty_diff.editing import INPAINTING, InpaintOptions
-from infty_diff.folder import parse_seeds
 from runtime.command import Command, readable_errors
 
 FLAGS = flags.FLAGS

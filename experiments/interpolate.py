@@ -27,9 +27,9 @@ from absl import flags
 from configs.schema import ImageConfig
 from experiments.support import editing as edit
 from experiments.support.options import between, define, requested_size, require_run_of_weights, sampling_options
+from experiments.support.parsing import parse_seeds
 from experiments.support.results import digest
 from infty_diff.editing import require_no_noise
-from infty_diff.folder import parse_seeds
 from runtime.claimed import open_png
 from runtime.command import Command, readable_errors, stages
 from runtime.files import write_atomic

@@ -31,8 +31,8 @@ from experiments.support.commands import (
     score,
 )
 from experiments.support.options import define, sampling_options, settings_name
+from experiments.support.parsing import parse_seeds, parse_size
 from experiments.support.plots import line_plot, require_matplotlib
-from infty_diff.folder import parse_seeds, parse_size
 from infty_diff.sampling import SamplingOptions
 from metrics.evaluation import SCORES
 from metrics.resize import by

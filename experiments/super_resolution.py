@@ -23,11 +23,10 @@ from absl import flags
 from configs.schema import ImageConfig
 from diffusion.sensors import reduced
 from experiments.support import editing as edit
-from experiments.support.inputs import parse_step
 from experiments.support.options import between, define, requested_size, sampling_options
+from experiments.support.parsing import parse_size, parse_step
 from experiments.support.results import digest
 from infty_diff.editing import SUPER_RESOLUTION, enlarged
-from infty_diff.folder import parse_size
 from runtime.command import Command, readable_errors
 
 FLAGS = flags.FLAGS

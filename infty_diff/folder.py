@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configs.schema import MOST_SAMPLES, MOST_SEED, MOST_SIDE
 from data.pixels import to_uint8
 from diffusion.coordinates import Size
 from diffusion.process import DiffusionProcess
@@ -28,7 +27,6 @@ from runtime.lock import FolderLock
 from runtime.processes import ALONE, Processes
 from runtime.sheet import WIDTH, Row, save_sheet
 
-_DIGITS = 18  # of numbers that are converted
 _SHEET_IMAGES = 64  # images on the contact sheet
 
 
@@ -70,9 +68,9 @@ def draw_folder(
     """
     settings = {"size": list(options.size), "sampling": asdict(options.sampling), "latent_steps": options.latent_steps}
     settings |= final_estimate(model.process)
-    check_steps(model.process, options.sampling.steps, "sampling_steps")
+    check_steps(model.process, options.sampling.steps, "images")
     if model.prior is not None and options.latent_steps is not None:
-        check_steps(model.prior.process, options.latent_steps, "latent_sampling_steps")
+        check_steps(model.prior.process, options.latent_steps, "latent model")
 
     channels = model.config.data.channels
 
@@ -110,12 +108,12 @@ def final_estimate(process: DiffusionProcess) -> dict[str, str]:
     return {"final_estimate": "network"} if process.gives_sharp else {}
 
 
-def check_steps(process: DiffusionProcess, steps: str, flag: str) -> None:
-    """Refuse steps that a process does not have, before anything is written; ValueError naming `flag`."""
+def check_steps(process: DiffusionProcess, steps: str, whose: str) -> None:
+    """Refuse steps that a process does not have, before anything is written; the ValueError says `whose` they are."""
     try:
         process.respaced(steps)
     except ValueError as error:
-        raise ValueError(f"--{flag}: {error}") from None
+        raise ValueError(f"{whose}: {error}") from None
 
 
 def _draw_batch(model: InftyDiff, out_dir: Path, seeds: list[int], options: FolderOptions, mark: str) -> None:
@@ -175,40 +173,3 @@ def contact_sheet(out_dir: Path, mark: str) -> None:
             for start in range(0, len(files), per_row)
         ],
     )
-
-
-def parse_size(text: str, flag: str = "sample_img_size") -> Size:
-    """ "256" -> (256, 256); "192x320" -> (192, 320), height first; sides up to 65536.
-
-    Raises:
-        ValueError: for anything else, naming `flag`.
-    """
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    sides = [_number(side) for side in match.groups() if side] if match else [0]
-    if not all(1 <= side <= MOST_SIDE for side in sides):
-        raise ValueError(f"--{flag}={text}: accepted: a side, 256, or height x width, 192x320, up to {MOST_SIDE}")
-    return sides[0], sides[-1]
-
-
-def parse_seeds(text: str) -> list[int]:
-    """ "0-99" or "3,7,10-12" -> ascending seeds without repetition.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    seeds: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        first, last = (_number(match[1]), _number(match[2] or match[1])) if match else (0, -1)
-        if not first <= last <= MOST_SEED:
-            raise ValueError(f"--seeds={text}: accepted: numbers and ranges up to {MOST_SEED}, e.g. 0-99 or 3,7,10-12")
-        if last - first >= MOST_SAMPLES - len(seeds):
-            raise ValueError(f"--seeds={text}: accepted: at most {MOST_SAMPLES} seeds")
-        seeds.update(range(first, last + 1))
-    return sorted(seeds)
-
-
-def _number(digits: str) -> int:
-    """A whole number, or one above every bound: Python does not convert thousands of digits."""
-    significant = digits.lstrip("0")
-    return int(significant or 0) if len(significant) <= _DIGITS else 10**_DIGITS

@@ -41,7 +41,7 @@ def claim_folder(out_dir: Path, name: str, wanted: dict[str, Any]) -> str:
             found = None if picture.name in SHEETS else whole_png(picture)
             if found and not is_marked(found[1], mark):
                 raise ValueError(
-                    f"--out_dir={out_dir}: holds {picture.name}, which is not of these settings and this model, and no "
+                    f"{out_dir} holds {picture.name}, which is not of these settings and this model, and no "
                     f"{name}; accepted: an empty folder"
                 )
         write_json(path, wanted)
@@ -49,11 +49,11 @@ def claim_folder(out_dir: Path, name: str, wanted: dict[str, Any]) -> str:
     try:
         there = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable ({error}); accepted: another --out_dir") from None
+        raise ValueError(f"{path}: not readable ({error}); accepted: another folder") from None
     if there != wanted:
         parts = [part for part in wanted if not isinstance(there, dict) or there.get(part) != wanted[part]]
         raise ValueError(
-            f"--out_dir={out_dir}: holds results of other {' and '.join(parts)} "
+            f"{out_dir} holds results of other {' and '.join(parts)} "
             f"(see its {name}); accepted: an empty folder or the same settings"
         )
     return mark

@@ -181,7 +181,7 @@ class Command:
                 if not wrong:
                     known = name in self.as_given
                     self.configs[name] = frozen if known else self._of_run(frozen, stage, name, saved)
-                    faults += in_vain(self.configs[name], self.overridden[name], known, name)
+                    faults += in_vain(self.configs[name], self.overridden[name], known, f"--{name}")
             except ConfigError as error:
                 faults += [fault for fault in error.faults if fault not in faults]
         if faults:

@@ -12,7 +12,8 @@ import micro
 from data.pixels import to_float
 from diffusion.conditioning import Known
 from experiments.support.editing import step_count
-from experiments.support.inputs import open_inputs, parse_box, parse_step, read_mask
+from experiments.support.inputs import open_inputs, read_mask
+from experiments.support.parsing import parse_box, parse_step
 from infty_diff.editing import InpaintOptions, enlarged, inpaint, lerp, slerp, super_resolve
 from infty_diff.model import InftyDiff, SamplingOptions
 from metrics.images import ImageFolder

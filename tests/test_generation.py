@@ -17,9 +17,10 @@ from configs.schema import ImageConfig
 from data.datasets import open_dataset
 from diffusion.coordinates import Points
 from diffusion.samplers import SAMPLERS, Sampler
+from experiments.support.parsing import parse_seeds, parse_size
 from infty_diff.editing import InpaintOptions, inpaint
 from infty_diff.encodings import load_or_encode
-from infty_diff.folder import FolderOptions, contact_sheet, draw_folder, parse_seeds, parse_size
+from infty_diff.folder import FolderOptions, contact_sheet, draw_folder
 from infty_diff.latent_prior import LatentPrior
 from infty_diff.model import InftyDiff, SamplingOptions
 from models.factory import build_latent_model

@@ -1,6 +1,7 @@
 """Who may import what, and that optional packages stay optional."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,23 @@ def test_packages_keep_to_their_layer(package):
 def test_mathematics_touches_no_file_clock_or_environment():
     for file in files("diffusion"):
         assert not imports(file) & {"os", "pathlib", "io", "time", "random", "logging", "sys"}, file
+
+
+def messages(file: Path) -> list[str]:
+    """The texts of a file that are no docstrings."""
+    tree = ast.parse(file.read_text())
+    statements = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)]
+    texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [node.value for node in texts if node not in statements]
+
+
+def test_only_the_command_line_speaks_of_flags():
+    """Who calls a library from Python has none; commands name theirs, as `name="--samples"`."""
+    command_line = {ROOT / "runtime" / name for name in ("command.py", "help.py", "overrides.py")}
+    foreign = {("precision.py", "torchrun --nproc_per_node="), ("compiled.py", "--version")}
+    said = {(file.name, text) for package in ALLOWED for file in set(files(package)) - command_line
+            for text in messages(file) if re.search(r"(^|\W)--([a-z]|$)", text)}  # fmt: skip
+    assert {(name, text) for name, text in said if not any(name == n and t in text for n, t in foreign)} == set()
 
 
 def test_only_factories_read_configurations():

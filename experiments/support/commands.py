@@ -42,9 +42,9 @@ def metric_name() -> str:
 def check_all_steps(configs: dict[str, Any], steps: Sequence[str]) -> None:
     """Raise ValueError for steps of images, or --latent_sampling_steps, that a stage does not have."""
     for some in steps:
-        check_steps(build_image_process(configs["decoder_config"]), some, "sampling_steps")
+        check_steps(build_image_process(configs["decoder_config"]), some, "--sampling_steps")
     if FLAGS.latent_sampling_steps is not None:
-        check_steps(build_latent_process(configs["config"]), FLAGS.latent_sampling_steps, "latent_sampling_steps")
+        check_steps(build_latent_process(configs["config"]), FLAGS.latent_sampling_steps, "--latent_sampling_steps")
 
 
 def require_extractor() -> None:

@@ -54,7 +54,7 @@ def open_model(config: ImageConfig, sampling: SamplingOptions, latent: LatentCon
     """As `opened`; the model must have the steps of `sampling` and its filter."""
     model = opened(config, latent)
     model.inverse_snr(sampling.inv_snr)
-    check_steps(model.process, sampling.steps, "sampling_steps")
+    check_steps(model.process, sampling.steps, "--sampling_steps")
     return model
 
 

@@ -1,4 +1,4 @@
-"""What users give to the editing commands: images, masks, boxes, steps."""
+"""What users give to the editing commands: images and masks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from PIL import Image, ImageFilter
 
 from configs.schema import DataConfig
-from configs.validate import shown
 from data.datasets import open_dataset
 from data.decoding import Decoder, fitted
 from data.names import is_image_name
@@ -129,38 +128,6 @@ def _greys(image: Image.Image) -> float:
     greys = np.asarray(grey) > 0
     share, elsewhere = float(greys.mean()), float((greys & ~outline).mean())
     return share if share > _MOST_GREYS or elsewhere > _MOST_ELSEWHERE else 0.0
-
-
-def parse_box(text: str, size: Size) -> torch.Tensor:
-    """The known pixels, bool (H, W), outside a box "top,left,height,width" in pixels.
-
-    Raises:
-        ValueError: not four whole numbers, empty, or not within the image.
-    """
-    match = re.fullmatch(",".join([r"\s*(\d{1,9})\s*"] * 4), text)
-    top, left, height, width = map(int, match.groups()) if match else (0, 0, 0, 0)
-    if min(height, width) < 1 or top + height > size[0] or left + width > size[1]:
-        raise ValueError(f"--box is {shown(text)}; accepted: top,left,height,width of a box within {_shown(size)}")
-    known = torch.ones(size, dtype=torch.bool)
-    known[top : top + height, left : left + width] = False
-    return known
-
-
-def parse_step(text: str | None, steps: int) -> int | None:
-    """A step of the process: a whole number "300" from 0 to steps − 1, or a fraction "0.3" of the way there.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if text is None:
-        return None
-    if re.fullmatch(r"\d{1,9}", text) and int(text) < steps:
-        return int(text)
-    if re.fullmatch(r"\d*\.\d+", text) and float(text) <= 1:
-        return round(float(text) * (steps - 1))
-    raise ValueError(
-        f"--start_step is {shown(text)}; accepted: 0 to {steps - 1}, or a fraction of the way there, 0.0 to 1.0"
-    )
 
 
 def _shown(size: Size) -> str:

@@ -9,7 +9,7 @@ from absl import flags
 from configs.schema import MOST_SAMPLES, MOST_SEED
 from diffusion.samplers import SAMPLERS
 from diffusion.schedules import STEPS_ACCEPTED
-from infty_diff.folder import parse_size
+from experiments.support.parsing import parse_size
 from infty_diff.sampling import SamplingOptions, stored_sampling
 from metrics.extractors import EXTRACTORS
 from metrics.features import Extraction
