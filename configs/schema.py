@@ -21,9 +21,11 @@ from diffusion.subsets import DRAWS
 from diffusion.timestep_sampling import TIMESTEP_SAMPLERS
 from models.coarse_nodes import NODES
 from models.grid_unet import CONV_TYPES
+from models.latent_mlp import LEAST
 from models.layers import ATTENTION_KERNELS
 from models.operators.dispatch import BACKEND_NAMES
 from models.sparse_block import KERNELS
+from training.power_averages import LONGEST
 from training.rates import DECAYS
 
 # Upper ends of ranges: what is larger is a slip of the pen, or more than any machine holds.
@@ -111,7 +113,7 @@ class TrainConfig:
         "them experiments/choose_average.py makes averages of other lengths",
         items=float,
         low=1e-6,
-        high=10.0,
+        high=LONGEST,
     )
     ema_snapshot_steps: int = option(
         10000, "steps between files of these averages", low=1, high=_MANY, derived="train.checkpoint_steps"
@@ -211,8 +213,8 @@ class ModelConfig:
 @dataclass(frozen=True)
 class LatentModelConfig:
     hid_channels: int = option(2048, "hidden width", low=1, high=_WIDE, shapes=True)
-    num_layers: int = option(10, "layers", low=2, high=_DEEP, shapes=True)
-    time_embed_dim: int = option(128, "width of the time features", low=4, high=_WIDE, shapes=True)
+    num_layers: int = option(10, "layers", low=LEAST, high=_DEEP, shapes=True)
+    time_embed_dim: int = option(128, "width of the time features", low=LEAST, high=_WIDE, shapes=True)
     dropout: float = option(0.0, "dropout rate", low=0.0, high=0.99, shapes=True)
     learn_sigma: bool = option(False, "predict the reverse variance too", shapes=True)
     sigma_small: bool = option(False, "fixed reverse variance: posterior (True) or beta (False)", shapes=True)

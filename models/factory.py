@@ -14,7 +14,8 @@ from models.sparse_encoder import SparseEncoder
 from models.sparse_unet import SparseSpec, SparseUNet
 
 
-def _sparse_spec(config: ModelConfig) -> SparseSpec:
+def sparse_spec(config: ModelConfig) -> SparseSpec:
+    """The architecture on the points; ValueError for settings that do not fit together."""
     return SparseSpec(
         channels=config.nf,
         num_blocks=config.num_conv_blocks,
@@ -52,7 +53,7 @@ def build_denoiser(config: ModelConfig, channels: int, train_size: Size) -> Spar
         channels,
         channels * (2 if config.learn_sigma else 1),
         train_size,
-        _sparse_spec(config),
+        sparse_spec(config),
         grid_spec(config),
         time_dim=config.time_emb_dim,
         z_dim=config.z_dim,
@@ -67,7 +68,7 @@ def build_encoder(config: ModelConfig, channels: int, train_size: Size) -> Spars
         channels,
         config.z_dim,
         train_size,
-        _sparse_spec(config),
+        sparse_spec(config),
         grid_spec(config),
         stochastic=config.stochastic_encoding,
         block_norm=config.encoder_block_norm,

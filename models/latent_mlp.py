@@ -11,6 +11,8 @@ from torch import nn
 
 from models.layers import LayerNorm, latent_sinusoidal_features
 
+LEAST = 2  # layers, and features of time
+
 
 class MLPLayer(nn.Module):
     """Dropout(GELU(norm(Linear(h)·(1 + Linear(GELU(condition))))))."""
@@ -45,8 +47,8 @@ class MLPSkipNet(nn.Module):
     ):
         super().__init__()
         for name, value in (("num_layers", num_layers), ("time_embed_dim", time_dim)):
-            if value < 2:
-                raise ValueError(f"model.{name} is {value}; accepted: numbers from 2 on")
+            if value < LEAST:
+                raise ValueError(f"model.{name} is {value}; accepted: numbers from {LEAST} on")
         self.time_dim = time_dim
         self.time_mlp = nn.Sequential(nn.Linear(time_dim, z_dim), nn.GELU(), nn.Linear(z_dim, z_dim))
         self.in_layer = MLPLayer(z_dim, hidden, z_dim, dropout)

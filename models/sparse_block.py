@@ -22,6 +22,14 @@ from models.operators.sparse_conv.backend import Plan
 KERNELS = ("linear", "nonlinear", "continuous")
 
 
+def check_kernel(kernel_size: int, kernel: str) -> None:
+    """Raise ValueError for a kernel that no sparse block has."""
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"model.kernel_size is {kernel_size}; accepted: odd numbers from 1 on")
+    if kernel not in KERNELS:
+        raise ValueError(f"model.kernel is {kernel!r}; accepted: {', '.join(KERNELS)}")
+
+
 class SparseBlock(BackendModule):
     """Density-normalised convolution over the present points, then a pointwise MLP, both residual (paper, section 4.1).
 
@@ -52,10 +60,7 @@ class SparseBlock(BackendModule):
         train_size: Size | None = None,
     ):
         super().__init__()
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"model.kernel_size is {kernel_size}; accepted: odd numbers from 1 on")
-        if kernel not in KERNELS:
-            raise ValueError(f"model.kernel is {kernel!r}; accepted: {', '.join(KERNELS)}")
+        check_kernel(kernel_size, kernel)
         if kernel == "continuous" and train_size is None:
             raise ValueError("train_size is None; accepted: (H, W), with model.kernel='continuous'")
         if not norm and (time_dim or z_dim):

@@ -20,7 +20,7 @@ from models.grid_unet import GridSpec, GridUNet
 from models.layers import sinusoidal_features
 from models.operators.dispatch import BackendModule
 from models.operators.sparse_conv.backend import Plan, kernel_window
-from models.sparse_block import SparseBlock
+from models.sparse_block import SparseBlock, check_kernel
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,15 @@ class SparseSpec:
     tile_points: int = 0
 
     def __post_init__(self):
+        check_kernel(self.kernel_size, self.kernel)
         if self.convention not in CONVENTIONS:
             raise ValueError(f"model.coordinate_convention is {self.convention!r}; accepted: {', '.join(CONVENTIONS)}")
+
+
+def check_time_dim(time_dim: int) -> None:
+    """Raise ValueError for a width that features of time cannot have: half are sines, half cosines."""
+    if time_dim < 4 or time_dim % 2:
+        raise ValueError(f"model.time_emb_dim is {time_dim}; accepted: even numbers from 4 on")
 
 
 class SparseDescent(BackendModule):
@@ -150,8 +157,7 @@ class SparseUNet(SparseDescent):
         time_dim: int,
         z_dim: int | None = None,
     ):
-        if time_dim < 4 or time_dim % 2:
-            raise ValueError(f"model.time_emb_dim is {time_dim}; accepted: even numbers from 4 on")
+        check_time_dim(time_dim)
         super().__init__(in_channels, train_size, sparse, grid, time_dim=time_dim, z_dim=z_dim)
         self.time_dim, self.z_dim = time_dim, z_dim or None
         self.time_mlp = nn.Sequential(nn.Linear(time_dim, time_dim), nn.GELU(), nn.Linear(time_dim, time_dim))

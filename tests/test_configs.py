@@ -83,7 +83,7 @@ def test_overrides_are_typed(path, text, value):
     ("data.img_size", 2, "accepted: int 4 to 65536"),
     ("data.channels", 2, "accepted: 1, 3, 4"),
     ("train.ema_decay", 1.5, "accepted: float 0.0 to 1.0"),
-    ("model.kernel_size", 4, "an odd integer"),
+    ("model.kernel_size", 4, "odd numbers from 1 on"),
     ("model.uno_res", 100, "a multiple of 16"),
     ("model.uno_blocks_per_level", (2, 2), "5 entries"),
     ("model.uno_mults", (1, 0, 2, 2, 2), "integers from 1 to 1000"),

@@ -102,8 +102,9 @@ def test_only_factories_read_configurations():
         reads = any(module.startswith("configs") for module in imports(file))
         assert not reads or file.name == "factory.py", file
     listed = {module for file in files("configs") for module in imports(file)}
-    assert {module for module in listed if module.startswith("training")} == {"training.rates"}
-    assert not any(module.startswith("configs") for module in imports(ROOT / "training/rates.py"))
+    assert {m for m in listed if m.startswith("training")} == {"training.power_averages", "training.rates"}
+    for name in ("power_averages", "rates"):
+        assert not any(module.startswith("configs") for module in imports(ROOT / f"training/{name}.py"))
 
 
 def test_the_loop_knows_no_stage():
