@@ -196,8 +196,9 @@ def _image_faults(config: ImageConfig, name: str) -> list[str]:
     faults = _run_faults(config, name, max(config.size))
     model, mc, diffusion = config.model, config.mc_integral, config.diffusion
     height, width = config.size
-    for build in (sparse_spec, grid_spec, lambda model: check_time_dim(model.time_emb_dim)):
-        _built(faults, name, lambda build=build: build(model))
+    _built(faults, name, lambda: sparse_spec(model))
+    _built(faults, name, lambda: grid_spec(model))
+    _built(faults, name, lambda: check_time_dim(model.time_emb_dim))
     sides = [model.uno_res >> level for level in range(len(model.uno_mults))]
     attended = model.uno_attn_resolutions
     levels = f"sides of the levels: {', '.join(map(str, sides))}"

@@ -45,12 +45,14 @@ class SamplerFunction(Protocol):
 
 
 class LastEstimate:
-    """A callback that keeps the estimates of the last step as `denoised`, and hands every step on to another one."""
+    """A callback that keeps the estimates of the last step as `denoised`, and hands every step on to another one.
 
-    denoised: Denoised
+    `denoised` is None until a sampler calls it, which one written by hand may never do.
+    """
 
     def __init__(self, callback: Callback | None = None) -> None:
         self._callback = callback
+        self.denoised: Denoised | None = None
 
     def __call__(self, i: int, t: int, x: torch.Tensor, denoised: Denoised) -> None:
         self.denoised = denoised

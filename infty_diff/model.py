@@ -294,7 +294,7 @@ class InftyDiff:
         keys = [key(seed, purpose, *indices) for seed in seeds]
         return self.process.mollifier.noise(function_noise(keys, self.channels, as_size(size), self.device))
 
-    def sharpened(self, x: torch.Tensor, last: Denoised, inv_snr: float | str | None = None) -> torch.Tensor:
+    def sharpened(self, x: torch.Tensor, last: Denoised | None, inv_snr: float | str | None = None) -> torch.Tensor:
         """The images (B, C, H, W) that a sampler's result x stands for.
 
         Where the network predicts x_0, they are its last x̂_0, to which no filter W is applied:
@@ -303,9 +303,15 @@ class InftyDiff:
 
         The difference is what a correction of the last state added, and zero without one. For other predictions they
         are W x.
-        last: the estimates of the last step (see `LastEstimate`).
+        last: the estimates of the last step (see `LastEstimate`); None where no x̂_0 is needed.
+        Raises ValueError without them where the image is x̂_0.
         """
-        if last.sharp is None:
+        if last is None and self.process.gives_sharp:
+            raise ValueError(
+                "the sampler called no callback; accepted: one that calls callback(i, t, x, denoised) after each step, "
+                "for the network's last estimate is the image"
+            )
+        if last is None or last.sharp is None:
             return self.deblur(x, inv_snr)
         return last.sharp + self.deblur(x - last.smooth, inv_snr)
 

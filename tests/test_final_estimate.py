@@ -13,6 +13,7 @@ import micro
 from configs.defaults import image_config
 from configs.validate import ConfigError, freeze
 from data.pixels import to_uint8
+from diffusion import samplers
 from diffusion.conditioning import Known, descend
 from diffusion.coordinates import image_to_points
 from diffusion.mollifier import Mollifier
@@ -97,6 +98,19 @@ def test_the_exact_image_in_double_precision(tmp_path, sampler):
     result = sampler(process.denoiser(lambda x_t, time: image, clip=True), x, process, noise=lambda: x, callback=last)
     found = knowing(tmp_path, size).sharpened(result, last.denoised)
     torch.testing.assert_close(found, image, rtol=0, atol=1e-6)
+
+
+def test_a_sampler_without_callbacks_is_refused_where_its_estimates_are_the_image(tmp_path, monkeypatch):
+    def silent(denoise, x, process, *, callback=None, **rest):
+        return ddim(denoise, x, process, **rest)
+
+    ask = ([3], (9, 14), SamplingOptions("3"))
+    expected = knowing(tmp_path, (9, 14), {"diffusion.final_estimate": "filter"}).sample(*ask, latent_steps="3")
+    monkeypatch.setitem(samplers.SAMPLERS, "ddim", dataclasses.replace(samplers.SAMPLERS["ddim"], draw=silent))
+    found = knowing(tmp_path, (9, 14), {"diffusion.final_estimate": "filter"}).sample(*ask, latent_steps="3")
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="the sampler called no callback; accepted: one that calls callback"):
+        knowing(tmp_path, (9, 14)).sample(*ask, latent_steps="3")
 
 
 def test_what_a_correction_adds_to_the_last_state_is_kept(tmp_path):
