@@ -18,9 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -31,14 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.report import machine
-from benchmarks.tasks import as_settings, overrides
+from benchmarks.tasks import ROOT, as_settings, execute, last_line, overrides
 from data.opening import read_json
 from runtime.checkpoint import load_weights
 from runtime.claimed import claim_folder
 from runtime.files import to_json, write_atomic, write_json
 from runtime.stored import WEIGHTS
 
-ROOT = Path(__file__).resolve().parents[1]
 _RESULT = "the result of a candidate"
 _FEWER, _MORE = 5, 45  # steps of the two runs whose difference is the time of a step: what they begin with cancels
 _UNTIMED = {"train.plot_graph_steps": 5, "train.val_loss_steps": 0, "train.sample_size": 1, "data.num_images": 256}
@@ -180,25 +176,13 @@ class Recipes:
         print(f"  {script} …", end="", flush=True)
         log = self.out / name / "log.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
-        threads = {"OMP_NUM_THREADS": str(self.options.threads), "PYTHONUNBUFFERED": "1"}
         with log.open("a") as stream:
             print("\n$ python", script, *arguments, file=stream, flush=True)
-            process = subprocess.Popen(
-                [sys.executable, str(ROOT / script), *arguments], env={**os.environ, **threads}, stdout=stream,
-                stderr=stream, start_new_session=True,
-            )  # fmt: skip
-            try:
-                _, status, usage = os.wait4(process.pid, 0)
-            except KeyboardInterrupt:  # it saves before it leaves
-                process.send_signal(signal.SIGTERM)
-                process.wait()
-                raise
-            process.returncode = os.waitstatus_to_exitcode(status)
-        seconds = usage.ru_utime + usage.ru_stime
+            threads = {"OMP_NUM_THREADS": str(self.options.threads)}
+            status, _, seconds = execute([str(ROOT / script), *arguments], stream, stream, threads)
         print(f" {seconds:.0f} s of processor time", flush=True)
-        if process.returncode:
-            lines = [line for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
-            raise CommandFailed(f"{script}: status {process.returncode}: {lines[-1]} (see {log})")
+        if status:
+            raise CommandFailed(f"{script}: status {status}: {last_line(log)} (see {log})")
         return seconds
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from configs.effects import training_only
 from data.opening import read_json
@@ -102,25 +103,18 @@ class Day:
         here = self.out / task.name
         here.mkdir(parents=True, exist_ok=True)
         command = [part.replace("{out}", str(self.out)).replace("{here}", str(here)) for part in task.command]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}  # no network is asked for anything
+        offline = {"HF_HUB_OFFLINE": "1"}  # no network is asked for anything
         begun = time.monotonic()
         with (here / "table.txt").open("w") as table, (here / "log.txt").open("a") as log:
-            process = subprocess.Popen(
-                [sys.executable, *command], cwd=ROOT, env=environment, stdout=table, stderr=log, start_new_session=True
-            )
-            try:
-                status, in_time = _wait(process, self.seconds, self.grace)
-            except KeyboardInterrupt:
-                _wait(process, 0, self.grace)
-                raise
+            status, in_time, _ = execute(command, table, log, offline, ROOT, self.seconds, self.grace)
         seconds = time.monotonic() - begun
         if in_time and status == 0:
             self._keep_pictures(task)
-            return DONE, seconds, _last_line(here / "table.txt") or _last_line(here / "log.txt")
+            return DONE, seconds, last_line(here / "table.txt") or last_line(here / "log.txt")
         if not in_time and task.continues:
-            return CUT, seconds, _last_line(here / "log.txt")
+            return CUT, seconds, last_line(here / "log.txt")
         reason = f"status {status}" if in_time else f"took longer than {self.seconds:.0f} s"
-        return FAILED, seconds, f"{reason}: {_last_line(here / 'log.txt')}"
+        return FAILED, seconds, f"{reason}: {last_line(here / 'log.txt')}"
 
     def _keep_pictures(self, task: Task) -> None:
         for pattern in task.pictures:
@@ -152,8 +146,45 @@ class Day:
         return "\n".join(lines)
 
 
-def _wait(process: subprocess.Popen, seconds: float, grace: float) -> tuple[int, bool]:
-    """The status of a process that leads a session of its own, and whether it ended within `seconds` by itself."""
+def execute(
+    command: Sequence[str],
+    stdout: IO[str],
+    stderr: IO[str],
+    environment: Mapping[str, str],
+    folder: Path | None = None,
+    seconds: float | None = None,
+    grace: float | None = None,
+) -> tuple[int, bool, float]:
+    """Run a command of Python in a session of its own.
+
+    Args:
+        command: arguments of Python.
+        stdout, stderr: files for what it prints.
+        environment: variables beside those of this process.
+        folder: where it runs, by default here.
+        seconds, grace: when it is asked to stop (SIGTERM, also by Ctrl-C), and how much later ended; None for never.
+    Returns:
+        Its status, whether it ended by itself, and its processor time in seconds.
+    """
+    before = _children_cpu()
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=folder, env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+        stdout=stdout, stderr=stderr, start_new_session=True,
+    )  # fmt: skip
+    try:
+        status, in_time = _wait(process, seconds, grace)
+    except KeyboardInterrupt:  # it saves before it leaves
+        _wait(process, 0, grace)
+        raise
+    return status, in_time, _children_cpu() - before
+
+
+def _children_cpu() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _wait(process: subprocess.Popen, seconds: float | None, grace: float | None) -> tuple[int, bool]:
     try:
         return process.wait(seconds), True
     except subprocess.TimeoutExpired:
@@ -165,6 +196,7 @@ def _wait(process: subprocess.Popen, seconds: float, grace: float) -> tuple[int,
         return process.wait(), False
 
 
-def _last_line(path: Path) -> str:
+def last_line(path: Path) -> str:
+    """The last line that is not empty, cut short; progress bars count as lines."""
     lines = [line.strip() for line in path.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
     return lines[-1][:160] if lines else ""
