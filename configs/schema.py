@@ -221,7 +221,9 @@ class LatentModelConfig:
 
 
 @dataclass(frozen=True)
-class DiffusionConfig:
+class ProcessConfig:
+    """What both stages have in common, with the defaults of the first."""
+
     steps: int = option(1000, "diffusion steps", low=2, high=100_000, shapes=True)
     noise_schedule: str = option("cosine", SCHEDULES_ACCEPTED, shapes=True)
     schedule_sampler: str = option(
@@ -236,6 +238,10 @@ class DiffusionConfig:
     )
     min_snr_gamma: float = option(5.0, "largest weight of min_snr", low=0.0, high=1e12, shapes=True)
     model_mean_type: str = option("mollified_epsilon", "what the network predicts", choices=PREDICTIONS, shapes=True)
+
+
+@dataclass(frozen=True)
+class DiffusionConfig(ProcessConfig):
     final_estimate: str = option(
         "auto",
         "where images come from in the end: network = its x_0, which only xstart predicts; filter = the Wiener filter; "
@@ -255,20 +261,9 @@ class DiffusionConfig:
 
 
 @dataclass(frozen=True)
-class LatentDiffusionConfig:
-    steps: int = option(1000, "diffusion steps", low=2, high=100_000, shapes=True)
+class LatentDiffusionConfig(ProcessConfig):
     noise_schedule: str = option("const0.008", SCHEDULES_ACCEPTED, shapes=True)
-    schedule_sampler: str = option(
-        "uniform", "distribution of training timesteps", choices=TIMESTEP_SAMPLERS, shapes=True
-    )
     loss_type: str = option("l1", "loss on the prediction", choices=LOSSES, shapes=True)
-    loss_weight: str = option(
-        "none",
-        "weight of the loss by step; min_snr = min(SNR, min_snr_gamma) on the error of x_0",
-        choices=LOSS_WEIGHTS,
-        shapes=True,
-    )
-    min_snr_gamma: float = option(5.0, "largest weight of min_snr", low=0.0, high=1e12, shapes=True)
     model_mean_type: str = option("epsilon", "what the network predicts", choices=LATENT_PREDICTIONS, shapes=True)
 
 

@@ -21,75 +21,12 @@ from tqdm import tqdm
 
 from data.base import check_lattice, digest, keep_in_memory
 from data.cell_averages import Cells, ellipse, gaussian, half_plane, rounded_box, wave
+from data.palette import COLOURS, MOODS, oklab, oklab_to_rgb, oklch
 from data.pixels import to_uint8
 from diffusion.random import Purpose, numpy_stream
 
 FAMILY = "landscapes-2"  # changes whenever the same (seed, index) would name another function
 
-# Colours in OKLCH (lightness, chroma, hue in degrees), one row per mood; columns as in COLOURS.
-COLOURS = ("sky_top", "sky_bottom", "sun", "glow", "lit", "shade", "water", "hill")
-MOODS = (
-    (
-        (0.62, 0.13, 250),
-        (0.93, 0.04, 225),
-        (0.98, 0.08, 95),
-        (0.97, 0.03, 95),
-        (0.76, 0.04, 235),
-        (0.56, 0.07, 250),
-        (0.66, 0.11, 230),
-        (0.64, 0.15, 135),
-    ),  # day
-    (
-        (0.68, 0.10, 285),
-        (0.91, 0.08, 60),
-        (0.97, 0.06, 85),
-        (0.94, 0.07, 65),
-        (0.74, 0.10, 355),
-        (0.55, 0.11, 315),
-        (0.76, 0.08, 325),
-        (0.46, 0.10, 300),
-    ),  # dawn
-    (
-        (0.42, 0.14, 305),
-        (0.80, 0.15, 52),
-        (0.93, 0.13, 88),
-        (0.82, 0.15, 60),
-        (0.54, 0.15, 20),
-        (0.37, 0.12, 345),
-        (0.56, 0.14, 30),
-        (0.28, 0.08, 330),
-    ),  # sunset
-    (
-        (0.22, 0.07, 275),
-        (0.48, 0.10, 260),
-        (0.96, 0.03, 100),
-        (0.66, 0.07, 250),
-        (0.44, 0.07, 258),
-        (0.29, 0.07, 270),
-        (0.35, 0.08, 255),
-        (0.20, 0.05, 265),
-    ),  # night
-    (
-        (0.50, 0.09, 215),
-        (0.90, 0.07, 165),
-        (0.98, 0.05, 120),
-        (0.93, 0.06, 150),
-        (0.62, 0.07, 190),
-        (0.45, 0.07, 210),
-        (0.62, 0.09, 185),
-        (0.38, 0.09, 165),
-    ),  # mist
-    (
-        (0.74, 0.08, 205),
-        (0.94, 0.07, 90),
-        (0.98, 0.07, 95),
-        (0.96, 0.07, 85),
-        (0.74, 0.12, 60),
-        (0.55, 0.13, 38),
-        (0.68, 0.10, 195),
-        (0.66, 0.13, 75),
-    ),  # desert
-)
 _DRAWS = 64  # uniforms per function; the order in which `_landscape` takes them is part of the data
 _PIXELS_PER_CHUNK = 1 << 16  # keeps the intermediate arrays of a batch in the processor's cache
 _Colours = dict[str, torch.Tensor]  # each (B, 3, 1, 1), sRGB in [0, 1]
@@ -231,8 +168,8 @@ def _balloon(canvas: _Canvas, u: _Draws, cells: Cells, sun_x: torch.Tensor) -> N
     shown, cy, r = u.chance(0.35), u.between(0.2, 0.42), u.between(0.075, 0.1)
     cx = 0.14 + (sun_x - 0.14 + u.between(0.29, 0.43)) % 0.72  # far from the sun, on either side
     hue, phase = u.between(0, 360), u.between(0, 1)
-    dark, pale = _oklch(0.62, 0.18, hue), _oklch(0.93, 0.05, hue + 60)
-    wood = _oklch(0.4, 0.06, torch.full_like(hue, 50))
+    dark, pale = oklch(0.62, 0.18, hue), oklch(0.93, 0.05, hue + 60)
+    wood = oklch(0.4, 0.06, torch.full_like(hue, 50))
     stripes = 0.5 + 0.5 * wave(cells, 0.0, 1.25 / r, phase)
     canvas.paint(shown * rounded_box(cells, cy + 1.44 * r, cx, 0.1 * r, 0.14 * r, 0.1 * r), wood)
     canvas.paint(shown * ellipse(cells, cy, cx, 1.15 * r, r), dark + stripes * (pale - dark))
@@ -250,39 +187,11 @@ def _palette(u: _Draws) -> _Colours:
     lightness, chroma, hue = moods.unbind(-1)  # (moods, colours)
 
     def mood(row: torch.Tensor) -> torch.Tensor:
-        return _oklab(lightness[row] + light[:, None], chroma[row], hue[row] + turn[:, None])  # (B, colours, 3)
+        return oklab(lightness[row] + light[:, None], chroma[row], hue[row] + turn[:, None])  # (B, colours, 3)
 
     lab = torch.lerp(mood(first), mood((first + 1) % len(MOODS)), part[:, None, None])
-    rgb = _oklab_to_rgb(lab)[..., None, None]
+    rgb = oklab_to_rgb(lab)[..., None, None]
     return {name: rgb[:, column] for column, name in enumerate(COLOURS)}
-
-
-def _oklch(lightness: float, chroma: float, hue: torch.Tensor) -> torch.Tensor:
-    """One colour per function, (B, 3, 1, 1), from hues (B, 1, 1, 1) in degrees."""
-    hue = hue.flatten()
-    lab = _oklab(torch.full_like(hue, lightness), torch.full_like(hue, chroma), hue)
-    return _oklab_to_rgb(lab)[..., None, None]
-
-
-def _oklab(lightness: torch.Tensor, chroma: torch.Tensor, hue: torch.Tensor) -> torch.Tensor:
-    angle = hue * (math.pi / 180)
-    return torch.stack([lightness, chroma * angle.cos(), chroma * angle.sin()], -1)
-
-
-def _oklab_to_rgb(lab: torch.Tensor) -> torch.Tensor:
-    """OKLab (..., 3) as gamma-encoded sRGB, clipped to the gamut (B. Ottosson, 2020)."""
-    to_cone = torch.tensor(
-        [[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.2914855480]]
-    )
-    to_linear = torch.tensor(
-        [
-            [4.0767416621, -3.3077115913, 0.2309699292],
-            [-1.2684380046, 2.6097574011, -0.3413193965],
-            [-0.0041960863, -0.7034186147, 1.7076147010],
-        ]
-    )
-    linear = ((lab @ to_cone.T) ** 3 @ to_linear.T).clamp(0, 1)
-    return torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear.clamp(min=1e-9) ** (1 / 2.4) - 0.055)
 
 
 def _with_channels(rgb: torch.Tensor, opacity: torch.Tensor, channels: int) -> torch.Tensor:

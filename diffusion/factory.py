@@ -2,7 +2,7 @@
 
 import torch
 
-from configs.schema import DiffusionConfig, ImageConfig, LatentConfig, LatentDiffusionConfig
+from configs.schema import ImageConfig, LatentConfig, ProcessConfig
 from diffusion.losses import Objective
 from diffusion.mollifier import IDENTITY, Mollifier
 from diffusion.process import DiffusionProcess, Prediction, Variance
@@ -35,13 +35,11 @@ def _build_process(
     )
 
 
-def build_objective(config: DiffusionConfig | LatentDiffusionConfig, process: DiffusionProcess) -> Objective:
+def build_objective(config: ProcessConfig, process: DiffusionProcess) -> Objective:
     """What training minimises."""
     return Objective(process, config.loss_type, config.loss_weight, config.min_snr_gamma)
 
 
-def build_timesteps(
-    config: DiffusionConfig | LatentDiffusionConfig, device: torch.device, gather: Gather
-) -> TimestepSampler:
+def build_timesteps(config: ProcessConfig, device: torch.device, gather: Gather) -> TimestepSampler:
     """How training draws its steps; device, gather: see `LossAwareTimesteps`."""
     return TIMESTEP_SAMPLERS[config.schedule_sampler](config.steps, device, gather)

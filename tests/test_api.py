@@ -1,10 +1,9 @@
 """The model from Python: one import, weights by folder, file or name, devices, what users hand over, what they get."""
 
-import json
 import re
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +14,9 @@ from PIL import Image
 import infty_diff
 from data.loader import batches
 from diffusion.schedules import Schedule, make_betas
-from infty_diff import InftyDiff, InpaintOptions, SamplingOptions, WrappedImages, stage_files, to_pil, to_uint8
+from infty_diff import InftyDiff, InpaintOptions, SamplingOptions, WrappedImages, to_pil, to_uint8
 from infty_diff.images import as_images, as_size
-from runtime import precision, saved
-from runtime.checkpoint import save_weights
-from runtime.stored import read_header
+from runtime import precision
 from test_generation import stored
 
 ROOT = Path(__file__).parents[1]
@@ -70,90 +67,6 @@ def states(model: InftyDiff) -> dict[str, torch.Tensor]:
     networks = {"encoder": model.encoder, "denoiser": model.denoiser}
     tensors = {f"{name}.{key}": v for name, network in networks.items() for key, v in network.state_dict().items()}
     return tensors | ({} if model.prior is None else model.prior.to_tensors())
-
-
-def assert_equal(a: InftyDiff, b: InftyDiff) -> None:
-    first, second = states(a), states(b)
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_runs_files_folders_and_names(runs, model, tmp_path, monkeypatch):
-    files = [runs / run / "weights.safetensors" for run in ("micro", "micro_sampler")]
-    assert_equal(InftyDiff.from_runs(*files, device="cpu"), model)
-    assert InftyDiff.from_runs(files[0], device="cpu").prior is None
-    chosen = SamplingOptions(25, "dpmpp", inv_snr=0.1)
-    model.sampling, before = chosen, model.sampling
-    try:
-        model.save(tmp_path / "weights" / "mine")
-    finally:
-        model.sampling = before
-    monkeypatch.setattr(saved, "FOLDER", tmp_path / "weights")
-    for given in (tmp_path / "weights" / "mine", str(tmp_path / "weights" / "mine"), "mine"):
-        again = InftyDiff.from_runs(given, device="cpu")
-        assert_equal(again, model)
-        assert again.sampling == chosen and again.trained == model.trained == {"image": 1, "latent": 1}
-        assert again.process.prediction == model.process.prediction
-    assert torch.equal(again.sample([5], 16, FAST, latent_steps=4), model.sample([5], 16, FAST, latent_steps=4))
-    assert_equal(InftyDiff.from_runs("mine", runs / "micro_sampler", "cpu"), model)
-    with pytest.raises(ValueError) as error:
-        InftyDiff.from_runs("landscape", device="cpu")
-    assert "(mine)" in one_line(error)
-    with pytest.raises(ValueError) as error:
-        InftyDiff.from_runs(runs / "micro_sampler", device="cpu")
-    assert "weights of LatentConfig; accepted: weights of ImageConfig" in one_line(error)
-    with pytest.raises(ValueError) as error:
-        InftyDiff.from_runs(runs / "micro", runs / "micro", device="cpu")
-    assert "weights of ImageConfig; accepted: weights of LatentConfig" in one_line(error)
-    (tmp_path / "other.safetensors").write_bytes(b"no weights")
-    with pytest.raises(ValueError, match="not a readable safetensors file"):
-        InftyDiff.from_runs(tmp_path / "other.safetensors", device="cpu")
-
-
-def test_half_precision_halves_the_files_and_rounds_once(model, tmp_path):
-    full, half = model.save(tmp_path / "full"), model.save(tmp_path / "half", half=True)
-    sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in (full, half)]
-    assert sizes[1] < 0.7 * sizes[0]  # headers and float64 statistics stay
-    again, exact = states(InftyDiff.from_runs(half, device="cpu")), states(model)
-    for name, tensor in exact.items():
-        bound = torch.finfo(torch.float16).eps / 2 * tensor.abs() + 2.0**-25  # of a number and of a subnormal one
-        assert again[name].dtype == tensor.dtype and ((again[name] - tensor).abs() <= bound).all(), name
-    InftyDiff.from_runs(half, device="cpu").save(tmp_path / "again", half=True)
-    for name in (saved.IMAGE, saved.LATENT):
-        assert (half / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-
-
-def test_saved_models_tell_nothing_of_the_machine(runs, model, tmp_path):
-    header = read_header(model.save(tmp_path / "saved") / saved.IMAGE)
-    assert str(runs) in json.dumps(asdict(model.config)) and str(runs) not in json.dumps(header)
-    assert header["version"] == infty_diff.__version__ and header["step"] == 1
-
-
-def test_saving_is_all_or_nothing(model, tmp_path, monkeypatch):
-    model.save(tmp_path / "there")
-    kept = {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()}
-    with pytest.raises(ValueError) as error:
-        model.save(tmp_path / "there", half=True)
-    assert "holds something already" in one_line(error)
-
-    def fail_at_the_second(path, *rest):
-        if path.name == saved.LATENT:
-            raise OSError("no space left")
-        save_weights(path, *rest)
-
-    monkeypatch.setattr(stage_files, "save_weights", fail_at_the_second)
-    with pytest.raises(OSError, match="no space left"):
-        model.save(tmp_path / "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
-    assert {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()} == kept
-
-
-@pytest.mark.skipif(not saved.shipped_names(), reason="the folder weights/ holds no model")
-def test_shipped_models_load_and_are_small():
-    for name in saved.shipped_names():
-        model, folder = InftyDiff.from_runs(name, device="cpu"), saved.FOLDER / name
-        assert model.prior is not None and model.trained
-        assert sum(path.stat().st_size for path in folder.iterdir()) <= 10e6
-        assert str(Path.home()) not in json.dumps(read_header(folder / saved.IMAGE))
 
 
 @pytest.mark.parametrize("device", ["nonsense", "mps", "meta", "cuda:99", "", None, torch.device("mps")])

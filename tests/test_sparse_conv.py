@@ -13,6 +13,14 @@ from models.operators.sparse_conv.backend import resample_kernel, resampled_shap
 from networks import random_points
 
 CPU = torch.device("cpu")
+# size, training size, kernel size, points
+CASES = (
+    ((6, 5), (6, 5), 3, 12),
+    ((6, 5), (6, 5), 7, None),
+    ((4, 9), (4, 4), 3, 10),
+    ((3, 8), (6, 4), 5, None),
+    ((2, 2), (2, 2), 5, 1),
+)
 
 
 def convolve_in_loops(x, weight, points, kernel_shape, kernel_size, groups):
@@ -42,16 +50,7 @@ def convolve_in_loops(x, weight, points, kernel_shape, kernel_size, groups):
 
 @pytest.mark.parametrize("name", AUTOMATIC)
 @pytest.mark.parametrize("depthwise", [True, False])
-@pytest.mark.parametrize(
-    ("size", "train_size", "kernel_size", "count"),
-    [
-        ((6, 5), (6, 5), 3, 12),
-        ((6, 5), (6, 5), 7, None),
-        ((4, 9), (4, 4), 3, 10),
-        ((3, 8), (6, 4), 5, None),
-        ((2, 2), (2, 2), 5, 1),
-    ],
-)
+@pytest.mark.parametrize(("size", "train_size", "kernel_size", "count"), CASES)
 def test_convolution_is_its_definition(name, depthwise, size, train_size, kernel_size, count):
     torch.manual_seed(0)
     batch, channels = 2, 4

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import sparse_libraries as stand_ins
+import test_sparse_conv
 from diffusion.coordinates import Points
 from models.operators.dispatch import get_backend, use_backend
 from models.operators.sparse_conv.backend import resampled_shape
@@ -23,14 +24,7 @@ STAND_INS = {
     "spconv": ("spconv", lambda: stand_ins.spconv_2_3(cpu_only=False)),
 }
 DEPTHWISE = {"torchsparse 2.0, fork"}
-CASES = [
-    ((6, 5), (6, 5), 3, 12),
-    ((6, 5), (6, 5), 7, None),
-    ((4, 9), (4, 4), 3, 10),
-    ((3, 8), (6, 4), 5, None),
-    ((2, 2), (2, 2), 5, 1),
-    ((5, 4), (5, 4), 1, 7),
-]
+CASES = (*test_sparse_conv.CASES, ((5, 4), (5, 4), 1, 7))
 
 
 @pytest.fixture
