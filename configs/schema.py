@@ -200,7 +200,7 @@ class ModelConfig:
     kld_weight: float = option(1e-4, "weight of the KL term of a stochastic encoder", low=0.0, high=1e12, shapes=True)
     coordinate_convention: str = option(
         "cell_centred",
-        "where pixel i of n sits, and how networks go between lattices; reference = the authors' code",
+        "where pixel i of n sits, and how networks go between resolutions; reference = the authors' code",
         choices=CONVENTIONS,
         shapes=True,
     )
@@ -249,7 +249,7 @@ class DiffusionConfig(ProcessConfig):
         choices=FINAL_ESTIMATES,
     )
     gaussian_filter_std: float = option(
-        1.0, "mollifier width in pixels of the training lattice; 0 = white noise", low=0.0, high=1e4, shapes=True
+        1.0, "mollifier width in pixels at the training size; 0 = white noise", low=0.0, high=1e4, shapes=True
     )
     mollifier_type: str = option(
         "dct", "mollifier: exact in the cosine basis, or a truncated convolution", choices=MOLLIFIERS, shapes=True
@@ -270,7 +270,7 @@ class LatentDiffusionConfig(ProcessConfig):
 @dataclass(frozen=True)
 class McIntegralConfig:
     type: str = option("uniform", "how coordinates are drawn", choices=DRAWS, shapes=True)
-    ratio: float = option(0.25, "fraction of the lattice seen per image", low=0.0, high=1.0, shapes=True)
+    ratio: float = option(0.25, "fraction of the pixels seen per image", low=0.0, high=1.0, shapes=True)
     q_sample: int = option(
         16384,
         "points seen per image",

@@ -26,7 +26,9 @@ class ImageDataset(Protocol):
     name: str
     channels: int
     size: tuple[int, int]
-    pixels: torch.Tensor | None
+
+    @property
+    def pixels(self) -> torch.Tensor | None: ...
 
     def __len__(self) -> int: ...
 

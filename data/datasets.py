@@ -115,10 +115,7 @@ def _celeba(cfg: Any, split: str) -> ImageDataset:
     sized = root / str(cfg.img_size)  # one folder per size beside split.json is the authors' layout
     source = open_source(sized if sized.is_dir() else root)
     table = next((p for p in (root / "split.json", root.parent / "split.json") if p.is_file()), None)
-    if table:
-        parts = _listed_split(table, source)
-    else:
-        parts = number_split(source.names, CELEBA_TRAINING)
+    parts = _listed_split(table, source) if table else number_split(source.names, CELEBA_TRAINING)
     wanted = f"split.json or numbers on both sides of {CELEBA_TRAINING}"
     return _files(cfg, source, parts or _fallback(cfg, source, wanted), split)
 
@@ -133,10 +130,11 @@ def _churches(cfg: Any, split: str) -> ImageDataset:
             )
         if not is_lmdb(folders[split]):
             raise ValueError(f"data.root_dir: no LMDB in {folders[split]}, which holds the split {split!r}")
-        source = LsunSource(folders[split])
-        return _files(cfg, source, {split: list(range(len(source.names)))}, split)
+        part = LsunSource(folders[split])
+        return _files(cfg, part, {split: list(range(len(part.names)))}, split)
+    source: ImageSource
     if is_lmdb(root):
-        source: ImageSource = LsunSource(root)
+        source = LsunSource(root)
     else:
         try:
             source = open_source(root)

@@ -165,7 +165,7 @@ def _other_half(tile: tuple) -> tuple:
 
 def _netpbm_samples(image: Image.Image, encoded: bytes) -> tuple[np.ndarray, int]:
     """The samples of a PGM or PPM, most significant byte first, and its maximum."""
-    _, _, offset, arguments = image.tile[0]
+    _, _, offset, arguments = image.tile[0]  # type: ignore[attr-defined]  # of files alone
     white = arguments[1] if isinstance(arguments, tuple) and isinstance(arguments[1], int) else LIMIT
     shape = (image.height, image.width, len(image.getbands()))
     if encoded[:2] in (b"P2", b"P3"):

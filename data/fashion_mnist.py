@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ def _of_idx(folder: Path) -> np.ndarray:
         raise ValueError(f"data.root_dir: {folder} holds no {IDX} or {IDX}.gz; accepted: {ACCEPTED}")
     try:
         with open_regular(path) as file:
-            content = read_at_most(gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file)
+            content = read_at_most(cast(BinaryIO, gzip.GzipFile(fileobj=file)) if path.suffix == ".gz" else file)
         axes = np.frombuffer(content, ">u4", content[3], offset=4)
         if content[:3] != b"\0\0\x08":
             raise ValueError("another kind of file")
@@ -103,7 +104,7 @@ class FashionImages:
                 f"data.img_size, data.img_width: {tuple(size)}, accepted with data.name={self.name} are "
                 f"sizes up to {PADDED}x{PADDED}"
             )
-        self.size, self.channels = tuple(size), channels
+        self.size, self.channels = (size[0], size[1]), channels
         self._indices, self._split = list(indices), split
         border = (PADDED - SIDE) // 2
         padded = np.pad(images[self._indices], ((0, 0), (border, border), (border, border)))
@@ -127,7 +128,9 @@ class FashionImages:
 
     def fingerprint(self) -> str:
         description = {"name": self.name, "size": self.size, "channels": self.channels, "split": self._split}
-        return digest(description, [hashlib.sha256(self.pixels.numpy()).hexdigest(), *map(index_name, self._indices)])
+        return digest(
+            description, [hashlib.sha256(self.pixels.numpy().data).hexdigest(), *map(index_name, self._indices)]
+        )
 
 
 def index_name(index: int) -> str:

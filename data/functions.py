@@ -236,7 +236,7 @@ class FunctionImages:
         check_lattice(size, channels)
         if count < 1:
             raise ValueError(f"data.num_images is {count}; accepted: integers >= 1")
-        self.size, self.channels, self.first = tuple(size), channels, first
+        self.size, self.channels, self.first = (size[0], size[1]), channels, first
         self.functions = ProceduralFunctions(seed)
         self._count, self._split = count, split
         self.pixels: torch.Tensor | None = None

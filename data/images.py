@@ -66,7 +66,7 @@ class ImageFiles:
         check_lattice(size, channels)
         if on_error not in ERROR_MODES:
             raise ValueError(f"data.on_error is {on_error!r}; accepted: {', '.join(ERROR_MODES)}")
-        self.name, self.size, self.channels = name, tuple(size), channels
+        self.name, self.size, self.channels = name, (size[0], size[1]), channels
         self.pixels: torch.Tensor | None = None
         self._source, self._split, self._on_error = source, split, on_error
         self._decoder = Decoder(source, channels)

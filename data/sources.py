@@ -7,7 +7,7 @@ import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, cast
 
 from data.names import EXTENSIONS, image_names, is_image_name
 from data.opening import LARGEST, check_regular, open_regular, read_at_most, size_and_end
@@ -70,7 +70,7 @@ class ZipSource:
         member = archive.getinfo(self.names[i])
         if member.file_size > LARGEST:
             raise OSError(f"{member.file_size} bytes; accepted: at most {LARGEST}")
-        return archive.open(member)
+        return cast(BinaryIO, archive.open(member))
 
     def signature(self, i: int) -> str:
         info = self._open_archive().getinfo(self.names[i])

@@ -54,9 +54,8 @@ def _first_held_out(order: Sequence[int], count: int, part: float, good: Callabl
 
 def number_split(names: Sequence[str], first_validation: int) -> Split | None:
     """Positions by image number, or None if one side would be empty."""
-    numbers = [image_number(name) for name in names]
-    if None in numbers:
-        numbers = list(range(len(names)))
+    found = [image_number(name) for name in names]
+    numbers = list(range(len(names))) if None in found else [n for n in found if n is not None]
     split = {
         "train": [i for i, n in enumerate(numbers) if n < first_validation],
         "val": [i for i, n in enumerate(numbers) if n >= first_validation],

@@ -46,7 +46,8 @@ class WrappedImages:
         self._items, self.channels = items, channels
         self._white = White("items", self._deep_items)
         check_lattice(size or (1, 1), channels)
-        self.size = tuple(size or self._picture(0).size[::-1])
+        height, width = size or self._picture(0).size[::-1]
+        self.size = height, width
 
     def __len__(self) -> int:
         return len(self._items)
@@ -91,5 +92,5 @@ class WrappedImages:
 
     def fingerprint(self) -> str:
         """Reads every item: nothing else says what the data are."""
-        items = (hashlib.sha256(self[i].numpy()).hexdigest() for i in range(len(self)))
+        items = (hashlib.sha256(self[i].numpy().data).hexdigest() for i in range(len(self)))
         return digest({"name": self.name, "size": self.size, "channels": self.channels}, items)

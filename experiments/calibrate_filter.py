@@ -8,8 +8,8 @@ Wiener filter with the ratio of errors to image there. The ratios are stored bes
 weights.filter.json, and --inv_snr=calibrated samples with them, at any size. The paper's constant stays the default.
 
 By default a reconstruction shares with its image what the latent keeps, so that all other detail counts as error, and
-the filter suppresses it. --start_step begins at a noisy state of the image instead, at that step or part of the steps:
-the smaller, the more the errors are those of the network alone.
+the filter suppresses it. --start_step begins at a noisy state of the image instead, at that step or fraction of the
+steps: the smaller, the more the errors are those of the network alone.
 """
 
 import math

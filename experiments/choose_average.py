@@ -6,7 +6,7 @@
         --decoder_config configs/ffhq_256_config.py
 
 The run must have kept power-function averages: train.ema_lengths=(0.05, 0.10). Averages of other lengths are made from
-their files by least squares. A length is the standard deviation of the weighting in time, as a part of the time
+their files by least squares. A length is the standard deviation of the weighting in time, as a fraction of the time
 trained. Prints the held-out loss of each of --lengths beside that of the stored weights, and writes the best as
 weights.safetensors, unless the stored weights are better. --length writes a given one. The misfit says how far the
 weighting of an average is from that of its length; above 10 % it is shown, and not written.

@@ -29,7 +29,7 @@ CHOICES = ("auto", "averaged", "last")
 
 _LAST, _AVERAGED, _ENCODER = "model_state_dict", "model_ema_state_dict", "encoder_state_dict"
 _STEP, _OPTIMISER = "global_step", "optimizer_state_dict"
-# Above this part of it, the image model's average is worse than the weights it averages.
+# Above this fraction of it, the image model's average is worse than the weights it averages.
 _LARGEST_START = 1e-3
 # What their code computes, where ours has more to choose from.
 _FIXED = {"downsampling": "grid", "kernel": "linear", "uno_conv_type": "conv", "learn_sigma": False}

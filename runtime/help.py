@@ -17,7 +17,7 @@ def flag_lines(own: list[str]) -> list[str]:
     lines = []
     for name in [*own, *sorted(others)]:
         flag = flags.FLAGS[name]
-        shown = "" if flag.default in (None, False) else f" (default {flag.default})"
+        shown = "" if flag.default is None or flag.default is False else f" (default {flag.default})"
         lines.append(f"  --{name}: {flag.help}{shown}")
     return lines
 

@@ -180,7 +180,8 @@ def test_wrong_flags_and_files(arguments, part):
 def test_help_shows_the_flags_of_the_command():
     done = run(["experiments/generate_samples.py", "--help"])
     assert done.returncode == 0
-    for part in ("--sample_img_size", "--config: LatentConfig file", "python experiments/generate", "--helpfull"):
+    for part in ("--sample_img_size", "--config: LatentConfig file", "python experiments/generate", "--helpfull",
+                 "--eta: noise of DDIM (default 0.0)"):  # fmt: skip
         assert part in done.stdout
     assert "train.batch_size" not in done.stdout and len(done.stdout.splitlines()) < 50
 

@@ -22,7 +22,7 @@ from metrics.resize import by
 MASK = "white in the hole and black elsewhere, or transparent in the hole"
 _BLACK, _WHITE = 48, 207  # what compression makes of black and white
 _OUTLINE = 7  # pixels: width of the window in which an outline has black and white
-_MOST_GREYS, _MOST_ELSEWHERE = 0.25, 0.02  # parts of a mask
+_MOST_GREYS, _MOST_ELSEWHERE = 0.25, 0.02  # fractions of a mask
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def read_mask(path: str, own_size: Size, size: Size) -> torch.Tensor:
 
 
 def _greys(image: Image.Image) -> float:
-    """The part of a mask that is grey, 0 where that is no more than compression and smooth outlines leave.
+    """The fraction of a mask that is grey, 0 where that is no more than compression and smooth outlines leave.
 
     They leave greys between black and white alone, and few. A picture has greys elsewhere too.
     """
