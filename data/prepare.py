@@ -37,7 +37,7 @@ from data.prepared import Prepared, Work, member_name, verify
 from data.sources import existing_path, open_source
 from data.tars import one_of_a_key
 from diffusion.coordinates import Size
-from infty_diff.folder import parse_size
+from experiments.support.parsing import parse_size
 from runtime.command import Command, readable_errors
 from runtime.files import plain
 from runtime.lock import FolderLock

@@ -195,7 +195,9 @@ class Work(Dataset):
                     for member in shard:
                         info = zipfile.ZipInfo(member.name)  # of the year 1980: no clock changes the bytes
                         info.external_attr = 0o100644 << 16
-                        archive.writestr(info, shard.extractfile(member).read())
+                        content = shard.extractfile(member)
+                        assert content is not None  # a shard holds files alone
+                        archive.writestr(info, content.read())
 
     def _clear(self) -> None:
         """Remove what only an unfinished result needs."""

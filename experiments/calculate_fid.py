@@ -3,7 +3,7 @@
     python experiments/calculate_fid.py --samples=checkpoints/ffhq_mollified_256_sampler/samples/256x256_ddim100 \\
         --config configs/ffhq_256_config.py --config.data.root_dir=ffhq.zip
 
-The reference is the data set of --config or --saved_model, or any folder, zip or tar given as --reference. Where the run
+The reference is the data of --config or --saved_model, or any folder, zip or tar given as --reference. Where the run
 of --config exists, it is the data which that run was trained on; data.root_dir says where they lie. Weights come from
 the usual caches of torch and open_clip, are downloaded, or are given by --weights. Those of --model=efficientnet_lite0
 come with a package of the extra `eval`; --model=random_features needs none, and measures nothing but that everything

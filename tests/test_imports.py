@@ -90,6 +90,7 @@ def messages(file: Path) -> list[str]:
 def test_only_the_command_line_speaks_of_flags():
     """Who calls a library from Python has none; commands name theirs, as `name="--samples"`."""
     command_line = {ROOT / "runtime" / name for name in ("command.py", "help.py", "overrides.py")}
+    command_line |= {ROOT / tool for tool in TOOLS}
     foreign = {("precision.py", "torchrun --nproc_per_node="), ("compiled.py", "--version")}
     said = {(file.name, text) for package in ALLOWED for file in set(files(package)) - command_line
             for text in messages(file) if re.search(r"(^|\W)--([a-z]|$)", text)}  # fmt: skip
