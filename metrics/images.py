@@ -158,7 +158,7 @@ class MollifiedSamples:
         files = sorted((folder / "raw").glob("*.npy"))
         if not files:
             raise ValueError(f"samples is {path}, which has no raw/*.npy; accepted: samples drawn with save_raw")
-        own = _own_samples(folder, [f"{file.stem}.png" for file in files], "--samples")
+        own = _own_samples(folder, [f"{file.stem}.png" for file in files], "samples")
         self._files = [file for file, is_own in zip(files, own) if is_own]
         self._files = _first(self._files, limit, path)
 
