@@ -29,15 +29,16 @@ from configs.schema import ImageConfig
 from diffusion.samplers import LastEstimate
 from experiments.support import editing as edit
 from experiments.support.options import between, define, requested_size, require_run_of_weights, sampling_options
+from experiments.support.parsing import parse_seeds
 from experiments.support.results import digest
 from experiments.support.sensors import moments, read_sensors, with_sensors
-from infty_diff.folder import check_steps, is_whole_npy, parse_seeds, save_npy
+from infty_diff.folder import check_steps, is_whole_npy, save_npy
 from infty_diff.posterior import LATENTS
 from runtime.command import Command, readable_errors, stages
 
 FLAGS = flags.FLAGS
-define("seeds=0-7", "sample_img_size", "sampling_steps", "latent_sampling_steps", "sampler", "eta", "inv_snr",
-       "run_weights", "decoder_run_weights", "out_dir", sample_img_size="; default: the training size",
+define("saved_model", "seeds=0-7", "sample_img_size", "sampling_steps", "latent_sampling_steps", "sampler", "eta",
+       "inv_snr", "run_weights", "decoder_run_weights", "out_dir", sample_img_size="; default: the training size",
        out_dir="; default: condition/SENSORS-DIGEST_OF_SETTINGS in the folder of the run")  # fmt: skip
 flags.DEFINE_string("sensors", None, "table .csv, arrays .npz, or image that is transparent where nothing is known")
 flags.DEFINE_float("sd", 0.01, "standard deviation of errors, where --sensors says nothing", **between(0.0, 100.0))
@@ -56,13 +57,12 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         if FLAGS.sensors is None:
             raise ValueError("--sensors is missing; accepted: a file")
         if (FLAGS.latents == "prior") != (latent is not None):
-            raise ValueError(
-                f"--latents is {FLAGS.latents}; accepted: prior, with --decoder_config, or sensors without"
-            )
+            raise ValueError(f"--latents is {FLAGS.latents}; accepted: prior, with --decoder_config or --saved_model, "
+                             "or sensors without --decoder_config")  # fmt: skip
         require_run_of_weights("decoder_run_weights", latent)
         model = edit.open_model(config, sampling, latent)
         if latent and FLAGS.latent_sampling_steps:
-            check_steps(model.prior.process, FLAGS.latent_sampling_steps, "latent_sampling_steps")
+            check_steps(model.prior.process, FLAGS.latent_sampling_steps, "--latent_sampling_steps")
         size = requested_size() or model.config.size
         sensors = read_sensors(FLAGS.sensors, model.channels, FLAGS.sd)
         made_from = digest(sensors.places, sensors.values, sensors.sd, sensors.sides)
@@ -103,4 +103,4 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
 
 
 if __name__ == "__main__":
-    Command(__doc__, stages(sys.argv)).run(main)
+    Command(__doc__, stages(sys.argv, "--latents prior")).run(main)

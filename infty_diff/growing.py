@@ -63,7 +63,7 @@ def spectrum_facts(found: Callable[[], Spectrum]) -> dict[str, Any]:
     try:
         return {"spectrum": asdict(found())}
     except ValueError as error:
-        log.info("no spectrum for --sampler=progressive is stored: %s", error)
+        log.info("no spectrum for the sampler progressive is stored: %s", error)
         return {}
 
 

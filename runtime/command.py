@@ -276,15 +276,16 @@ def shell_line(script: str, *arguments: str) -> str:
     return shlex.join(["python", script, *arguments])
 
 
-def stages(argv: Sequence[str]) -> dict[str, type[ImageConfig] | type[LatentConfig]]:
+def stages(argv: Sequence[str], sampler: str = "--seeds") -> dict[str, type[ImageConfig] | type[LatentConfig]]:
     """The configurations of a command that takes the image model alone, or a sampler with the image model it is of.
 
     As everywhere, that is `--config IMAGE`, or `--config LATENT --decoder_config IMAGE`; the help shows both. Of a
-    saved model the sampler is taken where the flag --seeds is.
+    saved model the sampler is taken where the arguments hold the words `sampler`.
     """
-    given = {match[1] for arg in argv if (match := re.match(r"--?(\w+)", arg))}
-    both = given & {"decoder_config", "nodecoder_config", "help", "helpfull", "helpshort", "h"}
-    both |= {"seeds"} if {"saved_model", "seeds"} <= given else set()
+    words = [word for arg in argv for word in (arg, *arg.split("=", 1))]  # a value stands after = or by itself
+    names = {match[1] for arg in argv if (match := re.match(r"--?(\w+)", arg))}
+    both = bool(names & {"decoder_config", "nodecoder_config", "help", "helpfull", "helpshort", "h"})
+    both |= "saved_model" in names and all(word in words for word in sampler.split())
     return {"config": LatentConfig, "decoder_config": ImageConfig} if both else {"config": ImageConfig}
 
 

@@ -183,6 +183,8 @@ def test_contradictions_are_refused(folder, tmp_path):
         ("generate_samples", ["--saved_model=nope"], "nope is no saved model; accepted: a folder that InftyDiff.save"),
         ("generate_samples", [f"--saved_model={tmp_path / 'other'}"], "is no saved model"),
         ("interpolate", [f"--saved_model={alone}", "--seeds=3,7"], f"{alone} holds no latent model"),
+        ("condition", ["--sensors=none.csv", "--latents=prior"], "none.csv"),
+        ("condition", ["--sensors=none.csv", "--seeds=3"], "none.csv"),
         ("calibrate_filter", ["--num_images=1"], "reconstructions have nothing in common with the images"),  # untrained
     ):
         fails([f"experiments/{script}.py", f"--saved_model={folder}", *flags], part)
