@@ -89,6 +89,9 @@ class DataConfig:
 class TrainConfig:
     steps: int = option(1_000_000, "total optimiser steps", low=1, high=_MANY)
     batch_size: int = option(32, "images per step, over all processes", low=1, high=1_000_000)
+    accumulate: int = option(
+        1, "parts in which each process computes its images of a step: less memory", low=1, high=1_000_000
+    )
     amp: bool = option(True, "mixed precision on a GPU (always off on a CPU); False = float32 throughout, without TF32")
     amp_dtype: str = option(
         "auto",

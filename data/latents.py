@@ -77,14 +77,17 @@ class LatentSet:
         logvar = None if self.logvar is None else self.logvar[images]
         return LatentSet(self.mu[images], logvar, self.mean, self.std, [self.names[i] for i in images])
 
-    def draw(self, numbers: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Latents (B, D) number `numbers` (int64 (B,), 0 … count − 1); of a stochastic encoder, a fresh draw."""
+    def draw(self, numbers: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Latents (B, D) number `numbers` (int64 (B,), 0 … count − 1).
+
+        noise: (B, D), standard normal; a stochastic encoder needs it, and then they are a fresh draw.
+        """
         numbers = numbers.to(self.mu.device)
         mu = self.mu.flatten(0, 1)[numbers]
         if self.logvar is None:
             return mu
-        noise = torch.randn(mu.shape, generator=generator, device=generator.device).to(mu)
-        return mu + (self.logvar.flatten(0, 1)[numbers] / 2).exp() * noise
+        assert noise is not None
+        return mu + (self.logvar.flatten(0, 1)[numbers] / 2).exp() * noise.to(mu)
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of the cache file; the names are those of the data set."""

@@ -21,14 +21,15 @@ def draw_points(
     size: Size,
     count: int,
     device: torch.device | str,
+    rows: slice = slice(None),
 ) -> Points:
     """Draw `count` distinct pixels for each of `batch` functions at once, without waiting for the device.
 
     kind: a name in `DRAWS`. "uniform" draws without replacement. "halton" and "sobol" take the first distinct pixels of
         a low-discrepancy sequence, which is shifted at random, on the torus, for each function. In all of them every
         pixel is equally likely.
-    generator: on `device`. size: (H, W), the resolution.
-    Returns Points with ids (B, count) in the order of 8 × 8 tiles: points near in the list are near in the image, so
+    generator: on `device`. size: (H, W), the resolution. rows: the functions wanted, whose points do not depend on this.
+    Returns Points with ids (B, count) of these functions, in the order of 8 × 8 tiles: points near in the list are near in the image, so
     that their neighbours are in the cache. Raises ValueError for an unknown kind and a count outside 1 … H·W.
     Source: eq. (10) and section 4.2.
     """
@@ -39,11 +40,12 @@ def draw_points(
         raise ValueError(f"count is {count}; accepted: 1 to {pixels}, the pixels of {size[0]}x{size[1]}")
     device = torch.device(device)
     # With 62 random bits there are no ties, so that the draw is uniform however the smallest keys are found.
-    keys = torch.randint(1 << 62, (batch, pixels), generator=generator, device=device)
+    keys = torch.randint(1 << 62, (batch, pixels), generator=generator, device=device)[rows]
     order, place = _tile_order(size, device)
     sequence = DRAWS[kind]
     if sequence is not None:
-        keys = _first_visits(_sequence(sequence, 2 * count, device), generator, keys, place, size)
+        shift = torch.rand(batch, 1, 2, generator=generator, device=device, dtype=torch.float64)[rows]
+        keys = _first_visits(_sequence(sequence, 2 * count, device), shift, keys, place, size)
     return Points(size, order[_smallest(keys, count)])
 
 
@@ -66,15 +68,15 @@ def _smallest(keys: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _first_visits(
-    sequence: torch.Tensor, generator: torch.Generator, keys: torch.Tensor, place: torch.Tensor, size: Size
+    sequence: torch.Tensor, shift: torch.Tensor, keys: torch.Tensor, place: torch.Tensor, size: Size
 ) -> torch.Tensor:
     """Replace the key of each pixel, which is at its place of the order, by the time the shifted sequence visits it.
 
-    sequence: float64 (L, 2) in [0, 1)². Pixels that it does not visit keep their random key, which exceeds any time:
-    they come last, in random order, so that any number of distinct pixels can be taken.
+    sequence: float64 (L, 2) in [0, 1)². shift: float64 (B, 1, 2) in [0, 1). Pixels that it does not visit keep their
+    random key, which exceeds any time: they come last, in random order, so that any number of distinct pixels can be
+    taken.
     """
     batch, length = keys.shape[0], len(sequence)
-    shift = torch.rand(batch, 1, 2, generator=generator, device=keys.device, dtype=torch.float64)
     position = (sequence + shift).frac()  # (B, L, 2)
     # A position just below 1 may round to row H or column W.
     row, col = ((position[..., axis] * n).long().clamp(max=n - 1) for axis, n in enumerate(size))

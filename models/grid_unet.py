@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.coarse_nodes import NODES, Pyramid
-from models.layers import Attention, Modulation
+from models.layers import Attention, Dropout, Modulation
 from models.operators.dispatch import BackendModule
 from models.operators.pointwise.norm_mlp import norm_modulate
 from models.point_conv import PointConv, Stencil
@@ -141,7 +141,7 @@ class GridBlock(BackendModule):
         self.conv_in = _conv(conv_type, c_in, c_out)
         self.norm_out = nn.LayerNorm(c_out)
         self.modulation = Modulation(c_out, time_dim, z_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv_out = _conv(conv_type, c_out, c_out)
         self.shortcut = nn.Identity() if c_in == c_out else nn.Linear(c_in, c_out)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.layers import LayerNorm, latent_sinusoidal_features
+from models.layers import Dropout, LayerNorm, latent_sinusoidal_features
 
 LEAST = 2  # layers, and features of time
 
@@ -22,7 +22,7 @@ class MLPLayer(nn.Module):
         self.linear = nn.Linear(c_in, c_out)
         self.scale = nn.Linear(condition_dim, c_out)
         self.norm = LayerNorm(c_out)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, h: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         h = self.linear(h) * (1 + self.scale(F.gelu(condition)))

@@ -56,6 +56,22 @@ def _angles(t: torch.Tensor, log_frequencies: torch.Tensor) -> torch.Tensor:
     return t.float()[:, None] * log_frequencies.double().exp().float()
 
 
+class Dropout(nn.Dropout):
+    """`nn.Dropout` of a part of a batch, with the mask that the whole batch would have: dividing it changes nothing.
+
+    batch, rows: the examples of the whole batch, and which of them inputs (B, ...) are, int64 (B,) on their device; None
+    where they are all of it. Whoever divides a batch sets both.
+    """
+
+    batch: int = 0
+    rows: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.rows is None or not self.training or self.p == 0:
+            return super().forward(x)
+        return x * super().forward(x.new_ones(self.batch, *x.shape[1:]))[self.rows]
+
+
 class LayerNorm(nn.LayerNorm):
     """`nn.LayerNorm` with its result in the type of products: autocast on a GPU leaves it, and GELU next, float32."""
 

@@ -89,7 +89,7 @@ def test_it_trains_a_step(name, tmp_path):
     optimizer = torch.optim.SGD([p for module in stage.modules.values() for p in module.parameters()], 1e-2)
     losses = []
     for _ in range(2):
-        loss, _ = stage.loss(images, torch.Generator().manual_seed(1))
+        loss, *_ = stage.loss(images, stage.draw(torch.Generator().manual_seed(1), 4))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -29,7 +29,8 @@ def step(root, changes, during_forward=None):
         module.train()
     torch.manual_seed(4)  # of dropout
     with during_forward or contextlib.nullcontext():
-        loss, _ = stage.loss(torch.stack([data[i] for i in range(4)]), torch.Generator().manual_seed(5))
+        draws = stage.draw(torch.Generator().manual_seed(5), 4)
+        loss, *_ = stage.loss(torch.stack([data[i] for i in range(4)]), draws)
     loss.backward()
     gradients = {f"{n}.{k}": p.grad for n, module in stage.modules.items() for k, p in module.named_parameters()}
     return loss, gradients

@@ -172,7 +172,8 @@ def test_held_out_loss_is_the_loss_of_the_ema_weights_with_fixed_draws(tmp_path)
     stage.modules, total = averaged, 0.0
     with torch.no_grad():
         for i, images in enumerate((stage.val_set.pixels[:16], stage.val_set.pixels[16:])):
-            total += len(images) * stage.loss(images, stream(0, Purpose.HELD_OUT_IMAGES, i))[0].item()
+            draws = stage.draw(stream(0, Purpose.HELD_OUT_IMAGES, i), len(images))
+            total += len(images) * stage.loss(images, draws)[0].item()
     assert found[-1][1] == pytest.approx(total / 22, rel=1e-5)
     assert stage.held_out_loss(averaged) == found[-1][1]
 
@@ -188,7 +189,8 @@ def test_held_out_loss_is_of_so_many_images_and_no_part_of_training(tmp_path):
     assert all(torch.equal(one[key], other[key]) for key in one)
     with torch.no_grad():
         trainer.stage.modules = trainer.ema.modules
-        first = trainer.stage.loss(trainer.stage.val_set.pixels[:1], stream(0, Purpose.HELD_OUT_IMAGES, 0))[0].item()
+        draws = trainer.stage.draw(stream(0, Purpose.HELD_OUT_IMAGES, 0), 1)
+        first = trainer.stage.loss(trainer.stage.val_set.pixels[:1], draws)[0].item()
     assert metrics(trainer)[-1]["val_loss"] == pytest.approx(first, rel=1e-5)
 
 

@@ -39,12 +39,12 @@ def spoil(trainer, bad_steps) -> None:
     """Let the gradient of these steps be NaN while the loss is finite: √x at 0."""
     plain = trainer.stage.loss
 
-    def loss(batch, generator):
-        value, scalars = plain(batch, generator)
+    def loss(batch, draws):
+        value, *rest = plain(batch, draws)
         if trainer.step in bad_steps:
             value = value + (next(iter(trainer.stage.modules.values())).parameters().__next__().sum() * 0).sqrt()
             assert value.isfinite()
-        return value, scalars
+        return value, *rest
 
     trainer.stage.loss = loss
 

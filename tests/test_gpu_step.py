@@ -46,8 +46,10 @@ def test_no_value_is_read_back_before_the_backward_pass(tmp_path, fake_gpu, chan
         stage.device = torch.device("cuda")
         stage.timesteps = build_timesteps(stage.config.diffusion, stage.device, lambda own: own.unsqueeze(0))
         images = torch.zeros(4, 3, *stage.config.size, dtype=torch.uint8, device="cuda")
-        loss, scalars = stage.loss(images, torch.Generator())
-        assert all(value.device.type == "cuda" for value in (loss, *scalars.values()))
+        draws = stage.draw(torch.Generator(), 8, slice(2, 6))
+        loss, each, scalars = stage.loss(images, draws)
+        stage.learn(draws, each)
+        assert all(value.device.type == "cuda" for value in (loss, *scalars.values(), *draws.values()))
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")

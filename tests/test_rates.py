@@ -112,16 +112,15 @@ def test_both_stages_weigh_their_loss_and_the_held_out_one(tmp_path, make, predi
     plain, other = make(tmp_path / "a", changes), make(tmp_path / "b", weighted)
     batch, loss_type = next(plain.stage.batches(0))[:1], plain.config.diffusion.loss_type
     assert {image_trainer: "mse", latent_trainer: "l1"}[make] == loss_type
-    drawn = []
-    other.stage.timesteps.update = lambda t, losses: drawn.append(t)
     for seed in range(4):
         losses = []
         for trainer in (plain, other):
             torch.manual_seed(seed)  # of dropout
+            draws = trainer.stage.draw(torch.Generator().manual_seed(seed), 1)
             with torch.no_grad():
-                losses.append(trainer.stage.loss(batch, torch.Generator().manual_seed(seed))[0])
+                losses.append(trainer.stage.loss(batch, draws)[0])
         expected, found = losses
-        weight = min_snr_weight(other.stage.process, drawn[-1], 2.0, loss_type)
+        weight = min_snr_weight(other.stage.process, draws["t"], 2.0, loss_type)
         assert float(found) == pytest.approx(float(weight) * float(expected), rel=1e-5)
     held_out = [t.stage.held_out_loss(t.ema.modules) for t in (plain, other)]
     assert held_out[0] != pytest.approx(held_out[1], rel=1e-3)

@@ -30,6 +30,7 @@ from runtime.precision import Precision
 from runtime.processes import ALONE, Processes
 from runtime.stored import BEST_WEIGHTS
 from training.parallel import stacked
+from training.stage import WHOLE, Draws
 
 log = logging.getLogger(__name__)
 _HELD_OUT_BATCH = 16  # part of what the held-out loss is: the batch size of training may change, its draws may not
@@ -93,38 +94,60 @@ class ImageStage:
             pin_memory=self.device.type == "cuda",
         )
 
-    def loss(self, images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def draw(self, generator: torch.Generator, batch: int, rows: slice = WHOLE) -> Draws:
+        """Timesteps with their weights, noise and points of a batch of images, of which `rows` are wanted.
+
+        generator: on the device.
+        """
+        t, weights = self.timesteps.sample(generator, batch, self.device)
+        return {"t": t[rows], "weights": weights[rows], **self._draw_beside_t(generator, batch, rows)}
+
+    def _draw_beside_t(self, generator: torch.Generator, batch: int, rows: slice = WHOLE) -> Draws:
+        def normals(*shape: int) -> torch.Tensor:
+            return torch.randn(batch, *shape, generator=generator, device=self.device)[rows]
+
+        data, model, mc, size = self.config.data, self.config.model, self.config.mc_integral, self.config.size
+        draws = {"white": normals(data.channels, *size)}
+        if mc.q_sample < size[0] * size[1]:  # else all points are seen
+            for name in ("seen", "encoded"):
+                points = draw_points(mc.type, generator, batch, size, mc.q_sample, self.device, rows)
+                draws[name] = points.index
+        if model.stochastic_encoding:
+            draws["encoding"] = normals(model.z_dim)
+        return draws
+
+    def loss(self, images: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Eq. (46) on random coordinates, eq. (10): ‖f(x_t(c), t, z) − T ξ(c)‖², z from other coordinates of x_0.
 
         Args:
             images: uint8 (B, C, H, W).
-            generator: source of coordinates, timesteps and noise, on the device.
+            draws: theirs, of `draw`.
         """
-        x_0 = to_float(images)
-        t, weights = self.timesteps.sample(generator, len(x_0), self.device)
-        base, bound, kld = self._per_image(self.modules, x_0, t, generator)
-        self.timesteps.update(t, base.detach())
-        loss, scalars = (weights * (base + bound)).mean() + self.config.model.kld_weight * kld.mean(), {}
+        base, bound, kld = self._per_image(self.modules, to_float(images), draws)
+        loss = (draws["weights"] * (base + bound)).mean() + self.config.model.kld_weight * kld.mean()
+        scalars = {}
         if self.config.model.learn_sigma:
             scalars["bound"] = bound.detach().mean()
         if self.config.model.stochastic_encoding:
             scalars["kld"] = kld.detach().mean()
-        return loss, scalars
+        return loss, base.detach(), scalars
+
+    def learn(self, draws: Draws, losses: torch.Tensor) -> None:
+        """Let the sampler of timesteps take note of the base losses (B,) of this process's images of a step."""
+        self.timesteps.update(draws["t"], losses)
 
     def _per_image(
-        self, modules: dict[str, nn.Module], x_0: torch.Tensor, t: torch.Tensor, generator: torch.Generator
+        self, modules: dict[str, nn.Module], x_0: torch.Tensor, draws: Draws
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of each image (B,): the base loss, the bound that trains a learned variance, and the KL term of a stochastic
         encoder, zero where there is none."""
-        batch = len(x_0)
-        white = torch.randn(x_0.shape, generator=generator, device=self.device)
-        x_t, target = self.process.training_pair(x_0, t, white)
-        seen, encoded = self._draw_points(generator, batch), self._draw_points(generator, batch)
+        t, size = draws["t"], self.config.size
+        x_t, target = self.process.training_pair(x_0, t, draws["white"])
+        seen, encoded = (Points(size, draws.get(name)) for name in ("seen", "encoded"))
 
-        encode, kld = modules["encoder"], x_0.new_zeros(batch)
+        encode, kld = modules["encoder"], x_0.new_zeros(len(x_0))
         if self.config.model.stochastic_encoding:
-            draw = torch.randn(batch, self.config.model.z_dim, generator=generator, device=self.device)
-            encoding = encode(gather_points(x_0, encoded), encoded, draw)
+            encoding = encode(gather_points(x_0, encoded), encoded, draws["encoding"])
             z, kld = encoding.z, losses.kl_standard_normal(encoding.mu.float(), encoding.logvar.float())
         else:
             z = encode(gather_points(x_0, encoded), encoded)
@@ -145,16 +168,11 @@ class ImageStage:
             generator = stream(self.config.run.seed, Purpose.HELD_OUT_IMAGES, i, device=self.device)
             x_0 = to_float(to_device(images, self.device))
             t = torch.randint(self.process.schedule.num_steps, (len(x_0),), generator=generator, device=self.device)
+            draws = {"t": t, **self._draw_beside_t(generator, len(x_0))}
             with self.precision.autocast():
-                base, bound, kld = self._per_image(ema, x_0, t, generator)
+                base, bound, kld = self._per_image(ema, x_0, draws)
             total += (base + bound + self.config.model.kld_weight * kld).double().sum()
         return total.item() / count
-
-    def _draw_points(self, generator: torch.Generator, batch: int) -> Points:
-        mc, size = self.config.mc_integral, self.config.size
-        if mc.q_sample == size[0] * size[1]:
-            return Points(size)
-        return draw_points(mc.type, generator, batch, size, mc.q_sample, self.device)
 
     def _base_loss(self, prediction: torch.Tensor, target: torch.Tensor, points: Points) -> torch.Tensor:
         diffusion, model = self.config.diffusion, self.config.model

@@ -22,6 +22,7 @@ from models.factory import build_latent_model
 from runtime.precision import Precision
 from runtime.processes import ALONE, Processes
 from training.parallel import stacked
+from training.stage import WHOLE, Draws
 
 _HELD_OUT_BATCH = 256  # part of what the held-out loss is: the batch size of training may change, its draws may not
 
@@ -74,25 +75,42 @@ class LatentStage:
             world_size=self.processes.world_size,
         )
 
-    def loss(self, numbers: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def draw(self, generator: torch.Generator, batch: int, rows: slice = WHOLE) -> Draws:
+        """Timesteps with their weights and noise of a batch of latents, of which `rows` are wanted.
+
+        generator: on the device; of a stochastic encoder the draws of latents come from it too.
+        """
+        draws = self._draw_encodings(generator, batch)
+        draws["t"], draws["weights"] = self.timesteps.sample(generator, batch, self.device)
+        draws["noise"] = self._normals(generator, batch)
+        return {name: numbers[rows] for name, numbers in draws.items()}
+
+    def _draw_encodings(self, generator: torch.Generator, batch: int) -> Draws:
+        return {} if self.train_set.logvar is None else {"encoding": self._normals(generator, batch)}
+
+    def _normals(self, generator: torch.Generator, batch: int) -> torch.Tensor:
+        return torch.randn(batch, self.train_set.dim, generator=generator, device=self.device)
+
+    def loss(self, numbers: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """L1 (or MSE) between noise and its prediction on normalised latents.
 
         Args:
             numbers: int64 (B,), which latents.
-            generator: source of timesteps, noise and of the draws of a stochastic encoder.
+            draws: theirs, of `draw`.
         """
-        x_0 = self.prior.normalise(self.train_set.draw(numbers, generator).to(self.device))
-        t, weights = self.timesteps.sample(generator, len(x_0), self.device)
-        per_latent, bound = self._per_latent(self.model, x_0, t, generator)
-        self.timesteps.update(t, per_latent.detach())
-        return (weights * (per_latent + bound)).mean(), {}
+        base, bound = self._per_latent(self.model, self.train_set, numbers, draws)
+        return (draws["weights"] * (base + bound)).mean(), base.detach(), {}
+
+    def learn(self, draws: Draws, losses: torch.Tensor) -> None:
+        """Let the sampler of timesteps take note of the base losses (B,) of this process's latents of a step."""
+        self.timesteps.update(draws["t"], losses)
 
     def _per_latent(
-        self, model: nn.Module, x_0: torch.Tensor, t: torch.Tensor, generator: torch.Generator
+        self, model: nn.Module, latents: LatentSet, numbers: torch.Tensor, draws: Draws
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The base loss of each latent, and the bound that trains a learned variance."""
-        noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
-        x_t, target = self.process.training_pair(x_0, t, noise)
+        t, x_0 = draws["t"], self.prior.normalise(latents.draw(numbers, draws.get("encoding")).to(self.device))
+        x_t, target = self.process.training_pair(x_0, t, draws["noise"])
         return self.objective(model(x_t, self.process.schedule.network_time(t)), target, x_0, t)
 
     @torch.no_grad()
@@ -102,9 +120,11 @@ class LatentStage:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, some in enumerate(numbers.split(_HELD_OUT_BATCH)):
             generator = stream(self.config.run.seed, Purpose.HELD_OUT_LATENTS, i, device=self.device)
-            x_0 = self.prior.normalise(self.test_set.draw(to_device(some, self.device), generator).to(self.device))
-            t = torch.randint(self.process.schedule.num_steps, (len(x_0),), generator=generator, device=self.device)
-            total += self._per_latent(ema["latent_model"], x_0, t, generator)[0].double().sum()
+            draws, steps = self._draw_encodings(generator, len(some)), self.process.schedule.num_steps
+            draws["t"] = torch.randint(steps, (len(some),), generator=generator, device=self.device)
+            draws["noise"] = self._normals(generator, len(some))
+            base, _ = self._per_latent(ema["latent_model"], self.test_set, to_device(some, self.device), draws)
+            total += base.double().sum()
         return total.item() / len(numbers)
 
     @torch.no_grad()

@@ -13,7 +13,6 @@ from configs.schema import ImageConfig, LatentConfig
 from configs.validate import ConfigError, one_line
 from data.base import ImageDataset
 from data.datasets import open_dataset
-from data.loader import index_batches
 from diffusion.factory import build_image_process, build_latent_process
 from infty_diff.model import InftyDiff
 from models.factory import build_denoiser, build_encoder, build_latent_model
@@ -23,6 +22,7 @@ from runtime.processes import Processes
 from runtime.run_dir import RunDir
 from runtime.stored import run_path
 from training.init_from import fitting_weights
+from training.parallel import part_size
 
 
 @dataclass
@@ -147,8 +147,7 @@ def _common(
         if processes.is_rank_0:
             FolderLock(run_path(config)).check()
     with faults.noted():
-        size, ranks = config.train.batch_size, {"rank": processes.rank, "world_size": processes.world_size}
-        index_batches(1, size, seed=0, **ranks)
+        part_size(config.train, processes)
     return precision, run_dir
 
 

@@ -6,6 +6,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+Draws = dict[str, torch.Tensor]  # random numbers of a step, (B, ...) each
+WHOLE = slice(None)
+
 
 class Stage(Protocol):
     """What a training stage brings to the loop.
@@ -26,8 +29,14 @@ class Stage(Protocol):
     def batches(self, seen: int) -> Iterator[torch.Tensor]:
         """Yield this process's share of every batch after the first `seen` examples of all processes, without end."""
 
-    def loss(self, batch: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the mean loss of a batch and further scalars to log."""
+    def draw(self, generator: torch.Generator, batch: int, rows: slice = WHOLE) -> Draws:
+        """Draw the random numbers of a step for a batch of so many examples, and return those of some of them."""
+
+    def loss(self, batch: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the mean loss of examples, the unweighted loss of each (B,), and further means to log."""
+
+    def learn(self, draws: Draws, losses: torch.Tensor) -> None:
+        """Take note of the unweighted losses (B,) of this process's share of a step."""
 
     def previews(self, ema: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
         """Return rows of previews (N, C, H, W) made with the EMA weights."""

@@ -1,7 +1,7 @@
 """The training loop of both stages, in one process or in several that train together.
 
-Everything random in step k follows from (run.seed, k) and the number of the process, so a resumed run draws what the
-uninterrupted one would have drawn, and a state needs no random-number state beside its step.
+Everything random in step k follows from (run.seed, k), so a resumed run draws what the uninterrupted one would have
+drawn, and a state needs no random-number state beside its step.
 
 A step whose gradient is not finite changes neither weights nor moments, and a state that is not finite is not written.
 After a row of such steps weights may be of no use though finite: until it ends, nothing good is overwritten by them.
@@ -24,8 +24,6 @@ from tqdm import tqdm
 
 from configs.schema import ImageConfig, LatentConfig
 from configs.validate import one_line
-from diffusion.random import Purpose, seed_global, stream
-from diffusion.transfer import to_device
 from runtime.checkpoint import (
     checkpoint_path,
     checkpoint_steps,
@@ -45,7 +43,7 @@ from training.ema import Ema, PowerAverages
 from training.guard import StepGuard
 from training.init_from import take_over
 from training.means import Means
-from training.parallel import data_parallel
+from training.parallel import DividedBatch
 from training.rates import rate_factor
 from training.report import Clock, announce, conclude
 from training.snapshots import FOLDER, drop_snapshots, save_snapshot
@@ -76,7 +74,7 @@ class Trainer:
     ) -> None:
         self.config, self.stage, self.run_dir, self.precision = config, stage, run_dir, precision
         self.device, self.processes = precision.device, processes
-        self.parallel = data_parallel(stage, processes, self.device)
+        self.divided = DividedBatch(stage, config.train, precision, processes)
         optim = config.optimizer
         # Collected once: walking the modules takes longer than clipping.
         self.parameters = {name: list(module.parameters()) for name, module in stage.modules.items()}
@@ -223,19 +221,12 @@ class Trainer:
 
     def train_step(self, batch: torch.Tensor) -> None:
         """One step of the optimiser on `batch` (uint8 images, or latents), and of the EMA where it falls due."""
-        run, train, optim = self.config.run, self.config.train, self.config.optimizer
-        indices = self.step, self.processes.rank
-        generator = stream(run.seed, Purpose.STEP, *indices, device=self.device)
-        seed_global(run.seed, Purpose.DROPOUT, *indices, device=self.device)
+        train, optim = self.config.train, self.config.optimizer
         fraction = rate_factor(optim.schedule, self.step, train.steps, optim.warmup_steps, optim.schedule_ref_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = optim.learning_rate * fraction
-
-        with self.precision.autocast():
-            loss_of = self.parallel or self.stage.loss
-            loss, scalars = loss_of(to_device(batch, self.device), generator)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        scalars = self.divided.backward(batch, self.config.run.seed, self.step, self.scaler)
         self.scaler.unscale_(self.optimizer)
         norms = {name: self._clip(parameters) for name, parameters in self.parameters.items()}
         norm = torch.stack(list(norms.values())).norm()
@@ -252,7 +243,7 @@ class Trainer:
             self.power_averages.update()
         self.means.add(
             {
-                "loss": loss.detach(),
+                "loss": scalars.pop("loss"),
                 "grad_norm": norm,
                 **scalars,
                 **{f"grad_norm_{name}": n for name, n in norms.items() if len(norms) > 1},
