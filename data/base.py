@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
 
 CHANNELS = (1, 3, 4)
 MEMORY_MODES = ("auto", "always", "never")
+Fill = Callable[[torch.Tensor], object]  # writes decoded images into a tensor
+Keep = Callable[[tuple[int, ...], Fill], torch.Tensor]  # a uint8 tensor of this shape, filled
 
 
 class ImageDataset(Protocol):
@@ -55,6 +57,13 @@ def keep_in_memory(mode: str, memory_gb: float, count: int, channels: int, size:
     if mode not in MEMORY_MODES:
         raise ValueError(f"data.in_memory is {mode!r}; accepted: {', '.join(MEMORY_MODES)}")
     return mode == "always" or (mode == "auto" and count * channels * size[0] * size[1] <= memory_gb * 1e9)
+
+
+def own_memory(shape: tuple[int, ...], fill: Fill) -> torch.Tensor:
+    """A uint8 tensor in the memory of this process alone, filled."""
+    pixels = torch.empty(shape, dtype=torch.uint8)
+    fill(pixels)
+    return pixels
 
 
 def digest(description: dict, items: Iterable[str]) -> str:

@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data.base import ImageDataset, check_lattice
+from data.base import ImageDataset, Keep, check_lattice, own_memory
 from data.decoding import can_be_used
 from data.fashion_mnist import ACCEPTED, FashionImages, index_name, read_fashion_mnist
 from data.functions import FunctionImages
@@ -49,13 +49,14 @@ CHURCH_FOLDERS = {"train": "church_outdoor_train_lmdb", "val": "church_outdoor_v
 _log = logging.getLogger(__name__)
 
 
-def open_dataset(data_cfg: Any, split: str) -> ImageDataset:
+def open_dataset(data_cfg: Any, split: str, keep: Keep = own_memory) -> ImageDataset:
     """The data set that a configuration names.
 
     Args:
         data_cfg: has the attributes name, root_dir, img_size (H), img_width (W; 0 or None = img_size), channels,
             on_error, split, val_ratio, in_memory, memory_gb, num_images and seed, as in the data section.
         split: "train", "val", or "all" = both, training first.
+        keep: where decoded images are kept, and by whom filled.
 
     Raises:
         ValueError: one line naming the field, its value and what is accepted or was looked for.
@@ -69,10 +70,10 @@ def open_dataset(data_cfg: Any, split: str) -> ImageDataset:
     if data_cfg.split != "published" and (data_cfg.split != "authors" or data_cfg.name != "ffhq"):
         raise ValueError(f"data.split is {data_cfg.split!r}; accepted: published, and with data.name=ffhq authors")
     check_lattice(_size(data_cfg), data_cfg.channels)
-    return DATASETS[data_cfg.name](data_cfg, split)
+    return DATASETS[data_cfg.name](data_cfg, split, keep)
 
 
-def _functions(cfg: Any, split: str) -> ImageDataset:
+def _functions(cfg: Any, split: str, keep: Keep) -> ImageDataset:
     held_out = math.ceil(cfg.val_ratio * cfg.num_images - 1e-9)
     if split == "all":
         raise ValueError("split is 'all', which is not defined for data.name=functions; accepted: train, val")
@@ -88,39 +89,41 @@ def _functions(cfg: Any, split: str) -> ImageDataset:
         split=split,
         in_memory=cfg.in_memory,
         memory_gb=cfg.memory_gb,
+        keep=keep,
     )
 
 
-def _folder(cfg: Any, split: str) -> ImageDataset:
+def _folder(cfg: Any, split: str, keep: Keep) -> ImageDataset:
     source = open_source(cfg.root_dir)
-    return _files(cfg, source, hashed_split(source.names, cfg.val_ratio, good=_good(cfg, source)), split)
+    return _files(cfg, source, hashed_split(source.names, cfg.val_ratio, good=_good(cfg, source)), split, keep)
 
 
-def _ffhq(cfg: Any, split: str) -> ImageDataset:
+def _ffhq(cfg: Any, split: str, keep: Keep) -> ImageDataset:
     source = open_source(cfg.root_dir)
     if cfg.split == "authors":
-        return _files(cfg, source, tail_split(len(source.names), cfg.val_ratio, _good(cfg, source)), split)
-    parts = number_split(source.names, FFHQ_TRAINING)
-    return _files(cfg, source, parts or _fallback(cfg, source, f"numbers on both sides of {FFHQ_TRAINING}"), split)
+        return _files(cfg, source, tail_split(len(source.names), cfg.val_ratio, _good(cfg, source)), split, keep)
+    wanted = f"numbers on both sides of {FFHQ_TRAINING}"
+    parts = number_split(source.names, FFHQ_TRAINING) or _fallback(cfg, source, wanted)
+    return _files(cfg, source, parts, split, keep)
 
 
-def _fashion_mnist(cfg: Any, split: str) -> ImageDataset:
+def _fashion_mnist(cfg: Any, split: str, keep: Keep) -> ImageDataset:
     images = read_fashion_mnist(existing_path(cfg.root_dir, accepted=ACCEPTED))
     parts = hashed_split([index_name(i) for i in range(len(images))], cfg.val_ratio)
-    return FashionImages(images, _chosen(cfg, parts, split), _size(cfg), cfg.channels, split=split)
+    return FashionImages(images, _chosen(cfg, parts, split), _size(cfg), cfg.channels, split=split, keep=keep)
 
 
-def _celeba(cfg: Any, split: str) -> ImageDataset:
+def _celeba(cfg: Any, split: str, keep: Keep) -> ImageDataset:
     root = existing_path(cfg.root_dir)
     sized = root / str(cfg.img_size)  # one folder per size beside split.json is the authors' layout
     source = open_source(sized if sized.is_dir() else root)
     table = next((p for p in (root / "split.json", root.parent / "split.json") if p.is_file()), None)
     parts = _listed_split(table, source) if table else number_split(source.names, CELEBA_TRAINING)
     wanted = f"split.json or numbers on both sides of {CELEBA_TRAINING}"
-    return _files(cfg, source, parts or _fallback(cfg, source, wanted), split)
+    return _files(cfg, source, parts or _fallback(cfg, source, wanted), split, keep)
 
 
-def _churches(cfg: Any, split: str) -> ImageDataset:
+def _churches(cfg: Any, split: str, keep: Keep) -> ImageDataset:
     root = existing_path(cfg.root_dir)
     folders = {part: root / folder for part, folder in CHURCH_FOLDERS.items()}
     if any(is_lmdb(folder) for folder in folders.values()):
@@ -131,7 +134,7 @@ def _churches(cfg: Any, split: str) -> ImageDataset:
         if not is_lmdb(folders[split]):
             raise ValueError(f"data.root_dir: no LMDB in {folders[split]}, which holds the split {split!r}")
         part = LsunSource(folders[split])
-        return _files(cfg, part, {split: list(range(len(part.names)))}, split)
+        return _files(cfg, part, {split: list(range(len(part.names)))}, split, keep)
     source: ImageSource
     if is_lmdb(root):
         source = LsunSource(root)
@@ -141,10 +144,10 @@ def _churches(cfg: Any, split: str) -> ImageDataset:
         except ValueError as error:
             looked_for = ", ".join(f"{folder}/" for folder in CHURCH_FOLDERS.values())
             raise ValueError(f"{error}; nor is there an LMDB in it: looked for {looked_for}, data.mdb") from error
-    return _files(cfg, source, _fallback(cfg, source, " and ".join(CHURCH_FOLDERS.values())), split)
+    return _files(cfg, source, _fallback(cfg, source, " and ".join(CHURCH_FOLDERS.values())), split, keep)
 
 
-DATASETS: dict[str, Callable[[Any, str], ImageDataset]] = {
+DATASETS: dict[str, Callable[[Any, str, Keep], ImageDataset]] = {
     "functions": _functions,
     "folder": _folder,
     "ffhq": _ffhq,
@@ -154,7 +157,7 @@ DATASETS: dict[str, Callable[[Any, str], ImageDataset]] = {
 }
 
 
-def _files(cfg: Any, source: ImageSource, parts: Split, split: str) -> ImageFiles:
+def _files(cfg: Any, source: ImageSource, parts: Split, split: str, keep: Keep) -> ImageFiles:
     return ImageFiles(
         cfg.name,
         source,
@@ -165,6 +168,7 @@ def _files(cfg: Any, source: ImageSource, parts: Split, split: str) -> ImageFile
         on_error=cfg.on_error,
         in_memory=cfg.in_memory,
         memory_gb=cfg.memory_gb,
+        keep=keep,
     )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.base import check_lattice, digest
+from data.base import Keep, check_lattice, digest, own_memory
 from data.decoding import fitted, one_line, with_channels
 from data.opening import LARGEST, open_regular, read_at_most
 
@@ -88,6 +88,7 @@ class FashionImages:
             aspect ratio and an antialiased Lanczos filter.
         channels: 1 grey, 3 the same three times, 4 with an opacity of 1.
         split: name of the choice made by `indices`, part of the fingerprint.
+        keep: where the items are kept, and by whom filled.
 
     Raises:
         ValueError: an argument out of range.
@@ -96,7 +97,14 @@ class FashionImages:
     name = "fashion_mnist"
 
     def __init__(
-        self, images: np.ndarray, indices: Sequence[int], size: tuple[int, int], channels: int, *, split: str = "all"
+        self,
+        images: np.ndarray,
+        indices: Sequence[int],
+        size: tuple[int, int],
+        channels: int,
+        *,
+        split: str = "all",
+        keep: Keep = own_memory,
     ) -> None:
         check_lattice(size, channels)
         if max(size) > PADDED:
@@ -106,14 +114,18 @@ class FashionImages:
             )
         self.size, self.channels = (size[0], size[1]), channels
         self._indices, self._split = list(indices), split
+        shape = (len(self._indices), channels, *size)
+        self.pixels = keep(shape, lambda pixels: pixels.copy_(self._padded(images)))
+
+    def _padded(self, images: np.ndarray) -> torch.Tensor:
+        """The items, uint8 (N, C, H, W)."""
         border = (PADDED - SIDE) // 2
         padded = np.pad(images[self._indices], ((0, 0), (border, border), (border, border)))
-        if self.size == (PADDED, PADDED) and channels == 1:
-            self.pixels = torch.from_numpy(padded)[:, None]
-        else:
-            items = (np.asarray(with_channels(fitted(Image.fromarray(item), size), channels)) for item in padded)
-            stacked = torch.from_numpy(np.stack(list(items)))  # (N, H, W) or (N, H, W, C)
-            self.pixels = stacked[:, None] if channels == 1 else stacked.permute(0, 3, 1, 2).contiguous()
+        if self.size == (PADDED, PADDED) and self.channels == 1:
+            return torch.from_numpy(padded)[:, None]
+        items = (np.asarray(with_channels(fitted(Image.fromarray(item), self.size), self.channels)) for item in padded)
+        stacked = torch.from_numpy(np.stack(list(items)))  # (N, H, W) or (N, H, W, C)
+        return stacked[:, None] if self.channels == 1 else stacked.permute(0, 3, 1, 2)
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.base import check_lattice, digest, keep_in_memory
+from data.base import Keep, check_lattice, digest, keep_in_memory, own_memory
 from data.cell_averages import Cells, ellipse, gaussian, half_plane, rounded_box, wave
 from data.palette import COLOURS, MOODS, oklab, oklab_to_rgb, oklch
 from data.pixels import to_uint8
@@ -214,6 +214,7 @@ class FunctionImages:
         split: part of the fingerprint.
         in_memory: "always", "never" (evaluate at every access), or "auto" = if all fit in `memory_gb`.
         memory_gb: limit in 10⁹ bytes.
+        keep: where they are kept, and by whom filled.
 
     Raises:
         ValueError: an argument out of range.
@@ -232,6 +233,7 @@ class FunctionImages:
         split: str = "all",
         in_memory: str = "auto",
         memory_gb: float = 8.0,
+        keep: Keep = own_memory,
     ) -> None:
         check_lattice(size, channels)
         if count < 1:
@@ -241,12 +243,13 @@ class FunctionImages:
         self._count, self._split = count, split
         self.pixels: torch.Tensor | None = None
         if keep_in_memory(in_memory, memory_gb, count, channels, size):
-            pixels = torch.empty((count, channels, *size), dtype=torch.uint8)
-            for start in tqdm(range(0, count, 64), desc="evaluating functions", disable=None, leave=False):
-                stop = min(start + 64, count)
-                values = self.functions.evaluate_many(range(first + start, first + stop), size, channels)
-                pixels[start:stop] = to_uint8(values)
-            self.pixels = pixels
+            self.pixels = keep((count, channels, *size), self._evaluate_all)
+
+    def _evaluate_all(self, pixels: torch.Tensor) -> None:
+        for start in tqdm(range(0, self._count, 64), desc="evaluating functions", disable=None, leave=False):
+            stop = min(start + 64, self._count)
+            indices = range(self.first + start, self.first + stop)
+            pixels[start:stop] = to_uint8(self.functions.evaluate_many(indices, self.size, self.channels))
 
     def __len__(self) -> int:
         return self._count

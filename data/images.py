@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
-from data.base import check_lattice, digest, keep_in_memory
+from data.base import Keep, check_lattice, digest, keep_in_memory, own_memory
 from data.decoding import Decoder, Header, decode_image, one_line, size_fault
 from data.sources import ImageSource, stored_bytes
 
@@ -47,6 +47,7 @@ class ImageFiles:
         on_error: str = "raise",
         in_memory: str = "auto",
         memory_gb: float = 8.0,
+        keep: Keep = own_memory,
     ) -> None:
         """Check every header and, if they are to be kept in memory, decode all images.
 
@@ -58,7 +59,8 @@ class ImageFiles:
             channels: 1, 3 or 4.
             split: name of the choice made by `indices`, part of the fingerprint.
             on_error: "raise" or "skip".
-            in_memory: "always", "never", or "auto" = if all fit in `memory_gb` (10⁹ bytes, per process).
+            in_memory: "always", "never", or "auto" = if all fit in `memory_gb` (10⁹ bytes).
+            keep: where they are kept, and by whom filled.
 
         Raises:
             ValueError: an argument out of range, no image left, or with "raise" a faulty image.
@@ -74,10 +76,7 @@ class ImageFiles:
         self._warned: set[int] = set()
         self._indices = self._usable(list(indices))
         if keep_in_memory(in_memory, memory_gb, len(self), channels, size):
-            pixels = torch.empty((len(self), channels, *size), dtype=torch.uint8)
-            for i, image in enumerate(_in_threads(self._decode_or_next, range(len(self)), f"decoding {name}")):
-                pixels[i] = image
-            self.pixels = pixels
+            self.pixels = keep((len(self), channels, *size), self._decode_all)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -139,6 +138,10 @@ class ImageFiles:
             return self._decoder.header(i)
         except ValueError as error:
             return str(error)
+
+    def _decode_all(self, pixels: torch.Tensor) -> None:
+        for i, image in enumerate(_in_threads(self._decode_or_next, range(len(self)), f"decoding {self.name}")):
+            pixels[i] = image
 
     def _decode_or_next(self, i: int) -> torch.Tensor:
         """Image i or, if it is damaged and may be skipped, the next good one."""

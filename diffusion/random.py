@@ -27,7 +27,9 @@ class Purpose(enum.Enum):
     """What a stream is for. No two places of the code share one; the indices that belong to it are in brackets."""
 
     WEIGHTS = "initial weights"
-    STEP = "times, points and noise of a training step [step, process]"  # process 0: all draw alike, for the whole batch
+    STEP = (
+        "times, points and noise of a training step [step, process]"  # process 0: all draw alike, for the whole batch
+    )
     DROPOUT = "dropout of a training step [step, process]"  # likewise
     HELD_OUT_IMAGES = "times, points and noise of the held-out loss of images [batch]"
     HELD_OUT_LATENTS = "times and noise of the held-out loss of latents [batch]"

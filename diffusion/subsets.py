@@ -28,9 +28,9 @@ def draw_points(
     kind: a name in `DRAWS`. "uniform" draws without replacement. "halton" and "sobol" take the first distinct pixels of
         a low-discrepancy sequence, which is shifted at random, on the torus, for each function. In all of them every
         pixel is equally likely.
-    generator: on `device`. size: (H, W), the resolution. rows: the functions wanted, whose points do not depend on this.
-    Returns Points with ids (B, count) of these functions, in the order of 8 × 8 tiles: points near in the list are near in the image, so
-    that their neighbours are in the cache. Raises ValueError for an unknown kind and a count outside 1 … H·W.
+    generator: on `device`. size: (H, W), the resolution. rows: the functions wanted; their points do not depend on it.
+    Returns Points with ids (B, count) of these, in the order of 8 × 8 tiles: points near in the list are near in the
+    image, so that their neighbours are in the cache. Raises ValueError for an unknown kind and a count outside 1 … H·W.
     Source: eq. (10) and section 4.2.
     """
     pixels = size[0] * size[1]

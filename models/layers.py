@@ -59,8 +59,10 @@ def _angles(t: torch.Tensor, log_frequencies: torch.Tensor) -> torch.Tensor:
 class Dropout(nn.Dropout):
     """`nn.Dropout` of a part of a batch, with the mask that the whole batch would have: dividing it changes nothing.
 
-    batch, rows: the examples of the whole batch, and which of them inputs (B, ...) are, int64 (B,) on their device; None
-    where they are all of it. Whoever divides a batch sets both.
+    Whoever divides a batch sets both attributes.
+
+    batch: number of examples of the whole batch.
+    rows: which of them the inputs (B, ...) are, int64 (B,) on their device; None where they are the whole batch.
     """
 
     batch: int = 0

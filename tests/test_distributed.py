@@ -6,6 +6,7 @@ Real processes exchange real messages (gloo, on a CPU).
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -14,35 +15,52 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.multiprocessing import spawn
 
 import micro
-from data.loader import batches
+import test_training
+from data.datasets import open_dataset
+from data.functions import ProceduralFunctions
+from data.pixels import to_float
 from diffusion.random import Purpose, seed_global, stream
 from infty_diff.encodings import load_or_encode
 from infty_diff.folder import draw_folder
+from infty_diff.latent_prior import LatentPrior
 from infty_diff.model import InftyDiff
+from runtime import shared_memory
 from runtime.checkpoint import checkpoint_steps, load_newest_checkpoint
 from runtime.command import readable_errors
 from runtime.precision import pick_device
 from runtime.processes import Processes
 from test_generation import build, folder_options
-from test_training import everything, image_trainer, metrics
+from test_training import everything, image_trainer, latent_trainer, metrics
+from training import image_stage
+from training.prepare import prepare_image_run
 from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 COUNT = 2
-CASES = {
-    "plain": {"data.num_images": 72},
-    "all_parts": {
-        "train.batch_size": 8, "diffusion.schedule_sampler": "loss-second-moment", "diffusion.steps": 2,
-        "train.plot_sampling_steps": "2", "model.stochastic_encoding": True, "model.learn_sigma": True,
-        "train.plot_graph_steps": 2, "model.uno_dropout": 0.3, "train.recompute": True,
-    },
+ALL_PARTS = {
+    "train.batch_size": 8, "diffusion.schedule_sampler": "loss-second-moment", "diffusion.steps": 2,
+    "train.plot_sampling_steps": "2", "model.stochastic_encoding": True, "model.learn_sigma": True,
+    "train.plot_graph_steps": 2, "model.uno_dropout": 0.3, "train.recompute": True,
+}  # fmt: skip
+CASES = {"plain": {"data.num_images": 72}, "all_parts": {**ALL_PARTS, "train.accumulate": 2}}
+# Computed in float64, so that another order of sums hardly shows.
+DIVIDED = {
+    "image": (image_trainer, {**ALL_PARTS, "train.steps": 4, "mc_integral.type": "sobol", "model.backend": "torch_dense"}),
+    "latent": (
+        partial(latent_trainer, logvar=torch.zeros(20, 2, 6)),
+        {"diffusion.schedule_sampler": "loss-second-moment", "diffusion.steps": 2, "model.dropout": 0.3,
+         "diffusion.noise_schedule": "cosine", "model.learn_sigma": True, "train.plot_graph_steps": 2, "train.steps": 4},
+    ),
 }  # fmt: skip
 
 
@@ -72,18 +90,98 @@ def work(rank: int, port: int, root: Path) -> None:
             second.run()
             kept[name] = {"weights": weights(whole), "resumed": weights(second), "stage": whole.stage.state_dict()}
         image_trainer(root / "grown", processes=processes).run()
+        with float64():
+            for name, (make, changes) in DIVIDED.items():
+                for parts in (1, 2):
+                    trainer = make(root / f"{name}{parts}", {**changes, "train.accumulate": parts}, processes)
+                    exchanges = counted(trainer)
+                    kept[f"{name}{parts}"] = {**trained(trainer), "exchanges": len(exchanges)}
+        kept["images"] = images_of(root, processes)
         skipping = overflowing(root / "skipping", processes, range(2, 4))
         skipping.run()
         kept["skipping"] = {"weights": weights(skipping), "held_out": skipping.best}
         for seeds in ([4], [0, 1, 2, 4]):
             draw_folder(build(root), root / "samples", seeds, folder_options(), {}, processes)
-        kept["faults"] = {fault.__name__: outcome(fault, root, processes) for fault in (share, image, loss, state)}
+        faults = (share, damaged, image, loss, state)
+        kept["faults"] = {fault.__name__: outcome(fault, root, processes) for fault in faults}
     torch.save(kept, root / f"process_{rank}.pt")
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    """Networks, noise and images in float64; procedural functions are evaluated in float32 all the same."""
+
+    def opened(*given):
+        torch.set_default_dtype(torch.float32)
+        try:
+            return open_dataset(*given)
+        finally:
+            torch.set_default_dtype(torch.float64)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_training, "open_dataset", opened)
+        patch.setattr(image_stage, "to_float", lambda images: to_float(images).double())
+        normalise = LatentPrior.normalise
+        patch.setattr(LatentPrior, "normalise", lambda prior, latents: normalise(prior, latents).double())
+        patch.setattr(Trainer, "_save_previews", lambda trainer: None)  # samplers compute in float32
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def counted(trainer: Trainer) -> list:
+    """One entry for each time that processes exchange gradients."""
+    seen = []
+
+    def exchange(group, bucket):
+        seen.append(bucket.index())
+        return allreduce_hook(group, bucket)
+
+    trainer.divided.parallel.register_comm_hook(None, exchange)
+    return seen
+
+
+def trained(trainer: Trainer) -> dict:
+    """What a run of a trainer ends with, and what it logs."""
+    trainer.run()
+    lines = metrics(trainer) if trainer.processes.is_rank_0 else []
+    return {"weights": weights(trainer), "timesteps": trainer.stage.state_dict()["timesteps"], "lines": lines}
+
+
+def images_of(root: Path, processes: Processes) -> dict:
+    """How often this process evaluates functions, and the images it has after another has changed one of them."""
+    config, evaluated, evaluate = micro.image(root / "images"), [], ProceduralFunctions.evaluate_many
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProceduralFunctions, "evaluate_many", lambda *given: (evaluated.append(1), evaluate(*given))[1])
+        pixels = prepare_image_run({"config": config}, processes).train_set.pixels
+        times = len(evaluated)
+        if not processes.is_rank_0:
+            pixels[3] = 7
+        processes.agree()
+        closed = OSError("no access")
+        patch.setattr(shared_memory, "_opened", lambda *_: (_ for _ in ()).throw(closed))
+        own = open_dataset(config.data, "train", shared_memory.one_per_machine(processes)).pixels
+    return {"times": times, "pixels": pixels.clone(), "own": own.clone()}
 
 
 def share(root: Path, processes: Processes) -> None:
     """Images that two processes cannot share."""
     image_trainer(root / "share", {"train.batch_size": 5}, processes).run()
+
+
+def damaged(root: Path, processes: Processes) -> None:
+    """An image of which only the header is good, which one process decodes for both."""
+    folder = root / "damaged"
+    if processes.is_rank_0:
+        folder.mkdir()
+        for i in range(3):
+            Image.effect_noise((16, 16), 90).save(folder / f"{i}.png")
+        (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:-99])
+    processes.agree()
+    changes = {"data.name": "folder", "data.root_dir": str(folder), "data.val_ratio": 0.0, "data.channels": 1}
+    prepare_image_run({"config": micro.image(root / "none", changes)}, processes)
 
 
 def image(root: Path, processes: Processes) -> None:
@@ -104,9 +202,9 @@ def overflowing(root: Path, processes: Processes, steps: range, changes: dict | 
     trainer = image_trainer(root, changes, processes)
     plain = trainer.stage.loss
 
-    def loss(*given) -> tuple[torch.Tensor, dict]:
-        value, scalars = plain(*given)
-        return value * (torch.inf if trainer.step in steps else 1.0), scalars
+    def loss(*given) -> tuple:
+        value, *rest = plain(*given)
+        return value * (torch.inf if trainer.step in steps else 1.0), *rest
 
     if not processes.is_rank_0:
         trainer.stage.loss = loss
@@ -161,48 +259,65 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
     return [name for name in one if not torch.equal(one[name], other[name])]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_processes_train_as_one_on_the_mean_of_their_gradients(root, tmp_path, case):
-    """Against both halves of each batch one after the other, their gradients averaged and clipped by hand."""
-    first, second = kept(root, case)
-    assert differing(first["weights"], second["weights"]) == []
-    trainer = image_trainer(tmp_path, CASES[case])
+def by_hand(trainer: Trainer) -> dict:
+    """What `trained` returns, of whole batches: gradients clipped and averages of the log taken by hand."""
     stage, config = trainer.stage, trainer.config
     parameters = {name: list(module.parameters()) for name, module in stage.modules.items()}
     optimizer = torch.optim.AdamW(
         [p for group in parameters.values() for p in group], config.optimizer.learning_rate,
         (config.optimizer.adam_beta1, config.optimizer.adam_beta2), weight_decay=config.optimizer.weight_decay,
     )  # fmt: skip
-    seen, update = [], stage.timesteps.update
-    stage.timesteps.update = lambda t, losses: seen.append((t, losses))
-    images = batches(stage.train_set, config.train.batch_size, seed=config.run.seed, flip=config.data.random_flip)
-    logged = []
+    batches, logged = stage.batches(0), []
     for step in range(config.train.steps):
         optimizer.zero_grad()
-        logged.append(0.0)
-        for rank, half in enumerate(next(images).chunk(COUNT)):
-            seed_global(config.run.seed, Purpose.DROPOUT, step, rank)
-            loss, _ = stage.loss(half, stream(config.run.seed, Purpose.STEP, step, rank))
-            (loss / COUNT).backward()
-            logged[-1] += loss.item() / COUNT
-        for values in seen:
-            update(*values)
-        seen.clear()
-        for group in parameters.values():
-            norm = torch.cat([p.grad.flatten() for p in group]).norm()
+        draws = stage.draw(stream(config.run.seed, Purpose.STEP, step, 0), config.train.batch_size)
+        seed_global(config.run.seed, Purpose.DROPOUT, step, 0)
+        loss, each, _ = stage.loss(next(batches), draws)
+        loss.backward()
+        stage.learn(draws, each)
+        norms = {name: torch.cat([p.grad.flatten() for p in group]).norm() for name, group in parameters.items()}
+        for name, group in parameters.items():
             for p in group:
-                p.grad *= min(1.0, config.train.gradient_clip / norm.item())
+                p.grad *= min(1.0, config.train.gradient_clip / norms[name].item())
         optimizer.step()
-    for name, value in weights(trainer).items():
-        torch.testing.assert_close(first["weights"][name], value, rtol=1e-4, atol=2e-5)
-    for mine, theirs in ((stage.state_dict(), other["stage"]) for other in (first, second)):
-        for name, value in mine["timesteps"].items():
-            torch.testing.assert_close(theirs["timesteps"][name], value, rtol=1e-4, atol=0)
-    lines = [json.loads(line) for line in metrics_file(root / case / "whole").read_text().splitlines()]
+        logged.append((loss.item(), math.hypot(*norms.values())))
     every = config.train.plot_graph_steps
-    means = [sum(logged[i : i + every]) / every for i in range(0, len(logged), every)]
-    assert [line["loss"] for line in lines] == pytest.approx(means, rel=1e-4)
-    assert lines[-1]["images"] == config.train.steps * config.train.batch_size
+    means = [
+        {name: sum(values) / every for name, values in zip(("loss", "grad_norm"), zip(*logged[i : i + every]))}
+        for i in range(0, len(logged), every)
+    ]
+    return {"weights": weights(trainer), "timesteps": stage.state_dict()["timesteps"], "lines": means}
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_neither_processes_nor_parts_change_a_run(root, tmp_path, name):
+    """Dropout and learned probabilities of timesteps included; gradients are exchanged once a step."""
+    make, changes = DIVIDED[name]
+    with float64():
+        expected = by_hand(make(tmp_path / "hand", changes))
+        alone = trained(make(tmp_path / "alone", {**changes, "train.accumulate": 4}))
+    (one, other), (one_in_parts, other_in_parts) = kept(root, f"{name}1"), kept(root, f"{name}2")
+    assert one["exchanges"] == one_in_parts["exchanges"] >= 4
+    for found in (alone, one, other, one_in_parts, other_in_parts):
+        for part in ("weights", "timesteps"):
+            assert expected[part].keys() == found[part].keys()
+            for key, value in expected[part].items():
+                torch.testing.assert_close(found[part][key], value, rtol=1e-8, atol=1e-9)
+    assert (expected["timesteps"]["counts"] >= 10).all()  # so that probabilities are learned
+    for found in (alone, one, one_in_parts):
+        for line, same, means in zip(found["lines"], alone["lines"], expected["lines"], strict=True):
+            assert line == pytest.approx(same, rel=1e-6)  # the log is in float32
+            assert {key: line[key] for key in means} == pytest.approx(means, rel=1e-6)
+    assert alone["lines"][-1]["images"] == 32 and any("_loss" in key for key in alone["lines"][-1])
+
+
+def test_images_are_decoded_once_for_all_processes(root):
+    first, second = kept(root, "images")
+    assert (first["times"], second["times"]) == (2, 0)  # for training and held out
+    expected = open_dataset(micro.image(root).data, "train").pixels
+    assert torch.equal(first["own"], expected) and torch.equal(second["own"], expected)
+    expected[3] = 7
+    assert torch.equal(first["pixels"], expected) and torch.equal(second["pixels"], expected)
 
 
 def metrics_file(root: Path) -> Path:
@@ -294,6 +409,8 @@ def test_samples_are_shared_out(root, tmp_path):
 def test_a_fault_of_any_ends_all_with_one_line_of_the_first(root):
     first, second = kept(root, "faults")
     assert first["share"] == (2, "error: train.batch_size is 5; accepted: multiples of the 2 processes\n")
+    said = r"error: data\.root_dir: \S*damaged: 1\.png .*; data\.on_error=skip goes on without it\n"
+    assert first["damaged"][0] == 2 and re.fullmatch(said, first["damaged"][1])
     saved = "(training has reached step 1; its state is saved)"
     assert first["image"] == (2, f"error: process 1: 17.png is damaged {saved}\n")
     said = r"error: the gradient was not finite in 2 steps in a row .* at step 2; there is no checkpoint: begin .*\n"

@@ -36,15 +36,16 @@ def image_trainer(root, changes=None, processes=ALONE, precision=CPU) -> Trainer
     return Trainer(config, stage, RunDir(config, resume=True), precision, processes)
 
 
-def latent_trainer(root, changes=None) -> Trainer:
+def latent_trainer(root, changes=None, processes=ALONE, logvar=None) -> Trainer:
     image = micro.image(root)
     torch.manual_seed(5)
     stage = ImageStage(image, open_dataset(image.data, "train"), open_dataset(image.data, "val"), CPU)
     decoder = InftyDiff(image, stage.modules["encoder"], stage.modules["denoiser"])
     config = micro.latent(root, changes)
-    latents = LatentSet.create(torch.randn(20, 2, 6, generator=torch.Generator().manual_seed(1)))
+    latents = LatentSet.create(torch.randn(20, 2, 6, generator=torch.Generator().manual_seed(1)), logvar)
     torch.manual_seed(config.run.seed)
-    return Trainer(config, LatentStage(config, latents, decoder, CPU), RunDir(config, resume=True), CPU)
+    stage = LatentStage(config, latents, decoder, CPU, processes)
+    return Trainer(config, stage, RunDir(config, resume=True), CPU, processes)
 
 
 def metrics(trainer: Trainer) -> list[dict]:
@@ -75,7 +76,8 @@ def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
     (image_trainer, {}),
     (image_trainer, {"diffusion.schedule_sampler": "loss-second-moment", "diffusion.steps": 2,
                      "train.plot_sampling_steps": "2", "model.stochastic_encoding": True, "model.learn_sigma": True}),
-    (image_trainer, {"mc_integral.type": "sobol", "diffusion.multiscale_loss": True, "train.plot_graph_steps": 4}),
+    (image_trainer, {"mc_integral.type": "sobol", "diffusion.multiscale_loss": True, "train.plot_graph_steps": 4,
+                     "train.accumulate": 2}),
     (latent_trainer, {"model.dropout": 0.2, "model.learn_sigma": True}),
 ], ids=["image", "image-learned-lossaware-stochastic", "image-multiscale-sobol", "latent"])  # fmt: skip
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path, make, changes):
@@ -237,6 +239,25 @@ def test_gradients_are_clipped_per_network(tmp_path):
         assert before.item() == pytest.approx(count**0.5, rel=1e-5)
         after = torch.cat([p.grad.flatten() for p in module.parameters()]).norm()
         assert after.item() == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_parts_add_up_to_the_gradient_in_half_precision_too(tmp_path, dtype):
+    """Up to the rounding of what the parts contribute, with the loss scaled or not."""
+    gradients, losses = [], []
+    for parts in (1, 4):
+        changes = {"train.accumulate": parts, "model.backend": "torch_dense", "train.batch_size": 8}
+        trainer = image_trainer(tmp_path, changes, precision=Precision(torch.device("cpu"), dtype))
+        assert trainer.scaler.is_enabled() == (dtype is torch.float16)
+        scalars = trainer.divided.backward(next(trainer.stage.batches(0)), 0, 0, trainer.scaler)
+        trainer.scaler.unscale_(trainer.optimizer)
+        gradients.append(torch.cat([p.grad.flatten() for group in trainer.parameters.values() for p in group]))
+        losses.append(scalars["loss"].item())
+    whole, summed = gradients
+    eps = torch.finfo(dtype).eps
+    print((summed - whole).norm() / whole.norm() / eps, losses)
+    assert losses[1] == pytest.approx(losses[0], rel=4 * eps)
+    assert 0 < (summed - whole).norm() < 4 * eps * whole.norm()
 
 
 def test_skipped_steps_leave_the_weights(tmp_path):

@@ -1,7 +1,7 @@
 """The loss and the gradient of a batch that is divided: among processes, and by each of them into parts.
 
-Everything random is drawn for the whole batch, of which each part takes its rows. So neither the number of processes nor
-that of parts changes what is computed, but for rounding.
+Everything random is drawn for the whole batch, of which each part takes its rows. So the numbers of processes and of
+parts change nothing but the rounding.
 """
 
 from __future__ import annotations
@@ -109,9 +109,7 @@ class _Loss(nn.Module):
         self.networks = nn.ModuleDict(stage.modules)
         self._stage = stage
 
-    def forward(
-        self, batch: torch.Tensor, draws: Draws
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    def forward(self, batch: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         return self._stage.loss(batch, draws)
 
 

@@ -20,6 +20,7 @@ from runtime.lock import FolderLock
 from runtime.precision import Precision, pick_device
 from runtime.processes import Processes
 from runtime.run_dir import RunDir
+from runtime.shared_memory import one_per_machine
 from runtime.stored import run_path
 from training.init_from import fitting_weights
 from training.parallel import part_size
@@ -72,8 +73,9 @@ def prepare_image_run(configs: dict[str, ImageConfig], processes: Processes) -> 
             process.respaced(config.train.plot_sampling_steps)
     train_set, val_set = None, None
     with faults.noted():
-        train_set = open_dataset(config.data, "train")
-        val_set = open_dataset(config.data, "val") if config.data.val_ratio else None
+        keep = one_per_machine(processes)
+        train_set = open_dataset(config.data, "train", keep)
+        val_set = open_dataset(config.data, "val", keep) if config.data.val_ratio else None
     _start(config, run_dir, modules, 2, faults)
     faults.tell()
     assert precision is not None and run_dir is not None and train_set is not None
@@ -106,7 +108,7 @@ def prepare_latent_run(
         with faults.noted("train.plot_sampling_steps: "):
             decoder.process.respaced(config.train.plot_sampling_steps)
     with faults.noted():
-        images = open_dataset(given.data, "train")
+        images = open_dataset(given.data, "train", one_per_machine(processes))
     _start(config, run_dir, modules, 1, faults)
     faults.tell()
     assert precision is not None and run_dir is not None and decoder is not None and images is not None

@@ -12,6 +12,7 @@ from runtime.checkpoint import require_fitting
 from runtime.stored import differences, require_config, stage_of
 
 log = logging.getLogger(__name__)
+_DRAWS = "for the whole batch"  # in earlier states each process drew for its own part
 # What a training state holds beside the format, the configuration, the data and the versions.
 _PARTS = {"step", "seen", "modules", "ema", "optimizer", "scaler", "stage", "means", "guard", "best"}
 
@@ -31,6 +32,7 @@ def state_of(trainer: Any) -> dict[str, Any]:
         "guard": trainer.guard.state_dict(),
         "best": trainer.best,
         "data": _data_of(trainer),
+        "draws": _DRAWS,
     }
 
 
@@ -41,6 +43,8 @@ def restore(trainer: Any, state: Mapping[str, Any], where: str) -> None:
     _check(state, where, trainer.run_dir.plain_config, stage.modules, parameters)
     if trainer.processes.is_rank_0:
         _compare_data(state, where, _data_of(trainer))
+        if trainer.processes.world_size > 1 and state.get("draws") != _DRAWS:
+            log.info("from step %d on, random numbers are drawn for the whole batch, not by process", state["step"])
     for name, module in stage.modules.items():
         module.load_state_dict(state["modules"][name])
     trainer.ema.load_state_dict(state["ema"])
