@@ -11,12 +11,14 @@ import torch
 import micro
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.random import Purpose, stream
-from runtime.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from runtime.checkpoint import load_checkpoint, load_newest_checkpoint, load_weights, save_checkpoint
+from runtime.processes import Processes
 from runtime.run_dir import RunDir
 from runtime.saved import IMAGE, LATENT
 from runtime.stored import BEST_WEIGHTS, SHAPING
 from test_training import CPU, everything, image_trainer, latent_trainer, metrics
 from training.init_from import fitting_weights
+from training.state import restore
 
 CHANGED = {
     "optimizer.learning_rate": 1e-4, "optimizer.adam_beta1": 0.5, "optimizer.weight_decay": 0.1,
@@ -192,6 +194,19 @@ def test_held_out_loss_is_of_so_many_images_and_no_part_of_training(tmp_path):
         draws = trainer.stage.draw(stream(0, Purpose.HELD_OUT_IMAGES, 0), 1)
         first = trainer.stage.loss(trainer.stage.val_set.pixels[:1], draws)[0].item()
     assert metrics(trainer)[-1]["val_loss"] == pytest.approx(first, rel=1e-5)
+
+
+def test_a_line_says_where_several_processes_begin_to_draw_for_the_whole_batch(tmp_path, caplog):
+    trainer = image_trainer(tmp_path, {"train.steps": 1})
+    trainer.run()
+    state = load_newest_checkpoint(trainer.run_dir.checkpoints)
+    earlier = {key: value for key, value in state.items() if key != "draws"}
+    for one, count, told in ((state, 2, False), (earlier, 1, False), (earlier, 2, True)):
+        caplog.clear()
+        trainer.processes = Processes(0, count)
+        with caplog.at_level(logging.INFO):
+            restore(trainer, one, "state")
+        assert ("from step 1 on, random numbers are drawn for the whole batch" in caplog.text) == told
 
 
 def test_without_held_out_images_a_line_says_so(tmp_path, caplog):

@@ -55,11 +55,15 @@ ALL_PARTS = {
 CASES = {"plain": {"data.num_images": 72}, "all_parts": {**ALL_PARTS, "train.accumulate": 2}}
 # Computed in float64, so that another order of sums hardly shows.
 DIVIDED = {
-    "image": (image_trainer, {**ALL_PARTS, "train.steps": 4, "mc_integral.type": "sobol", "model.backend": "torch_dense"}),
+    "image": (
+        image_trainer,
+        {**ALL_PARTS, "train.steps": 4, "mc_integral.type": "sobol", "model.backend": "torch_dense"},
+    ),
     "latent": (
         partial(latent_trainer, logvar=torch.zeros(20, 2, 6)),
-        {"diffusion.schedule_sampler": "loss-second-moment", "diffusion.steps": 2, "model.dropout": 0.3,
-         "diffusion.noise_schedule": "cosine", "model.learn_sigma": True, "train.plot_graph_steps": 2, "train.steps": 4},
+        {"train.steps": 4, "diffusion.schedule_sampler": "loss-second-moment", "diffusion.steps": 2,
+         "diffusion.noise_schedule": "cosine", "model.dropout": 0.3, "model.learn_sigma": True,
+         "train.plot_graph_steps": 2},
     ),
 }  # fmt: skip
 

@@ -27,6 +27,7 @@ FAULTS = {
     "tiles": ({"model.tile_points": 5}, "model.tile_points is 5; accepted: "),
     "device": ({"run.device": "abacus"}, "run.device is 'abacus'"),
     "data": ({"data.name": "folder", "data.root_dir": "/nowhere"}, "data.root_dir"),
+    "parts": ({"train.accumulate": 3}, "train.batch_size is 4; accepted: multiples of train.accumulate=3"),
     "start": ({"train.init_from": "/nowhere"}, "train.init_from is '/nowhere'"),
     "loggers": ({"run.logger": "wandb,paper"}, "run.logger is 'wandb,paper'; accepted: none, tensorboard, wandb"),
     "package": ({"run.wandb_mode": "offline"}, "run.wandb_mode is 'offline'; accepted"),

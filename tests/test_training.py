@@ -255,7 +255,6 @@ def test_parts_add_up_to_the_gradient_in_half_precision_too(tmp_path, dtype):
         losses.append(scalars["loss"].item())
     whole, summed = gradients
     eps = torch.finfo(dtype).eps
-    print((summed - whole).norm() / whole.norm() / eps, losses)
     assert losses[1] == pytest.approx(losses[0], rel=4 * eps)
     assert 0 < (summed - whole).norm() < 4 * eps * whole.norm()
 
