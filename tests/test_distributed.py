@@ -57,7 +57,7 @@ CASES = {"plain": {"data.num_images": 72}, "all_parts": {**ALL_PARTS, "train.acc
 DIVIDED = {
     "image": (
         image_trainer,
-        {**ALL_PARTS, "train.steps": 4, "mc_integral.type": "sobol", "model.backend": "torch_dense"},
+        {**ALL_PARTS, "train.steps": 4, "mc_integral.type": "sobol"},
     ),
     "latent": (
         partial(latent_trainer, logvar=torch.zeros(20, 2, 6)),

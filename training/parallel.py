@@ -70,7 +70,8 @@ class DividedBatch:
             scaler: of the loss.
         """
         batch = to_device(batch, self.device)
-        draws = self.stage.draw(self._stream(seed, step), self.batch_size, self.share)
+        generator = stream(seed, Purpose.STEP, step, 0, device=self.device)
+        draws = self.stage.draw(generator, self.batch_size, self.share)
         if self.processes.world_size > 1:  # what was drawn for others need not stay
             draws = {name: numbers.clone() for name, numbers in draws.items()}
         sums: dict[str, torch.Tensor] = {}
@@ -89,10 +90,6 @@ class DividedBatch:
                 sums[name] = sums[name] + value if name in sums else value
         self.stage.learn(draws, torch.cat(each))
         return {name: value / len(self.parts) for name, value in sums.items()}
-
-    def _stream(self, seed: int, step: int) -> torch.Generator:
-        """The stream of a step, the same in all processes."""
-        return stream(seed, Purpose.STEP, step, 0, device=self.device)
 
     def _exchanged_after_the_last(self, part: slice) -> contextlib.AbstractContextManager:
         """Where processes exchange gradients only after the last part, which ends with the mean of all sums."""

@@ -39,7 +39,7 @@ def first_present(
         return None
     first = F.pad(counts.cumsum(0), (1, 0))
     ids, rows = torch.empty(2, int(first[-1]), dtype=torch.int64)
-    squared, shares = torch.empty(2, len(ids))
+    squared, shares = torch.empty(2, len(ids), dtype=torch.float32)
     found = (ids, rows, squared, shares)
     compiled.call("infty_nearest_fill", present, table.ids, table.squared, before, first, *sizes, *found)
     return ids, squared, shares, first, rows

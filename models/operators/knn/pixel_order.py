@@ -60,7 +60,7 @@ class Geometry:
 
     def in_unit_square(self, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
         """Squared distances, float32, of such differences."""
-        return (rows / self.denominator).square() + (cols / self.denominator).square()
+        return (rows.float() / self.denominator).square() + (cols.float() / self.denominator).square()
 
 
 @lru_cache(maxsize=16)

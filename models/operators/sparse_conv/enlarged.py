@@ -179,7 +179,7 @@ def _compiled(
     slices = -(-channels // _LANES)
     held = (kernel_shape[0] + _BLOCK - 1) * _COLUMNS + kernel_size**2  # of a slice
     blocks = (2 * kernel_size + 1) * _COLUMNS + kernel_shape[1] - 1 + slices * held
-    work = torch.empty(threads, blocks * _LANES)
+    work = torch.empty(threads, blocks * _LANES, dtype=torch.float32)
     out = x.new_empty(batch, rows, width, channels)
     sizes = (batch, height, width, channels, kernel_size, first_row, rows, band)
     compiled.call("infty_enlarged", x, weight, scale, residual, out, *sizes, *axes, threads, work, work.shape[1])
