@@ -8,6 +8,7 @@ from data.datasets import DATASETS
 # Field -> the field that decides whether it counts, and the values with which it does.
 _NEEDS = {
     "data.root_dir": ("data.name", tuple(name for name in DATASETS if name != "functions")),
+    "data.fields": ("data.name", ("fields",)),
     "data.memory_gb": ("data.in_memory", ("auto",)),
     "train.amp_dtype": ("train.amp", (True,)),
     "model.kld_weight": ("model.stochastic_encoding", (True,)),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from configs.option import option
-from data.base import CHANNELS, MEMORY_MODES
+from data.base import MEMORY_MODES
 from data.datasets import DATASETS, SPLIT_RULES
 from data.images import ERROR_MODES
 from diffusion.coordinates import CONVENTIONS
@@ -30,6 +30,7 @@ from training.rates import DECAYS
 
 # Upper ends of ranges: what is larger is a slip of the pen, or more than any machine holds.
 MOST_SIDE = 65_536  # of an image, in pixels
+MOST_CHANNELS = 1024  # of a function
 MOST_SEED = 2**53 - 1
 MOST_SAMPLES = 10**7
 _MANY, _WIDE, _DEEP = 10**9, 65_536, 1000  # steps and images, channels, layers
@@ -62,12 +63,19 @@ class RunConfig:
 @dataclass(frozen=True)
 class DataConfig:
     name: str = option("functions", "kind of data", choices=DATASETS, shapes=True)
-    root_dir: str = option("", "folder, zip, tars, LMDB or .npz of the images; unused for procedural functions")
+    root_dir: str = option(
+        "", "folder, zip, tars, LMDB or .npz of the images, file or folder of fields; unused for functions"
+    )
     img_size: int = option(256, "height of the training images in pixels", low=4, high=MOST_SIDE, shapes=True)
     img_width: int = option(
         256, "width of the training images in pixels", low=4, high=MOST_SIDE, derived="data.img_size", shapes=True
     )
-    channels: int = option(3, "image channels", choices=CHANNELS, shapes=True)
+    channels: int = option(
+        3, "channels: 1, 3 or 4 of images, any number of fields", low=1, high=MOST_CHANNELS, shapes=True
+    )
+    fields: str = option(
+        "", "variables of a file of fields, with commas between: its channels; empty = the only one", shapes=True
+    )
     random_flip: bool = option(True, "mirror training images at random")
     split: str = option(
         "published",

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast, overload
 from ml_collections import ConfigDict
 
 from configs.schema import ImageConfig, LatentConfig, sections
+from data.base import CHANNELS
 from diffusion.schedules import make_betas
 from models.factory import grid_spec, sparse_spec
 from models.sparse_unet import check_time_dim
@@ -196,6 +197,9 @@ def _image_faults(config: ImageConfig, name: str) -> list[str]:
     faults = _run_faults(config, name, max(config.size))
     model, mc, diffusion = config.model, config.mc_integral, config.diffusion
     height, width = config.size
+    channels = config.data.channels
+    right = config.data.name == "fields" or channels in CHANNELS
+    _check(faults, right, f"{name}.data.channels", channels, f"{', '.join(map(str, CHANNELS))} for images")
     _built(faults, name, lambda: sparse_spec(model))
     _built(faults, name, lambda: grid_spec(model))
     _built(faults, name, lambda: check_time_dim(model.time_emb_dim))

@@ -7,6 +7,7 @@
 | ffhq | images | image number < 60000 | image number >= 60000 |
 | fashion_mnist | .npz, or folder of the idx file | all others of its training images | as for folder |
 | celeba | images; split.json beside them is used if present | number < 27000 | number >= 27000 |
+| fields | .npy, .npz or NetCDF file, or a folder of them | all others | as for folder, by names of fields |
 | churches | LSUN's LMDB folders, or one LMDB, or images | church_outdoor_train | church_outdoor_val |
 
 Images are a folder, a zip, a tar, or several tars: those in a folder without images, or of a pattern.
@@ -33,6 +34,7 @@ from typing import Any
 from data.base import ImageDataset, Keep, check_lattice, own_memory
 from data.decoding import can_be_used
 from data.fashion_mnist import ACCEPTED, FashionImages, index_name, read_fashion_mnist
+from data.fields import open_fields
 from data.functions import FunctionImages
 from data.images import ImageFiles
 from data.lsun import LsunSource, is_lmdb
@@ -69,7 +71,8 @@ def open_dataset(data_cfg: Any, split: str, keep: Keep = own_memory) -> ImageDat
         raise ValueError(f"data.val_ratio is {data_cfg.val_ratio}; accepted: numbers in [0, 1)")
     if data_cfg.split != "published" and (data_cfg.split != "authors" or data_cfg.name != "ffhq"):
         raise ValueError(f"data.split is {data_cfg.split!r}; accepted: published, and with data.name=ffhq authors")
-    check_lattice(_size(data_cfg), data_cfg.channels)
+    if data_cfg.name != "fields":  # of which any number of channels is accepted
+        check_lattice(_size(data_cfg), data_cfg.channels)
     return DATASETS[data_cfg.name](data_cfg, split, keep)
 
 
@@ -113,6 +116,15 @@ def _fashion_mnist(cfg: Any, split: str, keep: Keep) -> ImageDataset:
     return FashionImages(images, _chosen(cfg, parts, split), _size(cfg), cfg.channels, split=split, keep=keep)
 
 
+def _fields(cfg: Any, split: str, keep: Keep) -> ImageDataset:
+    def parts(names: list[str]) -> Split:
+        found = hashed_split(names, cfg.val_ratio)
+        _chosen(cfg, found, split)  # without validation fields, that is said first
+        return found
+
+    return open_fields(cfg, split, _size(cfg), parts)
+
+
 def _celeba(cfg: Any, split: str, keep: Keep) -> ImageDataset:
     root = existing_path(cfg.root_dir)
     sized = root / str(cfg.img_size)  # one folder per size beside split.json is the authors' layout
@@ -154,6 +166,7 @@ DATASETS: dict[str, Callable[[Any, str, Keep], ImageDataset]] = {
     "fashion_mnist": _fashion_mnist,
     "celeba": _celeba,
     "churches": _churches,
+    "fields": _fields,
 }
 
 

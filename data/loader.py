@@ -3,10 +3,14 @@
 A step of training takes the next B positions of the endless sequence epoch 0, epoch 1, ..., in which epoch e is a
 permutation of the data set that depends on (seed, e) alone. So what follows the first n images is known without them,
 with any batch size; every step has exactly B images whatever the size of the set, and none is ever dropped.
+
+Where items have several sizes, each size has such a sequence of its own, and a step takes from one. Of as many steps as
+there are items, each size has as many as it has items. After n images, sizes take turns as after n/B steps.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -52,7 +56,7 @@ def batches(
     Raises:
         ValueError: an argument out of range, or (with data.on_error=raise) a damaged image.
     """
-    order = _TrainingOrder(len(dataset), batch_size, seed, seen, flip, rank, world_size)
+    order = _TrainingOrder(len(dataset), batch_size, seed, seen, flip, rank, world_size, _groups(dataset))
     return _read(dataset, order, num_workers, pin_memory)
 
 
@@ -85,6 +89,10 @@ def sequential(
         raise ValueError(f"batch_size is {batch_size}; accepted: integers >= 1")
     wanted = range(len(dataset)) if indices is None else indices
     parts = [np.asarray(wanted[i : i + batch_size], dtype=np.int64) for i in range(0, len(wanted), batch_size)]
+    if len(groups := _groups(dataset)) > 1:
+        borders = np.cumsum([len(group) for group in groups])  # items of one size follow each other
+        cut = (np.split(part, np.flatnonzero(np.diff(np.digitize(part, borders))) + 1) for part in parts)
+        parts = [piece for pieces in cut for piece in pieces]
     return _read(dataset, [(part, np.full(len(part), flip)) for part in parts], num_workers, pin_memory)
 
 
@@ -100,7 +108,15 @@ class _TrainingOrder(Sampler):
     """Endless (indices, mirrored) of one rank, after a given number of images."""
 
     def __init__(
-        self, count: int, batch_size: int, seed: int, seen: int, flip: bool, rank: int, world_size: int
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        seen: int,
+        flip: bool,
+        rank: int,
+        world_size: int,
+        groups: Sequence[Sequence[int]] = (),
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"train.batch_size is {batch_size}; accepted: multiples of the {world_size} processes")
@@ -112,8 +128,12 @@ class _TrainingOrder(Sampler):
         self._seen, self._flip = seen, flip
         self._share = batch_size // world_size
         self._offset = rank * self._share
+        self._groups = groups
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        if len(self._groups) > 1:
+            yield from self._in_turn()
+            return
         epoch_of = lru_cache(maxsize=2)(self._epoch)  # a batch at the border of two epochs needs both
         first = self._seen + self._offset
         while True:
@@ -122,12 +142,39 @@ class _TrainingOrder(Sampler):
             yield np.array([e[0][p] for e, p in drawn]), np.array([e[1][p] for e, p in drawn])
             first += self._batch_size
 
+    def _in_turn(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Batches of one size each: at each step the size that is furthest behind its share."""
+        sizes = np.array([len(group) for group in self._groups])
+        rounds, left = divmod(self._seen // self._batch_size, self._count)
+        taken, lag = rounds * sizes, np.zeros(len(sizes), dtype=np.int64)
+        orders: list[Iterator[tuple[np.ndarray, np.ndarray]]] = []
+        for step in itertools.count():
+            if step == left:
+                world = self._batch_size // self._share
+                rank = self._offset // self._share
+                orders = [
+                    iter(_TrainingOrder(len(group), self._batch_size, self._seed, int(count) * self._batch_size,
+                                        self._flip, rank, world)) for group, count in zip(self._groups, taken)
+                ]  # fmt: skip
+            lag += sizes
+            turn = int(lag.argmax())
+            lag[turn] -= self._count
+            taken[turn] += 1
+            if orders:
+                chosen, mirrored = next(orders[turn])
+                yield np.asarray(self._groups[turn])[chosen], mirrored
+
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Order of the images and, in that order, which are mirrored."""
         order = numpy_stream(self._seed, Purpose.ORDER, epoch).permutation(self._count)
         chance = numpy_stream(self._seed, Purpose.MIRRORED, epoch).random(self._count)
         mirrored = (chance < 0.5) & self._flip
         return order, mirrored[order]
+
+
+def _groups(dataset: ImageDataset) -> Sequence[Sequence[int]]:
+    """The items of each size, where a data set has several."""
+    return getattr(dataset, "groups", ())
 
 
 class _Batches(Dataset):
@@ -155,7 +202,7 @@ def _leave_signals_to_the_main_process(_: int) -> None:
 
 
 def _read(dataset: ImageDataset, chosen, num_workers: int, pin_memory: bool) -> Iterator[torch.Tensor]:
-    workers = 0 if dataset.pixels is not None else num_workers
+    workers = 0 if dataset.pixels is not None or _groups(dataset) else num_workers
     return from_workers(_Batches(dataset), chosen, workers, pin_memory)
 
 

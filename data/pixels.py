@@ -23,6 +23,11 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
     return images.to(torch.float32) / 127.5 - 1.0
 
 
+def as_values(items: torch.Tensor) -> torch.Tensor:
+    """Items of any data set as function values: stored pixels by :func:`to_float`, fields as they are."""
+    return items if items.is_floating_point() else to_float(items)
+
+
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Function values as stored pixels: u = round(127.5 (x + 1)), clamped to 0..255; inverse of :func:`to_float`.
 
@@ -44,7 +49,12 @@ def to_pictures(images: torch.Tensor) -> list[Image.Image]:
     """Images as Pillow has them: greyscale, RGB or RGBA.
 
     Args:
-        images: (N, C, H, W) with 1, 3 or 4 channels, uint8 or floating point as :func:`to_uint8` takes it.
+        images: (N, C, H, W), uint8 or floating point as :func:`to_uint8` takes it. Of other numbers of channels than
+            1, 3 and 4, those of fields, each is a grey picture, beside the one before; what is not known is grey.
     """
+    if images.is_floating_point():
+        images = images.nan_to_num()
+    if images.shape[1] not in (1, 3, 4):
+        images = torch.cat(images.split(1, dim=1), dim=3)
     pixels = (images if images.dtype == torch.uint8 else to_uint8(images)).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(image[..., 0] if image.shape[2] == 1 else image) for image in pixels]

@@ -135,16 +135,27 @@ def fill_hole(image: Image, mask: torch.Tensor) -> Image:
     Each pixel takes the Gaussian mean of the known pixels, T(m x̄) / T m. Of the T of 1, 2, 4, … pixels it is the first
     whose reach covers enough of them. mask: bool (H, W), true where known.
     """
+    check_mask(mask, size_of(image))
+    return _filled(image, mask)
+
+
+def fill_unknown(image: Image) -> Image:
+    """`fill_hole` for images (B, C, H, W) that are NaN where they are not known, each elsewhere and known somewhere."""
+    return _filled(image, image.isfinite().all(1, keepdim=True))
+
+
+def _filled(image: Image, mask: torch.Tensor) -> Image:
+    """`fill_hole`, with a mask (H, W) or (B, 1, H, W)."""
     size = size_of(image)
-    check_mask(mask, size)
     known = torch.where(mask, image, 0.0)
-    enough = min(0.05, 0.5 * float(mask.float().mean()))  # the widest T spreads the known part evenly
+    # The widest T spreads the known part evenly.
+    enough = (0.5 * mask.to(image.dtype).mean((-2, -1), keepdim=True)).clamp(max=0.05)
     filled, missing, sigma = known, ~mask, 1.0
     while missing.any():
         mollifier = Mollifier(sigma, size)
         weight = mollifier(mask.to(image.dtype))
         reached = missing & (weight > enough)
-        filled = torch.where(reached, mollifier(known) / weight.clamp(min=enough), filled)
+        filled = torch.where(reached, mollifier(known) / weight.maximum(enough), filled)
         missing, sigma = missing & ~reached, 2 * sigma
     return filled
 

@@ -22,6 +22,7 @@ def draw_points(
     count: int,
     device: torch.device | str,
     rows: slice = slice(None),
+    known: torch.Tensor | None = None,
 ) -> Points:
     """Draw `count` distinct pixels for each of `batch` functions at once, without waiting for the device.
 
@@ -29,6 +30,7 @@ def draw_points(
         a low-discrepancy sequence, which is shifted at random, on the torus, for each function. In all of them every
         pixel is equally likely.
     generator: on `device`. size: (H, W), the resolution. rows: the functions wanted; their points do not depend on it.
+    known: bool (rows, H, W), the pixels of these that may be drawn, at least `count` of each; all by default.
     Returns Points with ids (B, count) of these, in the order of 8 × 8 tiles: points near in the list are near in the
     image, so that their neighbours are in the cache. Raises ValueError for an unknown kind and a count outside 1 … H·W.
     Source: eq. (10) and section 4.2.
@@ -46,6 +48,8 @@ def draw_points(
     if sequence is not None:
         shift = torch.rand(batch, 1, 2, generator=generator, device=device, dtype=torch.float64)[rows]
         keys = _first_visits(_sequence(sequence, 2 * count, device), shift, keys, place, size)
+    if known is not None:
+        keys = keys.masked_fill(~known.flatten(1)[:, order], torch.iinfo(keys.dtype).max)
     return Points(size, order[_smallest(keys, count)])
 
 

@@ -5,16 +5,17 @@
 
 --sensors is a table with a header: y and x from 0 to 1, y downwards, and value, or value1, value2, value3 for channels.
 An empty value is not measured. sd, height and width may be given too: the standard deviation of a sensor's error, and
-the sides of the rectangle over which it averages. Values are those of images in [-1, 1]. The same arrays may be in an
+the sides of the rectangle over which it averages. Values are those of images in [-1, 1]; of a model of fields they, sd
+and --sd have the units of its data. The same arrays may be in an
 .npz, with value (P, C). In an image that is transparent where nothing is known, every other pixel is a sensor.
 
 Sensors measure the smooth function T x_0, or with --sharp the image x_0. By default latents are those of a smooth
 surface through the measurements, one for all seeds. --latents=prior draws them, with --config of the sampler and
 --decoder_config as in generate_samples.py. It wants some --rounds, in which images and latents are drawn in turn.
 
-Writes for each seed 000007.png and raw/000007.npy, float32 (C, H, W), what sensors measure; mean.npy and sd.npy over
-the seeds, and both as pictures; sheet.png with the sensors marked; result.json. Run again, only what is missing is
-made.
+Writes for each seed 000007.png and raw/000007.npy, float32 (C, H, W), what sensors measure, of fields in their units;
+mean.npy and sd.npy over the seeds, and both as pictures; sheet.png with the sensors marked; result.json. Run again,
+only what is missing is made.
 """
 
 import sys
@@ -23,15 +24,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 from absl import flags
 
 from configs.schema import ImageConfig
+from data.field_pictures import field_picture
+from data.units import FieldUnits
 from diffusion.samplers import LastEstimate
 from experiments.support import editing as edit
 from experiments.support.options import between, define, requested_size, require_run_of_weights, sampling_options
 from experiments.support.parsing import parse_seeds
 from experiments.support.results import digest
-from experiments.support.sensors import moments, read_sensors, with_sensors
+from experiments.support.sensors import moments, of_first_channel, read_sensors, with_sensors
 from infty_diff.folder import check_steps, is_whole_npy, save_npy
 from infty_diff.posterior import LATENTS
 from runtime.command import Command, readable_errors, stages
@@ -64,7 +68,7 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         if latent and FLAGS.latent_sampling_steps:
             check_steps(model.prior.process, FLAGS.latent_sampling_steps, "--latent_sampling_steps")
         size = requested_size() or model.config.size
-        sensors = read_sensors(FLAGS.sensors, model.channels, FLAGS.sd)
+        sensors = read_sensors(FLAGS.sensors, model.channels, FLAGS.sd, model.units)
         made_from = digest(sensors.places, sensors.values, sensors.sd, sensors.sides)
         settings = {"sensors": made_from, "size": list(size), "sharp": FLAGS.sharp, "latents": FLAGS.latents,
                     "rounds": FLAGS.rounds, "latent_steps": FLAGS.latent_sampling_steps}  # fmt: skip
@@ -73,7 +77,7 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         shape = (model.channels, *size)
         there = {name: is_whole_npy(path, shape) for name, path in arrays.items()}
         missing = [s for s, name in zip(seeds, arrays) if results.lacks(name, made_from) or not there[name]]
-        observe, drawn = sensors.observer(model.device), settings["latents"]
+        observe, drawn, units = sensors.observer(model.device), settings["latents"], model.units
         with edit.steps_bar(FLAGS.rounds * len(missing) * edit.step_count(model, sampling), "conditioning") as bar:
             for seed in missing:
                 last = LastEstimate(lambda *_: bar.update())
@@ -82,24 +86,39 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
                 smooth = model.posterior(sensors, [seed], size, sampling, latent_steps=steps, deblur=False, **how)
                 picture = model.sharpened(smooth, last.denoised, sampling.inv_snr)
                 measured = picture if FLAGS.sharp else smooth
-                misfit = (observe(measured)[0].cpu() - sensors.readings).square().mean().sqrt()
+                missed = observe(measured)[0].cpu() - sensors.readings
+                if units is not None:  # each row of H sums to one
+                    missed = missed * observe(units.undo(torch.ones_like(measured), spread=True))[0].cpu()
+                    picture, measured = units.undo(picture), units.undo(measured)
                 save_npy(arrays[f"{seed:06d}"], measured[0].cpu())
-                row = {"seed": seed, "misfit": round(float(misfit), 6)}
-                results.add(f"{seed:06d}", made_from, picture[0].cpu().clamp(-1, 1), row)
+                row = {"seed": seed, "misfit": round(float(missed.square().mean().sqrt()), 6)}
+                results.add(f"{seed:06d}", made_from, _drawn(picture[0].cpu(), units), row)
         mean, sd = moments(list(arrays.values()), shape)
         for name, array in (("mean", mean), ("sd", sd)):
             save_npy(results.folder / f"{name}.npy", array)
         white = max(float(sd.square().mean(0).sqrt().max()), 1e-12)
-        results.add("mean", made_from, mean.clamp(-1, 1), {"of": len(seeds)})
-        results.add("sd", made_from, sd.square().mean(0, keepdim=True).sqrt() / white * 2 - 1, {"white": white})
-        marked = [with_sensors(None, sensors, size), with_sensors(mean, sensors, size)]
-        captions = ["sensors", "mean, sensors on it", "mean", f"sd, white is {white:.2g}"]
+        results.add("mean", made_from, _drawn(mean, units), {"of": len(seeds)})
+        below, marks = mean, sensors
+        if units is None:
+            spread = sd.square().mean(0, keepdim=True).sqrt() / white * 2 - 1
+        else:
+            spread = field_picture(sd, units, [(0.0, float(channel.max())) for channel in sd])
+            below, marks = units.apply(mean)[:1], of_first_channel(sensors)
+        results.add("sd", made_from, spread, {"white": white})
+        marked = [with_sensors(None, marks, size), with_sensors(below, marks, size)]
+        largest = f"sd, white is {white:.2g}" if units is None else "sd"
+        captions = ["sensors", "mean, sensors on it", "mean", largest]
         results.show(f"{len(sensors.readings)} measurements", marked, ["mean", "sd"], captions)
         some = list(arrays)[:_PER_ROW]
         results.show("samples", [], some, [f"seed {int(name)}" for name in some])
         misfit = results.finish()["misfit"]
     print(f"misfit {misfit:.4f} (root mean square over {len(sensors.readings)} measurements), mean sd {sd.mean():.4f}")
     print(f"{len(missing)} made, {len(seeds) - len(missing)} were there: {results.folder}")
+
+
+def _drawn(image: torch.Tensor, units: FieldUnits | None) -> torch.Tensor:
+    """An image (C, H, W), or a field in its units, as `Results.add` takes it."""
+    return image.clamp(-1, 1) if units is None else field_picture(image, units)
 
 
 if __name__ == "__main__":

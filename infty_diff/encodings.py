@@ -45,6 +45,10 @@ def load_or_encode(
         dataset: the training split, if it is open already.
     """
     dataset = dataset or open_dataset(data, "train")
+    if model.units != getattr(dataset, "units", None) and model.units is not None:
+        raise ValueError(
+            f"data.root_dir: fields have {dataset.units}; accepted: the units of the weights, {model.units}"
+        )
     key = {"weights": file_digest(weights), "data": dataset.fingerprint(), "flips": data.random_flip}
     digest = hashlib.sha256(repr(sorted(key.items())).encode()).hexdigest()
     path = weights.parent / "latents" / f"{digest[:16]}.safetensors"

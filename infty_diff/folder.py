@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.field_pictures import field_picture
 from data.pixels import to_uint8
 from diffusion.coordinates import Size
 from diffusion.process import DiffusionProcess
@@ -36,7 +37,7 @@ class FolderOptions:
 
     size: (H, W). sampling: sampler and steps of the images. latent_steps: step subset of the latent model, all if None.
     batch_size: images drawn together; does not change them. save_raw: keep the mollified images too, as float32
-    `raw/000007.npy`, (C, H, W) before the Wiener filter.
+    `raw/000007.npy`, (C, H, W) before the Wiener filter; of fields in their own units.
     """
 
     size: Size
@@ -56,6 +57,8 @@ def draw_folder(
 ) -> int:
     """Draw the images that `out_dir` lacks as `{seed:06d}.png`; return how many were drawn.
 
+    Fields are also `fields/{seed:06d}.npy`, float32 (C, H, W) in their own units, and their pictures have colour bars.
+
     Args:
         model: autoencoder and latent prior.
         out_dir: made if need be; images drawn into it before, which their headers tell, are kept.
@@ -72,13 +75,11 @@ def draw_folder(
     if model.prior is not None and options.latent_steps is not None:
         check_steps(model.prior.process, options.latent_steps, "latent model")
 
-    channels = model.config.data.channels
-
     def claim() -> tuple[str, list[int]]:
-        for folder in (out_dir, out_dir / "raw"):
+        for folder in (out_dir, out_dir / "raw", out_dir / "fields"):
             sweep(folder, "*")
         mark = claim_folder(out_dir, MANIFEST, {"settings": settings, "model": provenance})
-        return mark, [seed for seed in seeds if not _is_done(out_dir, seed, options, mark, channels)]
+        return mark, [seed for seed in seeds if not _is_done(out_dir, seed, options, mark, model)]
 
     with FolderLock(out_dir) if processes.is_rank_0 else contextlib.nullcontext():
         mark, missing = processes.from_rank_0(claim)
@@ -120,15 +121,24 @@ def _draw_batch(model: InftyDiff, out_dir: Path, seeds: list[int], options: Fold
     last = LastEstimate()
     together = {"latent_steps": options.latent_steps, "batch_size": len(seeds), "progress": False}
     mollified = model.sample(seeds, options.size, options.sampling, deblur=False, callback=last, **together)
-    images = to_uint8(model.sharpened(mollified, last.denoised, options.sampling.inv_snr)).cpu()
-    for seed, raw, image in zip(seeds, mollified.cpu(), images):
+    images = model.sharpened(mollified, last.denoised, options.sampling.inv_snr)
+    if model.units is not None:
+        mollified, images = model.units.undo(mollified), model.units.undo(images)
+    for seed, raw, image in zip(seeds, mollified.cpu(), images.cpu()):
         if options.save_raw:
             save_npy(_raw_path(out_dir, seed), raw)
+        if model.units is not None:
+            save_npy(_field_path(out_dir, seed), image)
+        image = to_uint8(image) if model.units is None else field_picture(image, model.units)
         save_png(out_dir / f"{seed:06d}.png", image, mark, {SEED: str(seed)})
 
 
 def _raw_path(out_dir: Path, seed: int) -> Path:
     return out_dir / "raw" / f"{seed:06d}.npy"
+
+
+def _field_path(out_dir: Path, seed: int) -> Path:
+    return out_dir / "fields" / f"{seed:06d}.npy"
 
 
 def save_npy(path: Path, raw: torch.Tensor) -> None:
@@ -138,12 +148,17 @@ def save_npy(path: Path, raw: torch.Tensor) -> None:
     write_atomic(path, lambda temporary: temporary.write_bytes(content.getbuffer()), one_of_many=True)
 
 
-def _is_done(out_dir: Path, seed: int, options: FolderOptions, mark: str, channels: int) -> bool:
+def _is_done(out_dir: Path, seed: int, options: FolderOptions, mark: str, model: InftyDiff) -> bool:
     """Whether the image of a seed is there, whole, of the right size, and was drawn into this folder."""
-    if options.save_raw and not is_whole_npy(_raw_path(out_dir, seed), (channels, *options.size)):
+    shape, wanted = (model.channels, *options.size), tuple(options.size)
+    if options.save_raw and not is_whole_npy(_raw_path(out_dir, seed), shape):
         return False
+    if model.units is not None:
+        wanted = tuple(field_picture(torch.zeros(shape), model.units).shape[1:])
+        if not is_whole_npy(_field_path(out_dir, seed), shape):
+            return False
     size, texts = whole_png(out_dir / f"{seed:06d}.png") or (None, {})
-    return size == tuple(options.size) and is_marked(texts, mark) and texts.get(SEED) == str(seed)
+    return size == wanted and is_marked(texts, mark) and texts.get(SEED) == str(seed)
 
 
 def is_whole_npy(path: Path, shape: tuple[int, ...]) -> bool:

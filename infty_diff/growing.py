@@ -12,7 +12,7 @@ import torch
 
 from data.base import ImageDataset
 from data.datasets import open_dataset
-from data.pixels import to_float
+from data.pixels import as_values
 from diffusion.coordinates import Size
 from diffusion.mollifier import Mollifier
 from diffusion.process import Denoiser, DiffusionProcess
@@ -50,9 +50,11 @@ def data_spectrum(model: InftyDiff) -> Spectrum:
 
 def spectrum_of(data: ImageDataset, mollifier: Mollifier) -> Spectrum:
     """The spectrum of the first images of a data set; ValueError as `measure_spectrum`."""
-    count = min(_IMAGES, len(data))
-    chunks = (range(first, min(first + _TOGETHER, count)) for first in range(0, count, _TOGETHER))
-    return measure_spectrum((to_float(torch.stack([data[i] for i in chunk])) for chunk in chunks), mollifier)
+    groups = getattr(data, "groups", [range(len(data))])
+    of_size = [group for group in groups if tuple(data[group[0]].shape[-2:]) == tuple(mollifier.train_size)]
+    items = (of_size or groups)[0][:_IMAGES]
+    chunks = (items[first : first + _TOGETHER] for first in range(0, len(items), _TOGETHER))
+    return measure_spectrum((as_values(torch.stack([data[i] for i in chunk])) for chunk in chunks), mollifier)
 
 
 def spectrum_facts(found: Callable[[], Spectrum]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -21,7 +22,13 @@ _ACCEPTED = "accepted: floats in [−1, 1], uint8 from 0 to 255, or PIL images"
 _LARGEST = 8.0  # of a float; filters overshoot [−1, 1] and results reach 4, but values up to 255 are a mistake
 
 
-def as_images(images: Images, channels: int, device: torch.device, where: torch.Tensor | None = None) -> torch.Tensor:
+def as_images(
+    images: Images,
+    channels: int,
+    device: torch.device,
+    where: torch.Tensor | None = None,
+    unknown: bool = False,
+) -> torch.Tensor:
     """Images in the form that networks take: float32 (B, C, H, W) on a device, uint8 mapped to [−1, 1].
 
     Args:
@@ -29,11 +36,12 @@ def as_images(images: Images, channels: int, device: torch.device, where: torch.
             any precision are taken as they are; gradients are followed.
         channels: C. PIL images are converted to it.
         where: bool (H, W), the known pixels, which alone are checked; all by default.
+        unknown: whether NaN is accepted, for values that are not known.
     Raises:
         ValueError: another type or shape, no image, values that are not finite or far outside [−1, 1].
     """
     if isinstance(images, list | tuple):
-        parts = [as_images(image, channels, device, where) for image in images]
+        parts = [as_images(image, channels, device, where, unknown) for image in images]
         sizes = {tuple(part.shape[-2:]) for part in parts}
         if len(sizes) != 1:
             raise ValueError(f"images have sizes {sorted(sizes)}; accepted: one size for all, and at least one image")
@@ -51,6 +59,8 @@ def as_images(images: Images, channels: int, device: torch.device, where: torch.
     if where is not None:
         check_mask(where, tuple(x.shape[-2:]))
         checked = torch.where(where.to(device), checked, 0)
+    if unknown:
+        checked = checked.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
     largest = float(checked.abs().amax())
     if not largest <= _LARGEST:
         raise ValueError(f"images reach {largest:g}; {_ACCEPTED}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from configs.schema import ImageConfig, LatentConfig
+from data.units import FieldUnits
 from diffusion.mollifier import InverseSnr
 from diffusion.samplers import SAMPLERS
 from infty_diff.filter_file import CALIBRATED, copy_filter, filter_path, load_filter
@@ -52,7 +53,7 @@ def from_runs(
     if latent_run is None and latent_weights != "newest":
         raise ValueError(f"latent_weights is {latent_weights!r}; accepted: newest, or a latent_run that they are of")
     where, found = pick_device(device), resolve(image_run, weights)
-    files = {"image": found.image}
+    files, found_image = {"image": found.image}, found.image
     config, tensors, header = load_stage(found.image, ImageConfig, given)
     networks = {
         "encoder": build_encoder(config.model, config.data.channels, config.size),
@@ -76,7 +77,14 @@ def from_runs(
     precision = Precision.create(where, config.train.amp, config.train.amp_dtype)
     sampling = stored_sampling(files["image"], header)
     trained = {stage: known["step"] for stage, known in headers.items() if "step" in known}
-    known = precision, sampling, trained, files, stored_spectrum(header, files["image"])
+    known = (
+        precision,
+        sampling,
+        trained,
+        files,
+        stored_spectrum(header, found_image),
+        FieldUnits.stored(header, found_image),
+    )
     return cls(config, networks["encoder"], networks["denoiser"], prior, *known)
 
 
@@ -94,6 +102,8 @@ def save(model: InftyDiff, folder: str | Path, *, half: bool = False) -> Path:
     tensors = {f"{name}.{key}": v for name, module in modules.items() for key, v in module.state_dict().items()}
     steps = {stage: {"step": step} for stage, step in model.trained.items()}
     facts = {"sampling": asdict(model.sampling), **spectrum_facts(partial(data_spectrum, model))}
+    if model.units is not None:
+        facts["units"] = asdict(model.units)
     stages = {IMAGE: (model.config, tensors, {**facts, **steps.get("image", {})})}
     if model.prior is not None:
         stages[LATENT] = (model.prior.config, model.prior.to_tensors(), steps.get("latent", {}))

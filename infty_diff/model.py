@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from configs.schema import ImageConfig
+from data.units import FieldUnits
 from diffusion.coordinates import (
     Points,
     Size,
@@ -60,6 +61,7 @@ class InftyDiff:
         trained: steps of training by stage, "image" and "latent", as far as known.
         files: the weights that it was loaded from, by stage, if it was.
         spectrum: of the training data, if known; see `data_spectrum`.
+        units: of fields, which `units.undo` gives results and `units.apply` takes away; None for images.
     """
 
     def __init__(
@@ -73,12 +75,13 @@ class InftyDiff:
         trained: Mapping[str, int] | None = None,
         files: Mapping[str, Path] | None = None,
         spectrum: Spectrum | None = None,
+        units: FieldUnits | None = None,
     ) -> None:
         self.config, self.prior, self.trained, self.files = config, prior, dict(trained or {}), dict(files or {})
         self.encoder, self.denoiser = encoder.eval(), denoiser.eval()
         self.process = build_image_process(config)
         self.precision, self._autocast = precision or Precision(self.device, None), precision is not None
-        self.sampling, self.spectrum = sampling or SamplingOptions(), spectrum
+        self.sampling, self.spectrum, self.units = sampling or SamplingOptions(), spectrum, units
         self.calibrated: InverseSnr | None = None  # the filter stored with the weights, once it was asked for
 
     from_runs = classmethod(from_runs)
@@ -122,7 +125,8 @@ class InftyDiff:
 
     def in_full_precision(self) -> InftyDiff:
         """The same networks without autocast."""
-        known = {"sampling": self.sampling, "trained": self.trained, "files": self.files, "spectrum": self.spectrum}
+        known = {"sampling": self.sampling, "trained": self.trained, "files": self.files}
+        known |= {"spectrum": self.spectrum, "units": self.units}
         return InftyDiff(self.config, self.encoder, self.denoiser, self.prior, **known)
 
     def encode_distribution(
@@ -130,9 +134,17 @@ class InftyDiff:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Latents (B, D) of images, and their log-variance for a stochastic encoder, else None.
 
-        points: the pixels to look at, every one by default.
+        points: the pixels to look at, by default every one that is known: where no channel is NaN.
         """
-        images = as_images(images, self.channels, self.device)
+        images = as_images(images, self.channels, self.device, unknown=points is None)
+        if points is None and images.isnan().any():
+            known = images.isfinite().all(1).flatten(1)
+            if not known.any(1).all():
+                raise ValueError("images have no known pixel; accepted: some in each, and NaN where none is known")
+            some = [Points(size_of(images), mask.nonzero().T) for mask in known]
+            found = [self.encode_distribution(image[None].nan_to_num(), p) for image, p in zip(images, some)]
+            means, spreads = zip(*found)
+            return torch.cat(means), None if spreads[0] is None else torch.cat(spreads)
         if points is None:
             points = Points(tuple(images.shape[-2:]))
         validate_points(points)

@@ -19,6 +19,7 @@ OPTIONAL = (
     "spconv",
     "flash_attn",
     "lmdb",
+    "netCDF4",
     "matplotlib",
     "triton",
 )
@@ -28,7 +29,7 @@ ALLOWED = {
     "diffusion": {"diffusion", "configs", "torch", "numpy"},
     "models": {"models", "diffusion", "configs", "torch", "flash_attn", "numpy", "torchsparse", "spconv",
                "triton"},
-    "data": {"data", "diffusion", "torch", "numpy", "PIL", "tqdm", "lmdb"},
+    "data": {"data", "diffusion", "torch", "numpy", "PIL", "tqdm", "lmdb", "netCDF4"},
     "configs": {"configs", "data", "diffusion", "models", "training", "ml_collections"},
     "runtime": {"runtime", "configs", "data", "absl", "ml_collections", "torch", "torchvision", "safetensors", "tqdm",
                 "PIL"},

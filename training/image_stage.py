@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import cached_property, partial
 from typing import Any
 
@@ -13,9 +15,10 @@ from torch import nn
 from configs.schema import ImageConfig
 from data.base import ImageDataset
 from data.loader import batches, sequential
-from data.pixels import to_float
+from data.pixels import as_values
 from diffusion import losses
-from diffusion.coordinates import CONVENTIONS, Points, gather_points
+from diffusion.conditioning import fill_unknown
+from diffusion.coordinates import CONVENTIONS, Points, Size, gather_points, size_of
 from diffusion.factory import build_image_process, build_objective, build_timesteps
 from diffusion.random import Purpose, stream
 from diffusion.samplers import LastEstimate
@@ -72,15 +75,21 @@ class ImageStage:
         self.held_out_steps = 0 if val_set is None else config.train.val_loss_steps
         if val_set is None and config.train.val_loss_steps:
             log.info("no images are held out (data.val_ratio=0): no val_loss, no %s", BEST_WEIGHTS)
-        shown = val_set or train_set
-        self.shown = to_float(torch.stack([shown[i % len(shown)] for i in range(config.train.sample_size)]))
+        # Known beforehand, so that no step waits for a device.
+        sets = [some for some in (train_set, val_set) if some is not None]
+        self.partly_known = any(getattr(some, "partly_known", False) for some in sets)
+        wanted = config.size, config.train.sample_size
+        shown = _of_size(val_set or train_set, *wanted) or _of_size(train_set, *wanted)
+        self.shown = as_values(torch.stack([shown[i % len(shown)] for i in range(config.train.sample_size)]))
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        return spectrum_facts(partial(spectrum_of, self.train_set, self.process.mollifier))
+        units = getattr(self.train_set, "units", None)
+        facts = spectrum_facts(partial(spectrum_of, self.train_set, self.process.mollifier))
+        return facts if units is None else {**facts, "units": asdict(units)}
 
     def batches(self, seen: int) -> Iterator[torch.Tensor]:
-        """Yield this process's uint8 images (B, C, H, W) of every step after `seen` images of all processes."""
+        """Yield this process's images (B, C, H, W), uint8 or fields, of every step after `seen` of all processes."""
         data, seed = self.config.data, self.config.run.seed
         return batches(
             self.train_set,
@@ -94,36 +103,55 @@ class ImageStage:
             pin_memory=self.device.type == "cuda",
         )
 
-    def draw(self, generator: torch.Generator, batch: int, rows: slice = WHOLE) -> Draws:
+    def draw(
+        self, generator: torch.Generator, batch: int, rows: slice = WHOLE, images: torch.Tensor | None = None
+    ) -> Draws:
         """Timesteps with their weights, noise and points of a batch of images, of which `rows` are wanted.
 
-        generator: on the device.
+        generator: on the device. images: the rows wanted; by default of the training size, and known everywhere.
         """
         t, weights = self.timesteps.sample(generator, batch, self.device)
-        return {"t": t[rows], "weights": weights[rows], **self._draw_beside_t(generator, batch, rows)}
+        return {"t": t[rows], "weights": weights[rows], **self._draw_beside_t(generator, batch, rows, images)}
 
-    def _draw_beside_t(self, generator: torch.Generator, batch: int, rows: slice = WHOLE) -> Draws:
+    def _draw_beside_t(
+        self, generator: torch.Generator, batch: int, rows: slice = WHOLE, images: torch.Tensor | None = None
+    ) -> Draws:
         def normals(*shape: int) -> torch.Tensor:
             return torch.randn(batch, *shape, generator=generator, device=self.device)[rows]
 
-        data, model, mc, size = self.config.data, self.config.model, self.config.mc_integral, self.config.size
+        data, model, mc = self.config.data, self.config.model, self.config.mc_integral
+        size = self.config.size if images is None else size_of(images)
+        known = images.isfinite().all(1) if self.partly_known and images is not None else None
         draws = {"white": normals(data.channels, *size)}
-        if mc.q_sample < size[0] * size[1]:  # else all points are seen
+        count = self._count(size)
+        if known is not None or count < math.prod(size):  # else all points are seen
             for name in ("seen", "encoded"):
-                points = draw_points(mc.type, generator, batch, size, mc.q_sample, self.device, rows)
+                points = draw_points(mc.type, generator, batch, size, count, self.device, rows, known)
                 draws[name] = points.index
         if model.stochastic_encoding:
             draws["encoding"] = normals(model.z_dim)
         return draws
 
+    def _count(self, size: Size) -> int:
+        """As many points as mc_integral says, in proportion at other sizes than that of training.
+
+        Where fewer are known, as many as the field of this size has that has the fewest: not those of a batch, lest
+        processes and parts of batches change the result.
+        """
+        count, own = self.config.mc_integral.q_sample, self.config.size
+        if size != own:
+            count = max(self.config.model.knn_neighbours, count * math.prod(size) // math.prod(own))
+        sets = (getattr(some, "least_known", {}) for some in (self.train_set, self.val_set))
+        return min(count, *(least.get(size, count) for least in sets))
+
     def loss(self, images: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Eq. (46) on random coordinates, eq. (10): ‖f(x_t(c), t, z) − T ξ(c)‖², z from other coordinates of x_0.
 
         Args:
-            images: uint8 (B, C, H, W).
+            images: uint8 (B, C, H, W), or fields, NaN where not known. Such points are neither drawn nor scored.
             draws: theirs, of `draw`.
         """
-        base, bound, kld = self._per_image(self.modules, to_float(images), draws)
+        base, bound, kld = self._per_image(self.modules, as_values(images), draws)
         loss = (draws["weights"] * (base + bound)).mean() + self.config.model.kld_weight * kld.mean()
         scalars = {}
         if self.config.model.learn_sigma:
@@ -141,7 +169,9 @@ class ImageStage:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of each image (B,): the base loss, the bound that trains a learned variance, and the KL term of a stochastic
         encoder, zero where there is none."""
-        t, size = draws["t"], self.config.size
+        t, size = draws["t"], size_of(x_0)
+        if self.partly_known:
+            x_0 = fill_unknown(x_0)  # T needs all points
         x_t, target = self.process.training_pair(x_0, t, draws["white"])
         seen, encoded = (Points(size, draws.get(name)) for name in ("seen", "encoded"))
 
@@ -166,9 +196,9 @@ class ImageStage:
         chosen = sequential(self.val_set, _HELD_OUT_BATCH, num_workers=workers, indices=range(count))
         for i, images in enumerate(chosen):
             generator = stream(self.config.run.seed, Purpose.HELD_OUT_IMAGES, i, device=self.device)
-            x_0 = to_float(to_device(images, self.device))
+            x_0 = as_values(to_device(images, self.device))
             t = torch.randint(self.process.schedule.num_steps, (len(x_0),), generator=generator, device=self.device)
-            draws = {"t": t, **self._draw_beside_t(generator, len(x_0))}
+            draws = {"t": t, **self._draw_beside_t(generator, len(x_0), images=x_0)}
             with self.precision.autocast():
                 base, bound, kld = self._per_image(ema, x_0, draws)
             total += (base + bound + self.config.model.kld_weight * kld).double().sum()
@@ -185,7 +215,7 @@ class ImageStage:
             plain = self.modules["denoiser"].backend.plain
             return interpolate_to_grid(values, points, (side, side), model.knn_neighbours, convention, plain)
 
-        return losses.multiscale(base, prediction, target, to_grid, side, max(self.config.size))
+        return losses.multiscale(base, prediction, target, to_grid, side, max(points.size))
 
     @torch.no_grad()
     def previews(self, ema: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
@@ -209,3 +239,10 @@ class ImageStage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.timesteps.state_dict() and state["timesteps"]:  # only one that learns has a state
             self.timesteps.load_state_dict(state["timesteps"])
+
+
+def _of_size(data: ImageDataset, size: Size, most: int) -> list[torch.Tensor]:
+    """The first items of a size."""
+    groups = getattr(data, "groups", [range(len(data))])
+    of_size = next((group for group in groups if size_of(data[group[0]]) == tuple(size)), [])
+    return [data[i] for i in of_size[:most]]

@@ -75,7 +75,9 @@ class LatentStage:
             world_size=self.processes.world_size,
         )
 
-    def draw(self, generator: torch.Generator, batch: int, rows: slice = WHOLE) -> Draws:
+    def draw(
+        self, generator: torch.Generator, batch: int, rows: slice = WHOLE, numbers: torch.Tensor | None = None
+    ) -> Draws:
         """Timesteps with their weights and noise of a batch of latents, of which `rows` are wanted.
 
         generator: on the device; of a stochastic encoder the draws of latents come from it too.

@@ -71,7 +71,7 @@ class DividedBatch:
         """
         batch = to_device(batch, self.device)
         generator = stream(seed, Purpose.STEP, step, 0, device=self.device)
-        draws = self.stage.draw(generator, self.batch_size, self.share)
+        draws = self.stage.draw(generator, self.batch_size, self.share, batch)
         if self.processes.world_size > 1:  # what was drawn for others need not stay
             draws = {name: numbers.clone() for name, numbers in draws.items()}
         sums: dict[str, torch.Tensor] = {}

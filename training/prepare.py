@@ -76,6 +76,13 @@ def prepare_image_run(configs: dict[str, ImageConfig], processes: Processes) -> 
         keep = one_per_machine(processes)
         train_set = open_dataset(config.data, "train", keep)
         val_set = open_dataset(config.data, "val", keep) if config.data.val_ratio else None
+        for data in filter(None, (train_set, val_set)):
+            least = min(getattr(data, "least_known", {}).values(), default=model.knn_neighbours)
+            if least < model.knn_neighbours:
+                raise ValueError(
+                    f"data.root_dir: a field has {least} known points; accepted: model.knn_neighbours, "
+                    f"{model.knn_neighbours}, at least"
+                )
     _start(config, run_dir, modules, 2, faults)
     faults.tell()
     assert precision is not None and run_dir is not None and train_set is not None

@@ -29,8 +29,13 @@ class Stage(Protocol):
     def batches(self, seen: int) -> Iterator[torch.Tensor]:
         """Yield this process's share of every batch after the first `seen` examples of all processes, without end."""
 
-    def draw(self, generator: torch.Generator, batch: int, rows: slice = WHOLE) -> Draws:
-        """Draw the random numbers of a step for a batch of so many examples, and return those of some of them."""
+    def draw(
+        self, generator: torch.Generator, batch: int, rows: slice = WHOLE, examples: torch.Tensor | None = None, /
+    ) -> Draws:
+        """Draw the random numbers of a step for a batch of so many examples, and return those of some of them.
+
+        examples: these, where what is drawn depends on them.
+        """
 
     def loss(self, batch: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Return the mean loss of examples, the unweighted loss of each (B,), and further means to log."""

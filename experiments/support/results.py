@@ -77,9 +77,15 @@ class Results:
         return not there
 
     def add(self, name: str, made_from: str, image: torch.Tensor, row: dict[str, Any]) -> None:
-        """Write an image (C, H, W) in [−1, 1] as NAME.png, with its row of the report."""
+        """Write an image (C, H, W), in [−1, 1] or uint8, as NAME.png, with its row of the report."""
         text = to_json({"made_from": made_from, "row": row})
-        save_png(self.folder / f"{name}.png", to_uint8(image.cpu()), self._mark, {_KEYWORD: text})
+        image = image.cpu()
+        save_png(
+            self.folder / f"{name}.png",
+            image if image.dtype == torch.uint8 else to_uint8(image),
+            self._mark,
+            {_KEYWORD: text},
+        )
         self._rows[name] = row
 
     def show(

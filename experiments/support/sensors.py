@@ -16,6 +16,7 @@ from data.decoding import Decoder
 from data.opening import open_regular
 from data.pixels import to_float, to_pictures
 from data.sources import FileSource, is_image_name
+from data.units import FieldUnits
 from diffusion.sensors import Sensors
 
 ACCEPTED = (
@@ -27,7 +28,7 @@ _LARGEST = 8.0  # of a value, where images are in [-1, 1]: up to 255 is a mistak
 _SHOWN = 384  # side of a picture with sensors on it, about
 
 
-def read_sensors(path: str, channels: int, sd: float) -> Sensors:
+def read_sensors(path: str, channels: int, sd: float, units: FieldUnits | None = None) -> Sensors:
     """The sensors of a file.
 
     Args:
@@ -35,6 +36,7 @@ def read_sensors(path: str, channels: int, sd: float) -> Sensors:
             opaque pixels are point sensors at their centres.
         channels: of the model.
         sd: of their errors, where the file says nothing.
+        units: of fields, which values and errors are then given in; the sensors returned have those of the model.
     Raises:
         ValueError: naming --sensors, for whatever is wrong with the file or the sensors.
     """
@@ -48,7 +50,7 @@ def read_sensors(path: str, channels: int, sd: float) -> Sensors:
             columns = _picture(where, channels)
         else:
             raise ValueError(f"of another kind; accepted: {ACCEPTED}")
-        return _sensors(columns, channels, sd)
+        return _sensors(columns, channels, sd, units)
     except (OSError, ValueError) as error:
         said = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
         raise ValueError(
@@ -100,7 +102,7 @@ def _picture(path: Path, channels: int) -> dict[str, np.ndarray]:
     return {"y": (y + 0.5) / known.shape[0], "x": (x + 0.5) / known.shape[1], "value": values[known]}
 
 
-def _sensors(columns: dict[str, np.ndarray], channels: int, sd: float) -> Sensors:
+def _sensors(columns: dict[str, np.ndarray], channels: int, sd: float, units: FieldUnits | None) -> Sensors:
     numbered = sorted((name for name in columns if re.fullmatch(r"value[1-9]", name)), key=lambda name: int(name[5:]))
     others = {"y", "x", "value", "sd", "height", "width", *numbered}
     if strange := columns.keys() - others:
@@ -116,12 +118,35 @@ def _sensors(columns: dict[str, np.ndarray], channels: int, sd: float) -> Sensor
     values = np.stack([columns[name] for name in numbered], 1) if numbered else columns["value"].reshape(count, -1)
     if values.shape[1] != channels:
         raise ValueError(f"has values of {values.shape[1]} channels; accepted: {channels}, as the model")
-    if np.nanmax(np.abs(values), initial=0) > _LARGEST:
-        raise ValueError(f"values reach {np.nanmax(np.abs(values)):g}; accepted: values of images in [-1, 1]")
+    errors = np.broadcast_to(np.asarray(columns.get("sd", sd), dtype=np.float64), (count,))
+    if units is not None:
+        given, values = values, (values - np.array(units.offset)) / np.array(units.scale)
+    if (far := np.nanmax(np.abs(values), initial=0)) > _LARGEST:
+        if units is None:
+            raise ValueError(f"values reach {far:g}; accepted: values of images in [-1, 1]")
+        c = int(np.nanmax(np.abs(values), axis=0, initial=0).argmax())
+        middle, half = units.offset[c], units.scale[c]
+        raise ValueError(
+            f"values of channel {c + 1} go from {np.nanmin(given[:, c]):g} to {np.nanmax(given[:, c]):g}; accepted: "
+            f"about those of the training fields, {middle - half:g} to {middle + half:g}"
+        )
     sides = np.stack([columns.get(name, np.zeros(count)) for name in ("height", "width")], 1)
     places = np.stack([columns["y"], columns["x"]], 1)
-    given = [torch.from_numpy(np.asarray(part, dtype=np.float64)) for part in (places, values, sides)]
-    return Sensors(given[0], given[1], torch.from_numpy(np.asarray(columns.get("sd", sd), dtype=np.float64)), given[2])
+    if units is not None:  # errors differ by channel, so each channel has sensors of its own
+        errors = np.concatenate([errors / scale for scale in units.scale])
+        places, sides = (np.tile(part, (channels, 1)) for part in (places, sides))
+        apart = np.full((channels, count, channels), np.nan)
+        apart[range(channels), :, range(channels)] = values.T
+        values = apart.reshape(-1, channels)
+    return Sensors(*(torch.tensor(part, dtype=torch.float64) for part in (places, values, errors, sides)))
+
+
+def of_first_channel(sensors: Sensors) -> Sensors:
+    """What sensors measure of channel 1 alone."""
+    seen = ~sensors.values[:, 0].isnan()
+    if not seen.any():
+        return sensors
+    return Sensors(sensors.places[seen], sensors.values[seen, :1], sensors.sd[seen], sensors.sides[seen])
 
 
 def with_sensors(image: torch.Tensor | None, sensors: Sensors, size: tuple[int, int]) -> torch.Tensor:

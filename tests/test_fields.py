@@ -1,0 +1,403 @@
+"""Fields: read from every kind of file, known in part, of several sizes, and back in their own units."""
+
+import dataclasses
+import importlib
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.fft import dctn
+
+import micro
+from benchmarks.fields import Kriging, station_rows
+from configs.validate import freeze
+from data.datasets import open_dataset
+from data.field_pictures import field_picture
+from data.loader import batches, sequential
+from data.units import FieldUnits
+from diffusion.conditioning import fill_hole, fill_unknown
+from diffusion.coordinates import Points
+from diffusion.random import Purpose, stream
+from diffusion.sensors import Sensors
+from diffusion.subsets import DRAWS, draw_points
+from experiments.support.sensors import of_first_channel, read_sensors
+from infty_diff import InftyDiff, SamplingOptions
+from infty_diff.folder import FolderOptions, draw_folder
+from known_answers import seeded
+from runtime.precision import Precision
+from runtime.stored import config_from
+from test_commands import fails, run
+from test_edit_commands import command
+from training.image_stage import ImageStage
+
+H, W = 7, 10
+VALUES = np.random.default_rng(0).normal(size=(6, 2, H, W)) * [[[3.0]], [[40.0]]] + 280
+
+
+def section(root, **changes):
+    """The data section of a configuration."""
+    fields = {"name": "fields", "root_dir": str(root), "fields": "", "img_size": H, "img_width": W, "channels": 2,
+              "on_error": "raise", "split": "published", "val_ratio": 0.0}  # fmt: skip
+    return SimpleNamespace(**fields | changes)
+
+
+def netcdf(path, **variables):
+    netCDF4 = pytest.importorskip("netCDF4")
+    with netCDF4.Dataset(path, "w") as file:
+        for name, size in (("time", 6), ("y", H), ("x", W), ("bnds", 2)):
+            file.createDimension(name, size)
+        file.createVariable("time", "f8", ("time",)).bounds = "time_bnds"
+        file.createVariable("time_bnds", "f8", ("time", "bnds"))[:] = 0
+        for name, values in variables.items():
+            stored = file.createVariable(name, "i2", ("time", "y", "x"), fill_value=-32768)
+            stored.scale_factor, stored.add_offset = 0.01, 250.0
+            stored[:] = np.ma.array(np.nan_to_num(values, nan=250.0), mask=np.isnan(values))
+
+
+def written(folder, kind):
+    """VALUES in a file, or files, of a kind; returns what to open, the changes of the section, and the values."""
+    one = np.array([VALUES[:, 0] / 40 + 250])
+    match kind:
+        case "channels first":
+            np.save(folder / "a.npy", VALUES)
+        case "channels last, float32, compressed":
+            single = VALUES.astype(np.float32)
+            np.savez_compressed(folder / "a.npz", field=np.moveaxis(single, 1, 3), time=np.arange(6))
+            return folder / "a.npz", {}, single.astype(np.float64)
+        case "variables":
+            np.savez(folder / "a.npz", u=VALUES[:, 0], v=VALUES[:, 1], other=np.zeros((3, 3)))
+            return folder / "a.npz", {"fields": "u, v"}, VALUES
+        case "folder of single fields":
+            for i, field in enumerate(VALUES[:, 0]):
+                np.save(folder / f"{i}.npy", field)
+            return folder, {"channels": 1}, VALUES[:, :1]
+        case "netcdf":
+            one[0, 2, 3, 4] = np.nan
+            netcdf(folder / "a.nc", temperature=one[0])
+            return folder / "a.nc", {"channels": 1}, one.swapaxes(0, 1)
+    return next(folder.iterdir()), {}, VALUES
+
+
+KINDS = ("channels first", "channels last, float32, compressed", "variables", "folder of single fields", "netcdf")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_is_read_and_units_are_undone(tmp_path, kind):
+    root, changes, values = written(tmp_path, kind)
+    data = open_dataset(section(root, **changes), "train")
+    found = torch.stack([data[i] for i in range(len(data))])
+    assert found.dtype == torch.float32 and tuple(found.shape) == values.shape
+    low, high = (reduce(values, axis=(0, 2, 3)) for reduce in (np.nanmin, np.nanmax))
+    wanted = (values - low[:, None, None]) / (high - low)[:, None, None] * 2 - 1
+    rounding = 0.02 / (high - low).min() if kind == "netcdf" else 0
+    assert np.allclose(found, wanted, rtol=0, atol=1e-6 + rounding, equal_nan=True)
+    assert np.allclose(
+        data.units.undo(found.double()), values, rtol=1e-6, atol=1e-2 * (kind == "netcdf"), equal_nan=True
+    )
+    assert torch.allclose(data.units.apply(data.units.undo(found.double())), found, atol=1e-6, equal_nan=True)
+    assert (data.partly_known, data.least_known) == (
+        (True, {(H, W): H * W - 1}) if kind == "netcdf" else (False, {(H, W): H * W})
+    )
+
+
+def test_units_are_those_of_the_training_fields(tmp_path):
+    values = VALUES.copy()
+    np.save(tmp_path / "a.npy", values)
+    held_out = [open_dataset(section(tmp_path, val_ratio=0.3), split) for split in ("train", "val", "all")]
+    assert len(held_out[0]) + len(held_out[1]) == len(held_out[2]) == len(VALUES)
+    assert held_out[0].units == held_out[1].units == held_out[2].units
+    assert float(held_out[0].pixels.min()) == -1 and float(held_out[0].pixels.max()) == 1
+    assert len({data.fingerprint() for data in held_out}) == 3
+    assert torch.equal(
+        held_out[0].units.undo(torch.ones(2, H, W), spread=True)[:, 0, 0], torch.tensor(held_out[0].units.scale)
+    )
+
+
+def nan_at(where):
+    values = VALUES.copy()
+    values[where] = np.nan
+    return values
+
+
+BAD = {
+    "nothing there": (None, {"root_dir": "none"}, "does not exist"),
+    "no files": (None, {}, "holds no file"),
+    "not numbers": (VALUES.astype(complex), {}, "complex128; accepted: real numbers"),
+    "objects": (np.array([None, 1], dtype=object), {}, "allow_pickle"),
+    "axes": (VALUES[None], {}, "accepted: (H, W), (N, H, W)"),
+    "channels": (VALUES, {"channels": 3}, "have 2 channels; accepted: 3"),
+    "channels of one": (VALUES[:, 0], {}, "have 1 channels; accepted: 2"),
+    "size": (VALUES, {"img_width": 9}, "accepted: a size of the fields: 7x10"),
+    "too small": (VALUES[:, :, :3], {}, "sides of at least 4"),
+    "empty": (VALUES[:0], {}, "at least one"),
+    "infinite": (np.where(VALUES > VALUES.mean(), np.inf, VALUES), {}, "infinite; accepted: finite values, or nan"),
+    "nothing known": (nan_at(...), {}, "no point has finite values"),
+    "no common point": (nan_at((slice(None), 0)), {}, "no point has finite values"),
+    "one unknown": (nan_at(3), {}, "a.npy[3] (and 0 more) has no known point"),
+    "constant": (np.stack([VALUES[:, 0], np.full((6, H, W), 5.0)], 1), {}, "a[1] is 5 wherever it is known"),
+    "no validation": (VALUES[:1], {"val_ratio": 0.1, "split_name": "val"}, "leaves no validation"),
+    "damaged": (b"\x93NUMPY\x01\x00", {}, "a.npy"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_fields_are_named_in_one_line(tmp_path, name):
+    content, changes, message = BAD[name]
+    if isinstance(content, bytes):
+        (tmp_path / "a.npy").write_bytes(content)
+    elif content is not None:
+        np.save(tmp_path / "a.npy", content, allow_pickle=True)
+    changes = {"root_dir": tmp_path, **changes}
+    split = changes.pop("split_name", "train")
+    with pytest.raises(ValueError) as error:
+        open_dataset(section(changes.pop("root_dir"), **changes), split)
+    assert message in str(error.value) and "accepted" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_of_several_variables_and_damaged_ones_are_named(tmp_path):
+    np.savez(tmp_path / "a.npz", u=VALUES, v=VALUES)
+    with pytest.raises(ValueError, match=r"variables u, v; accepted: one, or those that data\.fields names"):
+        open_dataset(section(tmp_path), "train")
+    with pytest.raises(ValueError, match=r"data\.fields names 'w'; accepted: u, v"):
+        open_dataset(section(tmp_path, fields="w"), "train")
+    pytest.importorskip("netCDF4")
+    for name in ("a.npz", "a.nc"):
+        (tmp_path / name).write_bytes(b"PK\3\4 or CDF")
+        with pytest.raises(ValueError, match=rf"{name}: .*accepted: a \.npy, \.npz or NetCDF"):
+            open_dataset(section(tmp_path / name), "train")
+    skipped = tmp_path / "b.npy"
+    np.save(skipped, nan_at(3))
+    assert len(open_dataset(section(skipped, on_error="skip"), "train")) == 5
+
+
+def masked(count, size, seed=0):
+    """Fields (N, 2, H, W) of which about half is not known, alike in both channels."""
+    generator = seeded(seed)
+    x = torch.randn(count, 2, *size, generator=generator)
+    return x.masked_fill(torch.rand(count, 1, *size, generator=generator) < 0.5, torch.nan)
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+def test_unknown_points_are_never_drawn(kind):
+    known = masked(40, (9, 14)).isfinite().all(1)
+    least = int(known.flatten(1).sum(1).min())
+    points = draw_points(kind, stream(0, Purpose.STEP), 40, (9, 14), least, "cpu", known=known)
+    assert known.flatten(1).gather(1, points.index).all()
+    assert all(len(set(row)) == least for row in points.index.tolist())
+    fewest = int(known.flatten(1).sum(1).argmin())
+    assert sorted(points.index[fewest].tolist()) == known[fewest].flatten().nonzero()[:, 0].tolist()
+    everywhere = torch.ones_like(known)
+    wanted = (40, (9, 14), 30, "cpu")
+    same = [draw_points(kind, stream(0, Purpose.STEP), *wanted, known=k).index for k in (None, everywhere)]
+    assert torch.equal(*same)
+
+
+def test_unknown_points_are_filled_as_a_hole_is():
+    x = masked(5, (9, 14)).double()
+    x[3] = 1.5  # known everywhere
+    filled = fill_unknown(x)
+    assert torch.equal(filled[3], x[3])
+    for i in (0, 1, 2, 4):
+        mask = x[i].isfinite().all(0)
+        assert torch.allclose(filled[i], fill_hole(x[i].nan_to_num(7.0)[None], mask)[0], atol=1e-12)
+
+
+def written_run(root, **changes):
+    """A configuration for fields of two sizes, which are written."""
+    (root / "data").mkdir()
+    for name, count, size in (("a", 9, (16, 13)), ("b", 6, (9, 21))):
+        np.save(root / "data" / f"{name}.npy", masked(count, size, count) * 5 + 270)
+    data = {"name": "fields", "root_dir": str(root / "data"), "channels": 2, "img_size": 16, "img_width": 13}
+    return micro.image(root, {**{f"data.{k}": v for k, v in data.items()}, "data.val_ratio": 0.2, **changes})
+
+
+def test_networks_see_known_points_alone_and_in_proportion(tmp_path):
+    config = written_run(tmp_path, **{"mc_integral.q_sample": 60})
+    train, val = (open_dataset(config.data, split) for split in ("train", "val"))
+    stage, seen = ImageStage(config, train, val, Precision(torch.device("cpu"), None)), []
+    for module in stage.modules.values():
+        module.register_forward_pre_hook(lambda _, args: seen.append((args[0], args[1])))
+    counts = set()
+    for batch in itertools.islice(stage.batches(0), 4):
+        seen.clear()
+        loss, *_ = stage.loss(batch, stage.draw(stream(0, Purpose.STEP), 4, slice(None), batch))
+        assert loss.isfinite() and len(seen) == 2
+        known = batch.isfinite().all(1).flatten(1)
+        for values, points in seen:
+            assert values.isfinite().all() and known.gather(1, points.index).all()
+        encoded = next(values for values, points in seen)
+        assert torch.equal(encoded, batch.flatten(2).gather(2, seen[0][1].index[:, None].expand(-1, 2, -1)).mT)
+        size = tuple(batch.shape[2:])
+        least = min(some.least_known[size] for some in (train, val) if size in some.least_known)
+        assert points.count == min(60 * math.prod(size) // (16 * 13), least)
+        counts.add(size)
+    assert counts == {(16, 13), (9, 21)}
+    assert math.isfinite(stage.held_out_loss(stage.modules))
+    assert stage.facts["units"] == {"offset": train.units.offset, "scale": train.units.scale, "names": ("a[0]", "a[1]")}
+
+
+class Ids:
+    """A data set whose items are their own numbers, with the sizes of another."""
+
+    pixels = None
+
+    def __init__(self, data):
+        self.data, self.groups = data, data.groups
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        return torch.full((1, *self.data[i].shape[1:]), i, dtype=torch.uint8)
+
+
+def test_sizes_take_turns_and_resuming_is_exact(tmp_path):
+    config = written_run(tmp_path, **{"data.val_ratio": 0.0})
+    data = open_dataset(config.data, "train")
+    assert data.pixels is None and [len(group) for group in data.groups] == [6, 9]
+    ids = Ids(data)
+    order = [b[:, 0, 0, 0].tolist() for b in itertools.islice(batches(ids, 4, seed=3, flip=False), 50)]
+    sizes = [len({i in data.groups[0] for i in batch}) for batch in order]
+    assert set(sizes) == {1}
+    assert [sum(batch[0] in data.groups[0] for batch in order[s : s + 15]) for s in (0, 15, 30)] == [6, 6, 6]
+    for done in (1, 4, 15, 31):
+        rest = itertools.islice(batches(ids, 4, seed=3, seen=4 * done, flip=False), 50 - done)
+        assert [b[:, 0, 0, 0].tolist() for b in rest] == order[done:]
+    for rank in (0, 1):
+        share = itertools.islice(batches(ids, 4, seed=3, flip=False, rank=rank, world_size=2), 20)
+        assert [b[:, 0, 0, 0].tolist() for b in share] == [batch[2 * rank :][:2] for batch in order[:20]]
+    first = [batch for batch in order if batch[0] in data.groups[0]]
+    assert sorted(itertools.chain(*first[:3])) == sorted(data.groups[0] * 2)  # two epochs of six items
+    once = [b[:, 0, 0, 0].tolist() for b in sequential(ids, 4)]
+    assert list(itertools.chain(*once)) == list(range(15)) and [len(b) for b in once] == [4, 2, 2, 4, 3]
+
+
+def test_latents_are_of_the_known_points(tmp_path):
+    config = written_run(tmp_path)
+    model = InftyDiff(config, **micro.networks(config))
+    x = masked(3, (16, 13))
+    x[1] = x[1].nan_to_num()
+    found = model.encode(x)
+    for field, latent in zip(x, found):
+        ids = field.isfinite().all(0).flatten().nonzero().T
+        assert torch.allclose(model.encode(field.nan_to_num(3.0)[None], Points((16, 13), ids))[0], latent, atol=1e-6)
+    with pytest.raises(ValueError, match="no known pixel"):
+        model.encode(torch.full((1, 2, 16, 13), torch.nan))
+
+
+def test_units_are_stored_with_weights_and_configurations_without_fields_load(tmp_path):
+    config = written_run(tmp_path)
+    units = FieldUnits((1.0, -3.0), (0.5, 2.0), ("u", "v"))
+    InftyDiff(config, **micro.networks(config), units=units).save(tmp_path / "saved")
+    assert InftyDiff.from_runs(tmp_path / "saved", device="cpu").units == units
+    plain = {"data": {"name": "functions", "channels": 1}, "model": {}}
+    assert config_from(plain, type(config), "there").data.fields == ""
+    for known in ({"offset": [1], "scale": [0], "names": ["u"]}, {"offset": [1]}, 3):
+        with pytest.raises(ValueError, match="units of fields"):
+            FieldUnits.stored({"units": known}, "weights")
+
+
+def test_commands_give_results_in_the_units_of_the_data(tmp_path):
+    config = written_run(tmp_path)
+    units = FieldUnits((270.0, -3.0), (8.0, 0.5), ("u", "v"))
+    model = InftyDiff(config, **micro.networks(config), units=units)
+    saved = model.save(tmp_path / "saved")
+    run_folder = tmp_path / "micro"
+    run_folder.mkdir()
+    (saved / "image.safetensors").rename(run_folder / "weights.safetensors")
+    micro.write_prior(micro.latent(tmp_path))
+    sensors = tmp_path / "sensors.csv"
+    sensors.write_text("y,x,value1,value2\n0.5,0.25,272,-2.9\n0.6,0.7,266,\n")
+    size, out = "--sample_img_size=9x11", tmp_path / "out"
+    done = run(
+        command("condition", tmp_path, f"--sensors={sensors}", "--sd=0.5", "--seeds=0,1", f"--out_dir={out}", size)
+    )
+    assert done.returncode == 0 and "3 measurements" in done.stdout, done.stderr
+    drawn = np.stack([np.load(out / "raw" / f"00000{seed}.npy") for seed in (0, 1)])
+    assert drawn.shape == (2, 2, 9, 11) and abs(drawn[:, 0].mean() - 270) < 16 and abs(drawn[:, 1].mean() + 3) < 1
+    np.testing.assert_allclose(np.load(out / "mean.npy"), drawn.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(np.load(out / "sd.npy"), drawn.std(0, ddof=1), rtol=1e-2, atol=1e-3)
+    picture = Image.open(out / "mean.png")
+    assert picture.size == tuple(field_picture(torch.zeros(2, 9, 11), units).shape[:0:-1])
+    sensors.write_text("y,x,value1,value2\n0.5,0.25,27,-2.9\n")
+    fails(
+        command("condition", tmp_path, f"--sensors={sensors}"), "values of channel 1 go from 27 to 27; accepted: about"
+    )
+
+    loaded = InftyDiff.from_runs(run_folder, tmp_path / "micro_sampler", device="cpu")
+    options = FolderOptions((9, 11), SamplingOptions("3"), "3", save_raw=True)
+    assert [draw_folder(loaded, tmp_path / "samples", [4, 5], options, {}) for _ in range(2)] == [2, 0]
+    stored = np.load(tmp_path / "samples/fields/000004.npy")
+    sample = loaded.sample([4], (9, 11), SamplingOptions("3"), latent_steps="3")[0]
+    np.testing.assert_allclose(stored, units.undo(sample), rtol=1e-5, atol=1e-3)
+    (tmp_path / "samples/fields/000005.npy").unlink()
+    assert draw_folder(loaded, tmp_path / "samples", [4, 5], options, {}) == 1
+
+
+def test_sensors_in_units_are_those_of_the_model(tmp_path):
+    units, path = FieldUnits((270.0, -3.0), (8.0, 0.5), ("u", "v")), tmp_path / "a.csv"
+    path.write_text("y,x,value1,value2,sd\n0.5,0.25,274,-3.5,0.4\n0.6,0.7,266,,0.8\n")
+    found = read_sensors(str(path), 2, 9.0, units)
+    assert found.readings.tolist() == [0.5, -0.5, -1.0]
+    assert torch.allclose(found.variance.sqrt(), torch.tensor([0.05, 0.1, 0.8]).double())
+    image = torch.rand(1, 2, 5, 6, generator=seeded(0)).double()
+    plain = Sensors(torch.tensor([[0.5, 0.25], [0.6, 0.7]]), torch.tensor([[1.0, 1.0], [1.0, math.nan]]), 0.1)
+    seen = (given.observer(torch.device("cpu"))(image) for given in (found, plain))
+    assert torch.allclose(*seen)
+    assert of_first_channel(found).values.tolist() == [[0.5], [-0.5]]
+
+
+def test_pictures_have_a_colour_for_each_value_and_grey_where_none_is_known():
+    units = FieldUnits((10.0,), (2.0,), ("temperature",))
+    values = torch.full((1, 20, 30), 8.0)
+    values[0, :, 10:], values[0, :, 20:] = 12.0, torch.nan
+    picture = field_picture(values, units)
+    y, x = picture.shape[1] // 2, [8 + 180 * k // 6 for k in (1, 3, 5)]
+    assert [tuple(picture[:, y, place].tolist()) for place in x] == [(68, 1, 84), (253, 231, 37), (190, 190, 190)]
+    bar = picture[:, 8, 8 + 180 + 8 + 2], picture[:, 8 + 119, 8 + 180 + 8 + 2]
+    assert [tuple(colour.tolist()) for colour in bar] == [(253, 231, 37), (68, 1, 84)]
+
+
+def test_the_example_solves_the_heat_equation(tmp_path):
+    script, file = Path(__file__).parents[1] / "examples/heat_fields.py", tmp_path / "heat.npz"
+    subprocess.run([sys.executable, script, file, "3"], check=True)
+    fields = np.load(file)
+    before, after = (dctn(fields[name].astype(float), axes=(1, 2), type=2) for name in ("before", "after"))
+    k = np.arange(32)
+    assert np.allclose(after, before * np.exp(-0.002 * np.pi**2 * (k[:, None] ** 2 + k**2)), atol=1e-2)
+    config = freeze(importlib.import_module("configs.heat_config").get_config())
+    subprocess.run([sys.executable, script, file, "40", "0.5"], check=True)
+    data = open_dataset(dataclasses.replace(config.data, root_dir=str(file)), "train")
+    assert data.partly_known and 350 < data.least_known[32, 32] < 520 and data.units.names == ("before", "after")
+
+
+def test_kriging_of_the_benchmark_is_the_gaussian_posterior(tmp_path):
+    size, ids, sd = (5, 6), torch.tensor([0, 7, 20, 29]), 0.1
+    fields = torch.randn(400, *size, generator=seeded(0)).double().cumsum(2) + 3
+    for stationary in (False, True):
+        kriging = Kriging(fields, stationary)
+        precision = kriging.covariance.inverse()  # of the joint law, in information form
+        seen = torch.zeros(30, dtype=torch.float64)
+        seen[ids] = sd**-2
+        covariance = (precision + torch.diag(seen)).inverse()
+        values = torch.tensor([2.0, 3.5, 1.0, 4.0]).double()
+        shift = torch.zeros(30, dtype=torch.float64)
+        shift[ids] = (values - kriging.mean[ids]) / sd**2
+        mean, deviation = kriging.given(ids, values, sd)
+        assert torch.allclose(mean, kriging.mean + covariance @ shift, atol=1e-6)
+        assert torch.allclose(deviation, covariance.diagonal().sqrt(), atol=1e-6)
+    variance = Kriging(fields, False).covariance.trace()
+    assert torch.allclose(Kriging(fields, True).covariance.trace(), variance)  # Parseval
+    config = micro.image(tmp_path, {"data.channels": 1})
+    model = InftyDiff(config, **micro.networks(config))
+    train = fields[:40, None].repeat_interleave(2, 2).repeat_interleave(2, 3).float() / 20
+    rows = station_rows(model, train, train[:1], seeds=2, steps=2)
+    assert [row["method"] for row in rows] == ["posterior", "kriging, stationary", "kriging, empirical"]
+    assert all(math.isfinite(row["rmse"]) and 0 <= row["coverage"] <= 1 for row in rows)
