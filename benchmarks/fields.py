@@ -27,6 +27,7 @@ import torch
 
 from data.datasets import open_dataset
 from diffusion.cosine import cosine_matrix, dct, on_rows
+from diffusion.random import Purpose, stream
 from diffusion.sensors import Sensors
 from diffusion.spectrum import measure_spectrum
 from experiments.support.tables import aligned
@@ -62,7 +63,7 @@ def station_rows(
     model: InftyDiff, train: torch.Tensor, held_out: torch.Tensor, seeds: int, steps: int
 ) -> list[dict[str, Any]]:
     """The table of stations: fields (N, C, H, W) in the units of the model, of which points are not unknown."""
-    (height, width), generator = train.shape[2:], torch.Generator().manual_seed(0)
+    (height, width), generator = train.shape[2:], stream(0, Purpose.BENCHMARK)
     krigings = {
         f"kriging, {kind}": [Kriging(train[:, c], kind == "stationary") for c in range(train.shape[1])]
         for kind in ("stationary", "empirical")

@@ -36,6 +36,7 @@ from diffusion.cosine import cosine_matrix, dct, idct, on_rows
 from diffusion.mollifier import Mollifier
 from diffusion.posterior import Measured
 from diffusion.process import Denoised, Denoiser, DiffusionProcess, Prediction
+from diffusion.random import Purpose, stream
 from diffusion.samplers import Correction, ddim
 from diffusion.schedules import Schedule
 from diffusion.sensors import pixels, reduced
@@ -54,7 +55,7 @@ class Field:
     """The field, its optimal denoiser, one draw of it measured at some pixels, and the exact posterior of T x_0."""
 
     def __init__(self, size: tuple[int, int], steps: str) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = stream(0, Purpose.BENCHMARK, 0)
         schedule, self.size, count = Schedule.create("cosine", 1000), size, math.prod(size)
         self.process = DiffusionProcess(schedule, Mollifier(1.0, size), Prediction.MOLLIFIED_EPS).respaced(steps)
         self.c, gain = field_variances(size, DEVIATION), self.process.mollifier.gain(size)
@@ -80,7 +81,7 @@ class Field:
 
     def row(self, method: str, count: int, guide: Guide | None, correct: Correction | None = None) -> dict[str, Any]:
         """The errors of a method from `count` samples."""
-        states = torch.randn(count + 1, 1, *self.size, generator=torch.Generator().manual_seed(1))
+        states = torch.randn(count + 1, 1, *self.size, generator=stream(0, Purpose.BENCHMARK, 1))
         states[0] = 0
         denoise = guide(self.denoise) if guide else self.denoise
         drawn = ddim(denoise, self.process.mollifier.noise(states), self.process, correct=correct)

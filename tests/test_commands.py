@@ -117,7 +117,7 @@ def test_wrong_input_is_one_line(root, tmp_path):
     assert not (root / "new").exists()
     fails(stage_one(root, {"model.nf": 16}), "model.nf is 8 there, 16 here")
     fails(stage_one(root, {"model.backend": "torchspars", "run.experiment": "new"}), "model.backend")
-    fails(sampling(root, "--sample_img_size=12by9"), "--sample_img_size=12by9")
+    fails(sampling(root, "--sample_img_size=12by9"), "--sample_img_size is '12by9'")
     fails(sampling(root, "--sampling_steps=0"), "'0'")
     fails(sampling(root, "--decoder_config.run.experiment=missing"), "missing/weights.safetensors: no such file")
 

@@ -23,8 +23,19 @@ from test_training import image_trainer, metrics
 ENDLESS = {name: 10_000 for name in ("train.steps", "train.checkpoint_steps", "train.plot_samples_steps")}
 
 
+@pytest.fixture
+def default_handlers():
+    """Those of a program that a terminal starts; nohup and shell scripts leave some signals ignored."""
+    before = {
+        number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
+    }
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
-def test_every_signal_that_ends_a_session_saves(tmp_path, number):
+def test_every_signal_that_ends_a_session_saves(tmp_path, number, default_handlers):
     trainer = image_trainer(tmp_path, ENDLESS)
     threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
     with pytest.raises(SystemExit) as stop:
