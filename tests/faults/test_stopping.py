@@ -20,6 +20,7 @@ from runtime.lock import FolderLock
 from runtime.signals import Signals
 from test_training import image_trainer, metrics
 
+ENDING = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 ENDLESS = {name: 10_000 for name in ("train.steps", "train.checkpoint_steps", "train.plot_samples_steps")}
 
 
@@ -34,7 +35,7 @@ def default_handlers():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", ENDING)
 def test_every_signal_that_ends_a_session_saves(tmp_path, number, default_handlers):
     trainer = image_trainer(tmp_path, ENDLESS)
     threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
