@@ -7,14 +7,19 @@ many fields, and which part of their points is not known (nan), by default none.
 """
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+
+from diffusion.random import Purpose, numpy_stream
 
 SIZE, TIME = 32, 0.002
 
 
 def main(file: str, count: str = "2000", unknown: str = "0") -> None:
-    rng, k = np.random.default_rng(0), np.arange(SIZE)
+    rng, k = numpy_stream(0, Purpose.BENCHMARK), np.arange(SIZE)
     waves = np.cos(np.pi * np.outer((k + 0.5) / SIZE, k))  # (points, waves) along an axis
     squares = k[:, None] ** 2 + k**2
     before = rng.normal(size=(int(count), SIZE, SIZE)) / (1 + squares / 8)

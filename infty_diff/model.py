@@ -134,9 +134,9 @@ class InftyDiff:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Latents (B, D) of images, and their log-variance for a stochastic encoder, else None.
 
-        points: the pixels to look at, by default every one that is known: where no channel is NaN.
+        points: the pixels to look at, by default all; of fields all that are known, where no channel is NaN.
         """
-        images = as_images(images, self.channels, self.device, unknown=points is None)
+        images = as_images(images, self.channels, self.device, unknown=points is None and self.units is not None)
         if points is None and images.isnan().any():
             known = images.isfinite().all(1).flatten(1)
             if not known.any(1).all():

@@ -28,7 +28,7 @@ import micro
 import test_training
 from data.datasets import open_dataset
 from data.functions import ProceduralFunctions
-from data.pixels import to_float
+from data.pixels import as_values
 from diffusion.random import Purpose, seed_global, stream
 from infty_diff.encodings import load_or_encode
 from infty_diff.folder import draw_folder
@@ -124,7 +124,7 @@ def float64() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(test_training, "open_dataset", opened)
-        patch.setattr(image_stage, "to_float", lambda images: to_float(images).double())
+        patch.setattr(image_stage, "as_values", lambda images: as_values(images).double())
         normalise = LatentPrior.normalise
         patch.setattr(LatentPrior, "normalise", lambda prior, latents: normalise(prior, latents).double())
         patch.setattr(Trainer, "_save_previews", lambda trainer: None)  # samplers compute in float32

@@ -281,7 +281,7 @@ def test_sizes_take_turns_and_resuming_is_exact(tmp_path):
 
 def test_latents_are_of_the_known_points(tmp_path):
     config = written_run(tmp_path)
-    model = InftyDiff(config, **micro.networks(config))
+    model = InftyDiff(config, **micro.networks(config), units=FieldUnits((0.0, 0.0), (1.0, 1.0), ("u", "v")))
     x = masked(3, (16, 13))
     x[1] = x[1].nan_to_num()
     found = model.encode(x)
