@@ -31,6 +31,9 @@ def small_image_config(name: str, size: int) -> ConfigDict:
     config.model.uno_dropout = 0.0
     config.model.z_dim = 64 if size == 32 else 128
     config.diffusion.model_mean_type = "xstart"
+    config.diffusion.loss_weight = "min_snr"
+    config.diffusion.gaussian_filter_std = 0.5  # one pixel hides more of so small an image than the network finds again
+    config.mc_integral.ratio = 0.5
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 200
     return config

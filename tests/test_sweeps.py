@@ -169,7 +169,7 @@ def test_table_3_in_one_command(sweep):
     ("figure", "extra", "picture"),
     [
         ("2", ["--seeds=0-1", "--sampling_steps=2"], "resolutions.png"),
-        ("7", ["--steps=2", *SCORING, "--reference_at_size"], "steps_and_resolutions.png"),
+        ("7", ["--steps=2", *SCORING, "--reference_at_size", "--enlarged"], "steps_and_resolutions.png"),
     ],
 )
 def test_figures_2_and_7_in_one_command(sweep, command, tmp_path, figure, extra, picture):
@@ -187,6 +187,10 @@ def test_figures_2_and_7_in_one_command(sweep, command, tmp_path, figure, extra,
         assert report["kid"]["20x10"].keys() == {"2"}
         scored = json.loads((tmp_path / "20x10_ddim2_scored_fid_at_size.json").read_text())["reference"]
         assert scored["path"].startswith("data.name=folder") and scored["size"] == [20, 10]
+        assert report["fid"].keys() == {"20x10", "20x10 enlarged"}
+        small, large = (Image.open(tmp_path / f"{name}/000000.png") for name in
+                        ("16x12_ddim2_scored", "20x10_ddim2_scored_enlarged"))  # fmt: skip
+        assert np.array_equal(np.asarray(small.resize((10, 20), Image.Resampling.LANCZOS)), np.asarray(large))
     assert Image.open(tmp_path / picture).width > 150
 
 
