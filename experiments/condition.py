@@ -63,6 +63,10 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         if (FLAGS.latents == "prior") != (latent is not None):
             raise ValueError(f"--latents is {FLAGS.latents}; accepted: prior, with --decoder_config or --saved_model, "
                              "or sensors without --decoder_config")  # fmt: skip
+        if FLAGS.latent_sampling_steps and not latent:
+            raise ValueError(
+                f"--latent_sampling_steps is {FLAGS.latent_sampling_steps}; accepted: with --latents=prior"
+            )
         require_run_of_weights("decoder_run_weights", latent)
         model = edit.open_model(config, sampling, latent)
         if latent and FLAGS.latent_sampling_steps:

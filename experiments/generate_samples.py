@@ -20,6 +20,7 @@ from absl import flags
 
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.process import DiffusionProcess, Prediction
+from experiments.support.commands import check_all_steps
 from experiments.support.opening import opened
 from experiments.support.options import define, requested_size, sampling_options, settings_name
 from experiments.support.parsing import parse_seeds
@@ -49,6 +50,7 @@ def main(configs: dict[str, Any], _: dict[str, list[str]], processes: Processes)
     with readable_errors():
         sampling, size = sampling_options(), requested_size()
         seeds = parse_seeds(FLAGS.seeds) if FLAGS.seeds else list(range(FLAGS.num_samples or config.data.fid_samples))
+        check_all_steps(configs, [sampling.steps])
         model = opened(configs["decoder_config"], config)
         options = FolderOptions(
             size or model.config.size, sampling, FLAGS.latent_sampling_steps, FLAGS.sample_batch_size, FLAGS.save_raw
