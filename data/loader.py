@@ -234,8 +234,9 @@ def from_workers(items: Dataset, chosen, num_workers: int, pin_memory: bool = Fa
             item = next(made)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two while it hands over memory
+            known = ("exited unexpectedly", "killed by signal")
+            if isinstance(error, RuntimeError) and not any(words in str(error) for words in known):
                 raise
             raise ChildProcessError(
                 "a process that reads images died, perhaps for want of memory; accepted: fewer data.num_workers"

@@ -46,7 +46,6 @@ class RunDir:
         self.plain_config: dict[str, Any] = plain(asdict(config))
         self.path = run_path(config)
         self.checkpoints, self.previews = self.path / "checkpoints", self.path / "images"
-        self._changed: dict[str, tuple[Any, Any]] = {}
         self.begun = bool(checkpoint_steps(self.checkpoints))
         stored = self.path / CONFIG
         if not resume and (self.begun or present(stored)):
@@ -62,7 +61,6 @@ class RunDir:
                     f"{self.path} holds a run with another configuration ({'; '.join(shaping)}); "
                     "accepted: the same values, or another run.experiment"
                 )
-            self._changed = changes(there, self.plain_config)
         if present(self.path / WEIGHTS) and not self.begun:
             raise ValueError(
                 f"{self.path / WEIGHTS} would be overwritten, with no training state to continue (an imported run has "
@@ -101,9 +99,11 @@ class RunDir:
             sweep(folder)
         for name in self._wanted:
             self._loggers[name] = LOGGERS[name](self.config.run, self.path, self.plain_config, step)
-        for field, (old, new) in self._changed.items():
+        stored = self.path / CONFIG  # read here, since another process may have gone on until this one had the lock
+        changed = changes(read_config(stored), self.plain_config) if present(stored) else {}
+        for field, (old, new) in changed.items():
             log.info("%s is %r from step %d on, %r before", field, new, step, old)
-        events = [origin, {"changed": self._changed} if self._changed else None]
+        events = [origin, {"changed": changed} if changed else None]
         history = self.path / "history.jsonl"
         told = history.read_bytes() if present(history) else b""
         told += b"".join(to_json({"step": step, **event}).encode() + b"\n" for event in events if event)
