@@ -53,7 +53,10 @@ def load_or_encode(
     digest = hashlib.sha256(repr(sorted(key.items())).encode()).hexdigest()
     path = weights.parent / "latents" / f"{digest[:16]}.safetensors"
     names = [dataset.item_name(i) for i in range(len(dataset))]
-    tensors = load_cache(path, key)
+    size = model.config.model.z_dim
+    encoded = len(names), 1 + data.random_flip, size
+    shapes: dict[str, tuple[int | None, ...]] = {"mu": encoded, "mean": (size,), "std": (size,)}
+    tensors = load_cache(path, key, shapes | ({"logvar": encoded} if model.config.model.stochastic_encoding else {}))
     if processes.agree(int(tensors is None)):
         full = model.in_full_precision()
         views = [_encode(full, dataset, data, flip, processes) for flip in (False, True)[: 1 + data.random_flip]]

@@ -73,7 +73,7 @@ def cached_features(
     key = plain({"images": images.fingerprint(), "extractor": extractor.identity(), "patches": patches})
     name = hashlib.sha256(json.dumps(key, sort_keys=True, allow_nan=False).encode()).hexdigest()[:24]
     path = how.cache_dir.expanduser() / "features" / f"{name}.safetensors"
-    tensors = load_cache(path, key)
+    tensors = load_cache(path, key, {"features": (len(images) * max(1, patches), None)})
     if tensors is not None:
         _log.info("features of %d %s from %s", len(tensors["features"]), title, path)
         return tensors["features"]

@@ -273,8 +273,13 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return tensors, header
 
 
-def load_cache(path: Path, key: dict[str, Any]) -> dict[str, torch.Tensor] | None:
-    """The tensors that `save_weights` kept under `key` as header, or None: to be computed, anew where damaged."""
+def load_cache(
+    path: Path, key: dict[str, Any], shapes: Mapping[str, tuple[int | None, ...]]
+) -> dict[str, torch.Tensor] | None:
+    """The tensors that `save_weights` kept under `key` as header, or None: to be computed, anew where damaged.
+
+    shapes: of each tensor that belongs there; None for a length that is not known.
+    """
     if not present(path):
         return None
     try:
@@ -282,7 +287,17 @@ def load_cache(path: Path, key: dict[str, Any]) -> dict[str, torch.Tensor] | Non
     except ValueError as error:
         log.warning("%s; computed anew", error)
         return None
-    return tensors if header == key else None
+    if header != key:
+        return None
+    right = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if right.keys() != shapes.keys() or not all(_fits(right[name], shape) for name, shape in shapes.items()):
+        log.warning("%s: holds tensors %s; accepted: %s; computed anew", path, right, dict(shapes))
+        return None
+    return tensors
+
+
+def _fits(found: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
+    return len(found) == len(shape) and all(wanted in (None, length) for length, wanted in zip(found, shape))
 
 
 def _tensor_digest(tensors: Mapping[str, torch.Tensor], header: str) -> str:

@@ -218,14 +218,17 @@ def test_headers_of_another_kind(tmp_path, header):
 
 def test_a_damaged_cache_is_computed_anew(tmp_path, caplog):
     path, key = tmp_path / "cache.safetensors", {"data": "x"}
-    assert load_cache(path, key) is None and not caplog.text
+    assert load_cache(path, key, {"a": (50,)}) is None and not caplog.text
     save_weights(path, {"a": torch.arange(50.0)}, key)
-    assert torch.equal(load_cache(path, key)["a"], torch.arange(50.0)) and load_cache(path, {"data": "y"}) is None
+    assert torch.equal(load_cache(path, key, {"a": (None,)})["a"], torch.arange(50.0))
+    assert load_cache(path, {"data": "y"}, {"a": (50,)}) is None
+    for shapes in ({}, {"a": (49,)}, {"a": (50, 1)}, {"a": (50,), "b": (1,)}):
+        assert load_cache(path, key, shapes) is None
     whole = path.read_bytes()
     for damaged in (whole[:-9], flipped(whole, 8 * len(whole) - 11), b"", b"\xff" * 50):
         caplog.clear()
         path.write_bytes(damaged)
-        assert load_cache(path, key) is None
+        assert load_cache(path, key, {"a": (50,)}) is None
         assert "cache.safetensors" in caplog.text and "; computed anew" in caplog.text
 
 
