@@ -172,8 +172,7 @@ class FieldSet:
     Always in memory. Fields may have several sizes; those of one size follow each other.
 
     size: that of training, which one of the fields at least has. groups: the numbers of the items of each size.
-    partly_known: whether an item has NaN. least_known: by size, the
-    known points of the item that has the fewest.
+    partly_known: whether an item has NaN. least_known: by size, the known points of the item that has the fewest.
     """
 
     name = "fields"

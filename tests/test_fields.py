@@ -240,6 +240,7 @@ def test_networks_see_known_points_alone_and_in_proportion(tmp_path):
         counts.add(size)
     assert counts == {(16, 13), (9, 21)}
     assert math.isfinite(stage.held_out_loss(stage.modules))
+    assert stage.shown.isnan().any() and stage.previews(stage.modules)["deblurred"].isfinite().all()
     assert stage.facts["units"] == {"offset": train.units.offset, "scale": train.units.scale, "names": ("a[0]", "a[1]")}
 
 

@@ -77,6 +77,7 @@ class ImageStage:
             log.info("no images are held out (data.val_ratio=0): no val_loss, no %s", BEST_WEIGHTS)
         # Known beforehand, so that no step waits for a device.
         sets = [some for some in (train_set, val_set) if some is not None]
+        self.units = getattr(train_set, "units", None)  # of fields
         self.partly_known = any(getattr(some, "partly_known", False) for some in sets)
         wanted = config.size, config.train.sample_size
         shown = _of_size(val_set or train_set, *wanted) or _of_size(train_set, *wanted)
@@ -84,9 +85,8 @@ class ImageStage:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        units = getattr(self.train_set, "units", None)
         facts = spectrum_facts(partial(spectrum_of, self.train_set, self.process.mollifier))
-        return facts if units is None else {**facts, "units": asdict(units)}
+        return facts if self.units is None else {**facts, "units": asdict(self.units)}
 
     def batches(self, seen: int) -> Iterator[torch.Tensor]:
         """Yield this process's images (B, C, H, W), uint8 or fields, of every step after `seen` of all processes."""
@@ -220,7 +220,7 @@ class ImageStage:
     @torch.no_grad()
     def previews(self, ema: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
         """Rows: images, their mollified reconstructions, and those deblurred."""
-        model = InftyDiff(self.config, ema["encoder"], ema["denoiser"], precision=self.precision)
+        model = InftyDiff(self.config, ema["encoder"], ema["denoiser"], precision=self.precision, units=self.units)
         images = self.shown.to(self.device)
         noise = model.initial_noise(range(len(images)), self.config.size)
         options = SamplingOptions(steps=self.config.train.plot_sampling_steps)

@@ -51,11 +51,12 @@ def bereft(scratch: Path, seed: int, number: int) -> str:
     while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(chance.uniform(0, 0.3))
-    for child in Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split():
-        if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
-            os.kill(int(child), signal.SIGKILL)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    readers = [pid for pid in children if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    for pid in readers or [started.pid]:
+        os.kill(int(pid), signal.SIGKILL)
     done = started.wait()
-    return said(done, 2) or whole_log(here, done.stderr)
+    return "no process reads images" if not readers else said(done, 2) or whole_log(here, done.stderr)
 
 
 def whole_log(here: World, told: str) -> str:

@@ -27,10 +27,9 @@ ENDLESS = {name: 10_000 for name in ("train.steps", "train.checkpoint_steps", "t
 @pytest.fixture
 def default_handlers():
     """Those of a program that a terminal starts; nohup and shell scripts leave some signals ignored."""
-    before = {
-        number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
-    }
-    yield
+    usual = {signal.SIGHUP: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield usual
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -42,7 +41,7 @@ def test_every_signal_that_ends_a_session_saves(tmp_path, number, default_handle
     with pytest.raises(SystemExit) as stop:
         trainer.run()
     assert stop.value.code == 128 + number and checkpoint_steps(trainer.run_dir.checkpoints) == [trainer.step]
-    assert trainer.step > 0 and signal.getsignal(number) == signal.SIG_DFL
+    assert trainer.step > 0 and signal.getsignal(number) == default_handlers[number]
 
 
 def test_nohup_is_honoured():
