@@ -187,7 +187,7 @@ def check_points(points: Points, batch: int, device: torch.device) -> None:
             f"points.index is {index.dtype} of shape {tuple(index.shape)}; "
             f"accepted: torch.int64 of shape ({batch}, M) with M > 0"
         )
-    if index.device != device:
+    if index.device.type != device.type or device.index not in (None, index.device.index):  # "cuda" is any of them
         raise ValueError(f"points.index is on {index.device}; accepted: {device}, where the features are")
 
 

@@ -70,7 +70,8 @@ class TorchDenseBackend:
             x = lattice.index_copy(0, rows, x.reshape(-1, channels))  # (BHW, C)
         image = x.reshape(plan.batch, height, width, channels).permute(0, 3, 1, 2)  # (B, C, H, W), channels last
         padding = (plan.kernel_shape[0] // 2, plan.kernel_shape[1] // 2)
-        out = F.conv2d(image, resample_kernel(weight, plan.kernel_shape, plan.span), padding=padding, groups=groups)
+        taps = resample_kernel(weight, plan.kernel_shape, plan.span).to(image.dtype)
+        out = F.conv2d(image, taps, padding=padding, groups=groups)
         out = out.permute(0, 2, 3, 1).reshape(plan.batch, height * width, -1)  # (B, HW, C_out)
         if rows is not None:
             out = out.flatten(0, 1).index_select(0, rows).unflatten(0, (plan.batch, -1))  # (B, M, C_out)
