@@ -24,6 +24,8 @@ from models.sparse_encoder import SparseEncoder
 from models.sparse_unet import SparseDescent, SparseUNet
 from training.image_stage import ImageStage
 
+_DISTANCES = 1 << 31  # computed at once: 8 GiB
+
 Condition = tuple[torch.Tensor | None, torch.Tensor | None]  # time (B, time_dim) and latent (B, D)
 
 
@@ -137,9 +139,10 @@ class Lattice:
     def to_grid(self, x: torch.Tensor, side: int, neighbours: int) -> torch.Tensor:
         """Features (B, M, C) to an image (B, C, side, side): mean of the nearest points by inverse squared distance."""
         axis = torch.linspace(0, 1, side, dtype=self.coordinates.dtype, device=x.device)
-        nodes = torch.cartesian_prod(axis, axis).expand(self.batch, -1, -1)
+        nodes = torch.cartesian_prod(axis, axis).split(max(_DISTANCES // self.coordinates[..., 0].numel(), 1))
         with torch.no_grad():
-            distances, nearest = torch.cdist(nodes, self.coordinates).topk(neighbours, dim=2, largest=False)
+            found = [torch.cdist(part.expand(self.batch, -1, -1), self.coordinates) for part in nodes]
+            distances, nearest = (torch.cat(t, 1) for t in zip(*(d.topk(neighbours, 2, largest=False) for d in found)))
             weights = 1 / distances.square().clamp(min=1e-16).unsqueeze(3)  # (B, Q, K, 1)
         index = nearest.flatten(1).unsqueeze(2).expand(-1, -1, x.shape[2])
         out = (x.gather(1, index).unflatten(1, nearest.shape[1:]) * weights).sum(2) / weights.sum(2)
