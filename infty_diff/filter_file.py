@@ -43,7 +43,7 @@ def filter_path(weights: Path) -> Path:
 def save_filter(weights: Path, mollifier: Mollifier, ratios: InverseSnr, facts: dict[str, Any]) -> Path:
     """Write the ratios atomically beside the weights they belong to, with facts about how they were found."""
     path = filter_path(weights)
-    content = plain({**_key(weights, mollifier), "spacing": ratios.spacing, "inv_snr": ratios.values, **facts})
+    content = plain({**facts, **_key(weights, mollifier), "spacing": ratios.spacing, "inv_snr": ratios.values})
     write_json(path, {**content, _CHECKSUM: digest(content, [])})
     return path
 
@@ -70,16 +70,17 @@ def load_filter(weights: Path, mollifier: Mollifier) -> InverseSnr:
     return ratios
 
 
-def copy_filter(weights: Path, copy: Path, mollifier: Mollifier) -> None:
-    """Store the filter of a file of weights, if it has one, beside a copy of them."""
+def stored_filter(weights: Path, mollifier: Mollifier) -> tuple[InverseSnr, dict[str, Any]] | None:
+    """The ratios and the facts stored for a file of weights, for `save_filter`; None, with a warning, if of no use."""
     if not filter_path(weights).exists():
-        return
+        return None
     try:
         ratios = load_filter(weights, mollifier)
     except ValueError as error:
-        log.warning("%s; it is not copied", error)
-        return
-    save_filter(copy, mollifier, ratios, {"copied_from": read_json(filter_path(weights), dict, "a calibrated filter")})
+        log.warning("%s; it is not kept", error)
+        return None
+    stored = read_json(filter_path(weights), dict, "a calibrated filter")
+    return ratios, {name: value for name, value in stored.items() if name != _CHECKSUM}
 
 
 def _key(weights: Path, mollifier: Mollifier) -> dict[str, Any]:

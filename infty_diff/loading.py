@@ -11,15 +11,16 @@ import torch
 
 from configs.schema import ImageConfig, LatentConfig
 from data.units import FieldUnits
+from diffusion.factory import build_image_process
 from diffusion.mollifier import InverseSnr
 from diffusion.samplers import SAMPLERS
-from infty_diff.filter_file import CALIBRATED, copy_filter, filter_path, load_filter
+from infty_diff.filter_file import CALIBRATED, filter_path, load_filter, save_filter, stored_filter
 from infty_diff.growing import data_spectrum, spectrum_digest, spectrum_facts, stored_spectrum
 from infty_diff.latent_prior import LatentPrior
 from infty_diff.sampling import SamplingOptions, stored_sampling
 from infty_diff.stage_files import load_stage, save_stages
 from models.factory import build_denoiser, build_encoder, for_evaluation
-from runtime.checkpoint import load_networks
+from runtime.checkpoint import load_networks, save_weights
 from runtime.files import file_digest
 from runtime.precision import Precision, pick_device
 from runtime.saved import IMAGE, LATENT, resolve
@@ -110,9 +111,30 @@ def save(model: InftyDiff, folder: str | Path, *, half: bool = False) -> Path:
 
     def add_filter(temporary: Path) -> None:
         if "image" in model.files:
-            copy_filter(model.files["image"], temporary / IMAGE, model.process.mollifier)
+            found = stored_filter(model.files["image"], model.process.mollifier)
+            if found is not None:
+                save_filter(temporary / IMAGE, model.process.mollifier, *found)
 
     return save_stages(folder, stages, half, add_filter)
+
+
+def store_sampling(file: Path, sampling: SamplingOptions) -> None:
+    """Make options those that a saved model samples with where none are given.
+
+    Args:
+        file: its weights of stage one; tensors and calibrated filter are kept.
+        sampling: the options.
+    Raises:
+        ValueError: when the file is damaged, or the options ask for a calibrated filter and there is none.
+    """
+    config, tensors, header = load_stage(file, ImageConfig)
+    mollifier = build_image_process(config).mollifier
+    if sampling.inv_snr == CALIBRATED:
+        load_filter(file, mollifier)
+    kept = stored_filter(file, mollifier)
+    save_weights(file, tensors, {**header, "sampling": asdict(sampling)})
+    if kept is not None:  # it belongs to a file of weights
+        save_filter(file, mollifier, *kept)
 
 
 def provenance(model: InftyDiff, options: SamplingOptions) -> dict[str, str]:
