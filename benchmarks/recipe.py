@@ -1,11 +1,14 @@
-"""Recipes for a small budget, at equal processor time: which settings give the best samples?
+"""Recipes for a small budget, at equal processor time or steps: which settings give the best samples?
 
     python benchmarks/recipe.py --out_dir=RECIPES --budget_s=1800
+    python benchmarks/recipe.py --out_dir=TABLE1 --budget_s=7200 --seeds=3 --only=config,white_noise,ratio_1,reference
+    python benchmarks/recipe.py --out_dir=TABLE2 --steps=5000 --seeds=3 --only="paper,ablation_*"
 
 Of each candidate the processor time of a step is measured, and stage one trained for as many steps as take --budget_s
 seconds of one thread. Stage two follows, with the same number of steps for all. Then samples are drawn and compared
 with held-out images (Fréchet distance with its floor, KID, precision, recall), and held-out images are reconstructed
-(PSNR). Processor time is that of the processes alone, so other work on the machine does not count.
+(PSNR). Processor time is that of the processes alone, so other work on the machine does not count. With --steps all
+train for so many steps instead. With --seeds each is trained from several, and the table gives mean ± deviation.
 
 --list shows the candidates: each changes some settings of --config, which is what all are compared with. --set and
 --set_latent change settings of all. Everything lies in --out_dir: table.txt and results.json of all that is done, after
@@ -17,16 +20,21 @@ folder.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import re
 import sys
 import tempfile
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import mean, stdev
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from benchmarks.candidates import CANDIDATES, Candidate
 from benchmarks.report import machine
 from benchmarks.tasks import ROOT, as_settings, execute, last_line, overrides
 from data.opening import read_json
@@ -35,61 +43,9 @@ from runtime.claimed import claim_folder
 from runtime.files import to_json, write_atomic, write_json
 from runtime.stored import WEIGHTS
 
-_RESULT = "the result of a candidate"
+_RESULT, _RECORD = "the result of a candidate", "the record of a run"
 _FEWER, _MORE = 5, 45  # steps of the two runs whose difference is the time of a step: what they begin with cancels
 _UNTIMED = {"train.plot_graph_steps": 5, "train.val_loss_steps": 0, "train.sample_size": 1, "data.num_images": 256}
-
-
-class Candidate(NamedTuple):
-    """Overrides of both stages, FIELD=VALUE, and flags of sampling; `of` names another whose models are used."""
-
-    what: str
-    image: tuple[str, ...] = ()
-    latent: tuple[str, ...] = ()
-    sampling: tuple[str, ...] = ()
-    of: str = ""
-
-
-_TINY = (
-    "diffusion.model_mean_type=mollified_epsilon", "train.batch_size=16", "optimizer.learning_rate=2e-3",
-    "optimizer.warmup_steps=50", "train.ema_decay=0.99", "model.time_emb_dim=64", "model.num_conv_blocks=1",
-    "model.uno_base_channels=32", "model.uno_mults=(1,2,2)", "model.uno_blocks_per_level=(1,1,1)",
-    "model.uno_attn_resolutions=(8,4)",
-)  # fmt: skip
-_TWO = ("model.uno_blocks_per_level=(1,1)", "model.uno_attn_resolutions=(8,)", "model.uno_mults=(1,2)")
-_COSINE = "optimizer.schedule=cosine"
-CANDIDATES = {
-    "config": Candidate("the configuration as it is"),
-    "tiny": Candidate("networks of configs/tiny_config.py that predict the mollified noise", _TINY),
-    "tiny_filter": Candidate("these, with a weaker filter", sampling=("--inv_snr=0.3",), of="tiny"),
-    "tiny_xstart": Candidate("these, predicting x_0", (*_TINY, "diffusion.model_mean_type=xstart")),
-    "tiny_xstart_32": Candidate(
-        "these, with batches of 32", (*_TINY, "diffusion.model_mean_type=xstart", "train.batch_size=32")
-    ),
-    "mollified": Candidate("predicts the mollified noise", ("diffusion.model_mean_type=mollified_epsilon",)),
-    "mollified_filter": Candidate("this, with a weaker filter", sampling=("--inv_snr=0.3",), of="mollified"),
-    "v": Candidate("predicts v", ("diffusion.model_mean_type=v",)),
-    "rate_5e-4": Candidate("half the learning rate", ("optimizer.learning_rate=5e-4",)),
-    "rate_2e-3": Candidate("twice the learning rate", ("optimizer.learning_rate=2e-3",)),
-    "cosine": Candidate("the rate falls to 0", (_COSINE,), (_COSINE,)),
-    "cosine_2e-3": Candidate("twice the rate, falling to 0", (_COSINE, "optimizer.learning_rate=2e-3"), (_COSINE,)),
-    "no_weights": Candidate("no weights of the loss", ("diffusion.loss_weight=none",)),
-    "batch_16": Candidate("batches of 16", ("train.batch_size=16",)),
-    "batch_64": Candidate("batches of 64", ("train.batch_size=64",)),
-    "blocks_1": Candidate("one sparse block each way", ("model.num_conv_blocks=1",)),
-    "unet_24": Candidate("a narrower U-Net, more steps", ("model.uno_base_channels=24",)),
-    "unet_48": Candidate("a wider U-Net, fewer steps", ("model.uno_base_channels=48",)),
-    "unet_48_2": Candidate("a wider U-Net of two levels", ("model.uno_base_channels=48", *_TWO)),
-    "unet_32_2": Candidate("a U-Net of two levels", _TWO),
-    "nf_24": Candidate("fewer channels at the points", ("model.nf=24",)),
-    "nf_48": Candidate("more channels at the points", ("model.nf=48",)),
-    "ratio_4": Candidate("a quarter of the points seen", ("mc_integral.ratio=0.25",)),
-    "ratio_1": Candidate("all points seen", ("mc_integral.ratio=1.0",)),
-    "sigma_1": Candidate("mollifier of one pixel", ("diffusion.gaussian_filter_std=1.0",)),
-    "ema_99": Candidate("a short EMA of weights", ("train.ema_decay=0.99",)),
-    "ema_9995": Candidate("a long EMA of weights", ("train.ema_decay=0.9995",)),
-    "latent_256": Candidate("a latent four times as large", ("model.z_dim=256",)),
-}  # fmt: skip
 
 
 class CommandFailed(Exception):
@@ -101,26 +57,34 @@ class Recipes:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.out = options, options.out_dir.resolve()
+        self.seed = 0  # of what is trained
+
+    def label(self, name: str) -> str:
+        """What folders and runs of a candidate are called with the present seed."""
+        return f"{name}_seed{self.seed}" if self.seed else name
 
     def image(self, flag: str, candidate: Candidate, run: str, root: Path | None = None, trains=False) -> list[str]:
         """Arguments that name stage one of a candidate, as the configuration flag `flag`."""
-        where = (f"run.root_dir={root or self.out / 'runs'}", f"run.experiment={run}", "run.device=cpu")
-        settings = (*self.options.set, *candidate.image, *where)
+        settings = (*self.options.set, *candidate.image, *self._place(run, root or self.out / "runs"))
         return [f"--{flag}={self.options.config}", *overrides(flag, settings, trains)]
 
     def latent(self, candidate: Candidate, run: str, trains: bool = False) -> list[str]:
         """Arguments that name both stages."""
-        where = (f"run.root_dir={self.out / 'runs'}", f"run.experiment={run}_sampler", "run.device=cpu")
-        settings = (*self.options.set_latent, *candidate.latent, *where)
+        place = self._place(f"{run}_sampler", self.out / "runs")
+        settings = (*self.options.set_latent, *candidate.latent, *place)
         prior = [f"--config={self.options.latent_config}", *overrides("config", settings, trains)]
         return [*prior, *self.image("decoder_config", candidate, run)]
+
+    def _place(self, run: str, root: Path) -> tuple[str, ...]:
+        where = (f"run.root_dir={root}", f"run.experiment={run}", f"run.device={self.options.device}")
+        return (*where, f"run.seed={self.seed}") if self.seed else where
 
     def measure(self, name: str) -> dict[str, Any]:
         """Train, draw and score one candidate."""
         candidate, options = CANDIDATES[name], self.options
-        run = candidate.of or name
-        trained = self.train(run)
-        here, model = self.out / name, CANDIDATES[run]
+        base = candidate.of or name
+        trained, run, name = self.train(base), self.label(base), self.label(name)
+        here, model = self.out / name, CANDIDATES[base]
         sampling = [f"--sampling_steps={options.sampling_steps}", *candidate.sampling]
         seconds = self.call(name, "experiments/generate_samples.py", *self.latent(model, run), *sampling,
                             f"--latent_sampling_steps={options.latent_sampling_steps}",
@@ -129,7 +93,7 @@ class Recipes:
         self.call(name, "experiments/generate_recons.py", *image, *sampling, f"--num_images={options.num_recons}",
                   "--nostochastic_codes", f"--out_dir={here / 'recons'}")  # fmt: skip
         self.call(name, "experiments/calculate_fid.py", *image, f"--samples={here / 'samples'}", "--split=val",
-                  f"--model={options.model}", "--device=cpu", f"--cache_dir={self.out / 'features'}",
+                  f"--model={options.model}", f"--device={options.device}", f"--cache_dir={self.out / 'features'}",
                   f"--num_samples={options.num_samples}", f"--json={here / 'scores.json'}")  # fmt: skip
         scores = read_json(here / "scores.json", dict, "the report of calculate_fid.py")
         kept = ("metric", "fid", "floor", "kid", "kid_standard_error", "precision", "recall", "num_samples",
@@ -137,15 +101,18 @@ class Recipes:
         psnr = json.loads((here / "recons" / "result.json").read_text())["mean"]["random_psnr"]
         return {**trained, "sampling_cpu_s": seconds, **{key: scores[key] for key in kept}, "recon_psnr": psnr}
 
-    def train(self, run: str) -> dict[str, Any]:
+    def train(self, base: str) -> dict[str, Any]:
         """Both stages of a candidate, unless they are there; what they took."""
-        record = self.out / "runs" / f"{run}.json"
-        done = read_json(record, dict, "the record of a run") if record.exists() else {}
-        if "step_cpu_s" not in done:
-            done["step_cpu_s"] = self.step_seconds(run)
-            done["steps"] = max(1, round(self.options.budget_s / done["step_cpu_s"]))
+        run, candidate = self.label(base), CANDIDATES[base]
+        record, first = (self.out / "runs" / f"{name}.json" for name in (run, base))
+        done = read_json(record, dict, _RECORD) if record.exists() else {}
+        if "steps" not in done:
+            if self.seed and first.exists():  # all seeds take as many steps
+                done = {key: read_json(first, dict, _RECORD)[key] for key in ("step_cpu_s", "steps")}
+            else:
+                done["step_cpu_s"] = self.step_seconds(base)
+                done["steps"] = self.options.steps or max(1, round(self.options.budget_s / done["step_cpu_s"]))
             write_json(record, done)
-        candidate = CANDIDATES[run]
         stages = {
             "image": ("inf_ae", self.image("config", candidate, run, trains=True), done["steps"]),
             "latent": ("latent", self.latent(candidate, run, trains=True), self.options.latent_steps),
@@ -160,15 +127,15 @@ class Recipes:
                 write_json(record, done)
         return done
 
-    def step_seconds(self, run: str) -> float:
+    def step_seconds(self, base: str) -> float:
         """Processor time of one training step of stage one, without reports, pictures and checkpoints."""
         with tempfile.TemporaryDirectory() as root:
             taken = []
             for steps in (_FEWER, _MORE):
-                arguments = self.image("config", CANDIDATES[run], f"steps_{steps}", Path(root), trains=True)
+                arguments = self.image("config", CANDIDATES[base], f"steps_{steps}", Path(root), trains=True)
                 untimed = as_settings({**_UNTIMED, "train.steps": steps, "train.checkpoint_steps": steps})
                 untimed = overrides("config", untimed, trains=True)
-                taken.append(self.call(run, "train_inf_ae_diffusion.py", *arguments, *untimed))
+                taken.append(self.call(self.label(base), "train_inf_ae_diffusion.py", *arguments, *untimed))
         return max(taken[1] - taken[0], 1e-3) / (_MORE - _FEWER)
 
     def call(self, name: str, script: str, *arguments: str) -> float:
@@ -188,7 +155,8 @@ class Recipes:
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What all candidates of a folder have in common."""
-    return {name: value for name, value in vars(options).items() if name not in ("out_dir", "only", "list")}
+    given = {name: value for name, value in vars(options).items() if name not in ("out_dir", "only", "list", "seeds")}
+    return {name: value for name, value in given.items() if (name, value) not in (("steps", None), ("device", "cpu"))}
 
 
 def read_results(out: Path) -> dict[str, dict[str, Any]]:
@@ -210,26 +178,44 @@ def write_table(out: Path, common: dict[str, Any]) -> str:
 def table(content: dict[str, Any]) -> str:
     """The results as aligned text."""
     common, results = content["settings"], content["results"]
+    trained = f"{common['steps']} steps" if "steps" in common else f"{common['budget_s']:g} s of processor time"
     lines = [f"{content['device']}, {content['instructions']}, {common['threads']} threads, torch {content['torch']}, "
              f"{content['date']}, commit {content['commit']}",
-             f"{common['config']}, {common['budget_s']:g} s of processor time for stage one, {common['latent_steps']} "
-             f"steps of stage two, {common['num_samples']} samples of {common['sampling_steps']} steps"]  # fmt: skip
+             f"{common['config']}, {trained} for stage one, {common['latent_steps']} steps of stage two, "
+             f"{common['num_samples']} samples of {common['sampling_steps']} steps"]  # fmt: skip
     if results:
         first = next(iter(results.values()))
         floor = "none" if first["floor"] is None else f"{first['floor']:.1f}"
         lines.append(f"{first['metric']} to {first['num_reference']} held-out images, its floor {floor}; PSNR of "
-                     f"{common['num_recons']} held-out reconstructions")  # fmt: skip
-    lines += ["", f"{'candidate':<18}{'ms/step':>8}{'steps':>8}{'M param.':>9}{'FD':>8}{'KID×1000':>15}{'prec.':>7}"
+                     f"{common['num_recons']} held-out reconstructions; ± of seeds, of KID of one seed its "
+                     "standard error")  # fmt: skip
+    lines += ["", f"{'candidate':<28}{'ms/step':>8}{'steps':>8}{'M param.':>9}{'FD':>15}{'KID×1000':>15}{'prec.':>7}"
               f"{'recall':>7}{'PSNR':>7}  what"]  # fmt: skip
-    for name, row in results.items():
+    seeds: dict[str, list[dict[str, Any]]] = {}
+    for label, row in results.items():
+        seeds.setdefault(re.sub(r"_seed\d+$", "", label), []).append(row)
+    for name, rows in sorted(seeds.items(), key=lambda item: mean(row["fid"] for row in item[1])):
+        row = rows[0]
         parameters = (row["image_parameters"] + row["latent_parameters"]) / 1e6
-        kid = f"{1000 * row['kid']:.1f}" + _or_none(row["kid_standard_error"], lambda e: f" ± {1000 * e:.1f}")
+        kid = _spread(rows, "kid", 1000)
+        if len(rows) == 1:
+            kid += _or_none(row["kid_standard_error"], lambda e: f" ± {1000 * e:.1f}")
+        precision, recall = (_mean_or_none(rows, key) for key in ("precision", "recall"))
         lines.append(
-            f"{name:<18}{1000 * row['step_cpu_s']:>8.0f}{row['steps']:>8}{parameters:>9.2f}{row['fid']:>8.1f}{kid:>15}"
-            f"{_or_none(row['precision'], '{:.2f}'.format):>7}{_or_none(row['recall'], '{:.2f}'.format):>7}"
-            f"{row['recon_psnr']:>7.2f}  {row['candidate'][0]}"
+            f"{name:<28}{1000 * row['step_cpu_s']:>8.0f}{row['steps']:>8}{parameters:>9.2f}{_spread(rows, 'fid'):>15}"
+            f"{kid:>15}{precision:>7}{recall:>7}{mean(row['recon_psnr'] for row in rows):>7.2f}  {row['candidate'][0]}"
         )
     return "\n".join(lines)
+
+
+def _spread(rows: list[dict[str, Any]], key: str, factor: float = 1) -> str:
+    """Mean ± standard deviation over seeds."""
+    values = [factor * row[key] for row in rows]
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def _mean_or_none(rows: list[dict[str, Any]], key: str) -> str:
+    return "" if any(row[key] is None for row in rows) else f"{mean(row[key] for row in rows):.2f}"
 
 
 def _or_none(value: float | None, shown: Any) -> str:
@@ -249,17 +235,19 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     recipes, failed = Recipes(options), []
-    for name in options.only:
-        path, candidate = recipes.out / name / "result.json", list(CANDIDATES[name])
+    for name, seed in itertools.product(options.only, range(options.seeds)):
+        recipes.seed, candidate = seed, list(CANDIDATES[name])
+        label = recipes.label(name)
+        path = recipes.out / label / "result.json"
         known = read_json(path, dict, _RESULT) if path.exists() else {}
         if known.get("candidate") == json.loads(to_json(candidate)):
             continue
-        print(f"{name}: {candidate[0]}", flush=True)
+        print(f"{label}: {candidate[0]}", flush=True)
         try:
             write_json(path, {**recipes.measure(name), "candidate": candidate})
         except CommandFailed as error:
-            print(f"  {name} failed: {error}", flush=True)
-            failed.append(name)
+            print(f"  {label} failed: {error}", flush=True)
+            failed.append(label)
             continue
         except KeyboardInterrupt:
             sys.exit("interrupted; the same command goes on")
@@ -275,8 +263,11 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpar
     parser.add_argument("--latent_config", default="configs/landscapes_32_latent_config.py", help="of stage two")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override of --config")
     parser.add_argument("--set_latent", action="append", default=[], metavar="FIELD=VALUE", help="of --latent_config")
-    parser.add_argument("--only", default=",".join(CANDIDATES), help="candidates, as NAME,NAME; default: all")
+    parser.add_argument("--only", default=",".join(CANDIDATES), help="candidates, as NAME,NA*; default: all")
     parser.add_argument("--budget_s", type=float, default=1800.0, help="processor time of stage one in seconds")
+    parser.add_argument("--steps", type=int, help="steps of stage one, the same for all, instead of --budget_s")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each, from the seeds 0, 1, …")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="with --steps, where all is computed")
     parser.add_argument("--latent_steps", type=int, default=20_000, help="steps of stage two")
     parser.add_argument("--num_samples", type=int, default=500, help="samples drawn and scored, seeds from 0")
     parser.add_argument("--num_recons", type=int, default=64, help="held-out images reconstructed")
@@ -286,13 +277,19 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpar
     parser.add_argument("--threads", type=int, default=1, help="threads of each command")
     parser.add_argument("--list", action="store_true", help="show the candidates and stop")
     options = parser.parse_args(arguments)
-    options.only = options.only.split(",")
-    for name in options.only:
-        if name not in CANDIDATES:
-            parser.error(f"--only: {name!r} is no candidate; accepted: {', '.join(CANDIDATES)}")
-    for name, least in (("latent_steps", 1), ("num_samples", 2), ("num_recons", 1), ("threads", 1)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name} is {getattr(options, name)}; accepted: whole numbers from {least}")
+    patterns, options.only = options.only.split(","), []
+    for pattern in patterns:
+        matching = [name for name in CANDIDATES if fnmatch(name, pattern)]
+        if not matching:
+            parser.error(f"--only: {pattern!r} is no candidate; accepted: {', '.join(CANDIDATES)}")
+        options.only += [name for name in matching if name not in options.only]
+    whole = {"latent_steps": 1, "num_samples": 2, "num_recons": 1, "threads": 1, "seeds": 1, "steps": 1}
+    for name, least in whole.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} is {value}; accepted: whole numbers from {least}")
+    if options.device != "cpu" and options.steps is None:
+        parser.error(f"--device is {options.device}; accepted: with --steps, since processor time is that of a CPU")
     if not options.budget_s > 0:
         parser.error(f"--budget_s is {options.budget_s:g}; accepted: a number > 0")
     return parser, options

@@ -89,11 +89,10 @@ def open_extractor(name: str, device: torch.device, weights: str | None = None) 
     return _random_features(device)
 
 
-def pixels_extractor(device: torch.device) -> Extractor:
-    """The pixels of a small, thereby blurred, copy: cheap and good enough to find candidates for neighbours."""
-    size = (PIXELS_SIDE, PIXELS_SIDE)
+def pixels_extractor(device: torch.device, size: Size = (PIXELS_SIDE, PIXELS_SIDE), channels: int = 3) -> Extractor:
+    """The pixels of a copy; of a small one, as by default, cheap and good enough to find candidates for neighbours."""
     return Extractor(
-        name="pixels", metric="distance of small pixels", resize=_clean_words(size), input_size=size, channels=3,
+        name="pixels", metric="distance of pixels", resize=_clean_words(size), input_size=size, channels=channels,
         weights="none", prepare=partial(clean_resize, size=size), network=lambda x: x.to(device).flatten(1) / 127.5 - 1,
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +81,18 @@ def _values(image: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
     """Uint8 (H, W, C) as (C, h, w) in [−1, 1]."""
     resized = image if image.shape[:2] == tuple(size) else np.rint(clean_resize(image, size)).astype(np.uint8)
     return to_float(torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1))))
+
+
+def nearest_rows(queries: torch.Tensor, blocks: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The distance of each of `queries` (N, D) to the nearest row of blocks (M, D), and the number of that, (N,)."""
+    least, number, first = torch.full((len(queries),), torch.inf), torch.zeros(len(queries), dtype=torch.long), 0
+    for block in blocks:
+        found = torch.cdist(queries, block).argmin(dim=1)
+        distance = (queries - block[found]).norm(dim=1)  # cdist is not exact where rows are nearly equal
+        nearer = distance < least
+        least, number = torch.where(nearer, distance, least), torch.where(nearer, first + found, number)
+        first += len(block)
+    return least, number
 
 
 def pixel_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -96,6 +96,18 @@ def test_each_is_done_once_and_the_best_is_first(tmp_path, monkeypatch, capsys):
     assert lines[-4] in capsys.readouterr().out
 
 
+def test_seeds_share_their_steps_and_the_table_has_their_spread(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(FID, "v_seed1", 24.0)
+    calls = run(tmp_path, "v", monkeypatch, "--seeds=2")
+    assert [name for name, _ in calls] == ["v"] * 7 + ["v_seed1"] * 5  # the time of a step is measured once
+    assert json.loads((tmp_path / "results.json").read_text())["results"]["v_seed1"]["steps"] == 120
+    assert "22.0 ± 2.8" in capsys.readouterr().out
+    assert run(tmp_path, "v", monkeypatch) == []  # a result of more seeds is one of fewer
+    steps = run(tmp_path / "steps", "v,rate_5*", monkeypatch, "--steps=33")
+    assert {name for name, _ in steps} == {"v", "rate_5e-4"}
+    assert json.loads((tmp_path / "steps/results.json").read_text())["results"]["v"]["steps"] == 33
+
+
 def test_what_failed_is_told_and_tried_again(tmp_path, monkeypatch):
     def fail(self, name, script, *arguments):
         if name == "v":
@@ -129,7 +141,8 @@ def test_other_settings_and_wrong_ones_are_refused(tmp_path, monkeypatch, capsys
     run(tmp_path, "v", monkeypatch)
     run(tmp_path, "v", monkeypatch, "--set=train.batch_size=8", status=2)
     assert "holds results of other settings" in capsys.readouterr().err
-    for wrong in ("--only=w", "--num_samples=1", "--latent_steps=0", "--threads=0", "--budget_s=0"):
+    for wrong in ("--only=w", "--num_samples=1", "--latent_steps=0", "--threads=0", "--budget_s=0",
+                  "--steps=0", "--device=cuda"):  # fmt: skip
         with pytest.raises(SystemExit) as left:
             recipe.main([f"--out_dir={tmp_path}", wrong])
         assert left.value.code == 2 and "accepted: " in capsys.readouterr().err
