@@ -1,9 +1,8 @@
-"""How well functions are drawn given measurements: where the answer is known, and with a trained model.
+"""How well functions are drawn given measurements, where the answer is known.
 
-    python benchmarks/posterior.py --model=landscapes-32 --images=4 \\
-        --json=benchmarks/results/posterior.json
+    python benchmarks/posterior.py --json=benchmarks/results/posterior.json
 
-First Gaussian random fields of 64x64 (`benchmarks/sampler_error.py`) with the optimal denoiser, of which 3 % of the
+Gaussian random fields of 64x64 (`benchmarks/sampler_error.py`) with the optimal denoiser, of which 3 % of the
 pixels of T x_0 are measured with errors of 0.02. The posterior is kriging, computed by dense matrices. Samplers are 100
 steps of DDIM, which are affine in x_T, or nearly, so that their mean is what they make of x_T = 0.
 
@@ -15,14 +14,13 @@ steps of DDIM, which are affine in x_T, or nearly, so that their mean is what th
 variance of a pixel if pixels were independent. "DPS" (Chung et al. 2023) takes a step ζ ∇‖y - H x̂‖ after each step of
 the sampler. Both have the gradient of mollified states, T Tᵗ ∇. "prior" takes no notice of the measurements.
 
-With --model then holes in held-out images are filled, and images of a lower resolution made finer, by each method.
+experiments/restoration.py measures what a trained model makes of images.
 """
 
 import argparse
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.sampler_error import field_variances
-from data.datasets import open_dataset
 from diffusion.cosine import cosine_matrix, dct, idct, on_rows
 from diffusion.mollifier import Mollifier
 from diffusion.posterior import Measured
@@ -39,11 +36,8 @@ from diffusion.process import Denoised, Denoiser, DiffusionProcess, Prediction
 from diffusion.random import Purpose, stream
 from diffusion.samplers import Correction, ddim
 from diffusion.schedules import Schedule
-from diffusion.sensors import pixels, reduced
+from diffusion.sensors import pixels
 from experiments.support.tables import aligned
-from infty_diff import InftyDiff, InpaintOptions, SamplingOptions
-from infty_diff.editing import enlarged
-from infty_diff.images import as_images
 from runtime.files import write_json
 
 PART, ERROR, DEVIATION = 0.03, 0.02, 0.5
@@ -138,7 +132,7 @@ def filtered(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def gaussian_rows(size: tuple[int, int] = (64, 64), count: int = 24, steps: str = "100") -> list[dict[str, Any]]:
-    """The first table."""
+    """A row for each method."""
     field = Field(size, steps)
     measured = Measured(field.observe, field.y, torch.full_like(field.y, ERROR**2), field.process)
     rows = [field.row("posterior", count, measured.posterior), field.row("ΠGDM", count, field.pigdm)]
@@ -146,69 +140,20 @@ def gaussian_rows(size: tuple[int, int] = (64, 64), count: int = 24, steps: str 
     return [*rows, field.row("prior", count, None)]
 
 
-def model_rows(model: InftyDiff, count: int, steps: int) -> list[dict[str, Any]]:
-    """The second table: `count` held-out images, with a hole in the middle, and to be drawn at twice the size."""
-    sampling, size, data = SamplingOptions(steps), model.config.size, model.config.data
-    twice = (2 * size[0], 2 * size[1])
-    sets = [open_dataset(replace(data, img_size=h, img_width=w, in_memory="never"), "val") for h, w in (size, twice)]
-    images, large = (as_images([s[i] for i in range(count)], model.channels, model.device) for s in sets)
-    known = torch.ones(size, dtype=torch.bool, device=model.device)
-    known[size[0] // 4 : 5 * size[0] // 8, size[1] // 3 : 3 * size[1] // 4] = False
-    rows = []
-    for method in ("guidance", "posterior"):
-        options = InpaintOptions(sampling, method=method)
-        filled = torch.cat([model.inpaint(image, known, [0], options) for image in images]).clamp(-1, 1)
-        error = (filled - images).square()
-        rows.append(_row("inpainting", method, error[..., ~known], error[..., known]))
-    low = reduced(large, size).clamp(-1, 1)
-    for method, start in (
-        ("bicubic", None),
-        ("encoding", None),
-        ("encoding", 999),
-        ("posterior", None),
-        ("posterior", 999),
-    ):
-        if method == "bicubic":
-            finer = enlarged(low, twice)
-        else:
-            finer = model.super_resolution(low, twice, None, sampling, start, method=method).clamp(-1, 1)
-        named = method + (", from the code" if start else "")
-        rows.append(_row("super-resolution", named, (finer - large).square(), (reduced(finer, size) - low).square()))
-    return rows
-
-
-def _row(task: str, method: str, error: torch.Tensor, misfit: torch.Tensor) -> dict[str, Any]:
-    """PSNR of what is not measured, or of all, and of what is; means over images, in decibel."""
-    psnr, measured = (float((10 * torch.log10(4 / e.flatten(1).mean(1))).mean()) for e in (error, misfit))
-    return {"task": task, "method": method, "psnr": psnr, "psnr_measured": measured}
-
-
-def tables(gaussian: list[dict[str, Any]], trained: list[dict[str, Any]]) -> str:
-    """Both tables as aligned text."""
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as aligned text."""
     lines = [("Gaussian field", "mean", "sd", "misfit")]
-    lines += [(r["method"], *(f"{r[name]:.4f}" for name in ("mean_error", "sd_ratio", "misfit"))) for r in gaussian]
-    text = aligned(lines)
-    if trained:
-        lines = [("trained model", "PSNR (dB)", "of what is measured")]
-        lines += [(f"{r['task']}, {r['method']}", f"{r['psnr']:.2f}", f"{r['psnr_measured']:.2f}") for r in trained]
-        text += "\n\n" + aligned(lines)
-    return text
+    lines += [(r["method"], *(f"{r[name]:.4f}" for name in ("mean_error", "sd_ratio", "misfit"))) for r in rows]
+    return aligned(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="run or model in weights/; default: the first table alone")
-    parser.add_argument("--images", type=int, default=4, help="held-out images for it")
-    parser.add_argument("--steps", type=int, default=25, help="steps of its sampler")
-    parser.add_argument("--json", type=Path, help="file for the result; default: none, the tables alone")
-    arguments = parser.parse_args()
-    gaussian, trained = gaussian_rows(), []
-    if arguments.model:
-        trained = model_rows(InftyDiff.from_runs(arguments.model), arguments.images, arguments.steps)
+    parser.add_argument("--json", type=Path, help="file for the result; default: none, the table alone")
+    arguments, rows = parser.parse_args(), gaussian_rows()
     if arguments.json:
-        settings = {"model": arguments.model, "images": arguments.images, "steps": arguments.steps}
-        write_json(arguments.json, {**settings, "gaussian": gaussian, "trained": trained})
-    print(tables(gaussian, trained))
+        write_json(arguments.json, {"gaussian": rows})
+    print(table(rows))
 
 
 if __name__ == "__main__":
