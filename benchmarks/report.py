@@ -101,6 +101,7 @@ def step_table(result: dict[str, Any]) -> str:
             f"rate           {row['gflop_per_second']:9.1f} GFLOP/s   {share:.0%} of a matrix product's "
             f"{row['product_gflop_per_second']:.1f}",
             f"peak memory    {row['peak_memory_bytes'] / 1e6:9.1f} MB",
+            *(f"tensors        {row[name] / 1e6:9.1f} MB" for name in ("tensor_bytes",) if name in row),
             *(f"  {part:<26}{spent:7.1f} ms" for part, spent in row["parts"].items()),
         ]
     return "\n".join(lines)

@@ -32,6 +32,7 @@ from absl import flags
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.live_tensors import LiveTensors
 from benchmarks.published import PublishedStep
 from benchmarks.report import circumstances, peak_memory, reset_peak_memory, step_table
 from configs.schema import ImageConfig
@@ -188,6 +189,12 @@ class StepTimer:
             self.step(0, count)
         return counter.get_total_flops()
 
+    def tensor_bytes(self, count: int) -> int:
+        """The most that tensors made in a step take together; parameters and what else lasts are not counted."""
+        with LiveTensors() as live:
+            self.step(0, count)
+        return live.peak
+
     def parts(self, count: int) -> dict[str, float]:
         """Milliseconds of one step by kind of operator, the most first."""
         activity = ProfilerActivity.CUDA if self.device.type == "cuda" else ProfilerActivity.CPU
@@ -253,6 +260,7 @@ def _row(timer: StepTimer, count: int, times: dict[str, list[float]], peak: int)
         "step_ms_quartiles": [low, high],
         "images_per_second": 1e3 * timer.config.train.batch_size / step_ms,
         "peak_memory_bytes": peak,
+        "tensor_bytes": timer.tensor_bytes(count),
         "repeats": len(times["ours"]),
         "gflop": flops / 1e9,
         "gflop_per_second": rate,

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 import torch
 
+from benchmarks.live_tensors import LiveTensors
 from benchmarks.published import PublishedStep
 from benchmarks.train_step import PARTS, StepTimer, point_counts
 from configs.schema import ImageConfig
@@ -64,7 +65,24 @@ def test_command_times_a_step_beside_the_published_one(tmp_path):
         assert row["peak_memory_bytes"] > 0 and row["product_gflop_per_second"] > 0
         assert {"convolutions", "linear layers"} <= set(row["parts"]) <= {*PARTS, "other"}
         assert all(part in done.stdout for part in row["parts"])
+    assert 0 < result["rows"][0]["tensor_bytes"] < result["rows"][1]["tensor_bytes"]
     assert done.stdout.count("times as long") == 2
+
+
+def test_tensors_count_while_they_live():
+    w = torch.nn.Parameter(torch.randn(1000))
+    with LiveTensors() as live:
+        x = torch.zeros(1000)
+        y = x + 1
+        del x
+        assert (live.now, live.peak) == (4000, 8000)
+        z = y.view(10, 100) * w.view(10, 100)
+        del y  # the product keeps it for the gradient of w
+        loss = z.exp().sum()
+        del z  # whose exponential is kept, not z
+        assert (live.now, live.peak) == (8004, 12_004)
+        loss.backward()
+        assert live.now == 4004  # the gradient and the loss
 
 
 def test_the_published_step_trains():

@@ -9,7 +9,7 @@ import pytest
 import scipy.integrate
 import torch
 
-from benchmarks.posterior import gaussian_rows
+from benchmarks.posterior import gaussian_rows, table
 from diffusion.posterior import Measured, conjugate_residuals
 from diffusion.process import Prediction
 from diffusion.samplers import SAMPLERS
