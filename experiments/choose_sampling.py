@@ -39,6 +39,7 @@ from experiments.support.tables import aligned
 from infty_diff.loading import store_sampling
 from infty_diff.sampling import SamplingOptions
 from runtime.checkpoint import load_weights
+from runtime.claimed import claim_folder
 from runtime.command import Command, readable_errors
 from runtime.files import write_atomic, write_json
 from runtime.run_dir import run_path
@@ -65,11 +66,8 @@ class Search:
         self.model = [*command.arguments("config", "config", {}),
                       *command.arguments("decoder_config", "decoder_config", {})]  # fmt: skip
         self.reference = [*command.arguments("decoder_config", "config", {}), f"--split={FLAGS.split}"]
-        self.process, self.size, self.out = (
-            build_image_process(configs["decoder_config"]),
-            configs["decoder_config"].size,
-            out,
-        )
+        self.process = build_image_process(configs["decoder_config"])
+        self.size, self.out = configs["decoder_config"].size, out
         self.rows: dict[SamplingOptions, dict[str, Any]] = {}
 
     def cost(self, options: SamplingOptions) -> int:
@@ -105,9 +103,12 @@ def main(command: Command, configs: dict[str, Any]) -> None:
         require_extractor()
         require_matplotlib()
         files = weights(configs)
-        key = digest(*(tensor for file in files for _, tensor in sorted(load_weights(file)[0].items())))[:8]
-        default = run_path(configs["config"]) / f"choose_sampling-{key}"
+        # Of the tensors, since the choice is stored in the header.
+        tensors = digest(*(tensor for file in files for _, tensor in sorted(load_weights(file)[0].items())))
+        wanted = {"tensors": tensors, "latent_steps": FLAGS.latent_sampling_steps}
+        default = run_path(configs["config"]) / f"choose_sampling-{digest(wanted)[:8]}"
         search = Search(command, configs, Path(FLAGS.out_dir) if FLAGS.out_dir else default)
+        claim_folder(search.out, "settings.json", wanted)
         search.measure(grid)
         chosen = search.best(grid)
         if not search.process.gives_sharp:

@@ -77,7 +77,7 @@ def stored_filter(weights: Path, mollifier: Mollifier) -> tuple[InverseSnr, dict
     try:
         ratios = load_filter(weights, mollifier)
     except ValueError as error:
-        log.warning("%s; it is not kept", error)
+        log.warning("%s; it is not copied", error)
         return None
     stored = read_json(filter_path(weights), dict, "a calibrated filter")
     return ratios, {name: value for name, value in stored.items() if name != _CHECKSUM}

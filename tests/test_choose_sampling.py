@@ -62,6 +62,10 @@ def test_the_choice_is_stored_and_made_once(saved, tmp_path, monkeypatch, capsys
     assert "dpmpp *" in capsys.readouterr().out
     choose_sampling.main(SimpleNamespace(arguments=lambda *_: []), configs)
     assert len(drawn) == 5
+    given.latent_sampling_steps = "4"
+    with pytest.raises(SystemExit):
+        choose_sampling.main(SimpleNamespace(arguments=lambda *_: []), configs)
+    assert "holds results of other latent_steps" in capsys.readouterr().err
 
 
 def test_the_fewest_steps_near_the_least_distance_are_best(monkeypatch):
