@@ -1,4 +1,4 @@
-# `make demo` trains and samples the embedded default on a CPU; `make test` lints, checks types and tests. Both set themselves up.
+# `make demo` draws with the shipped models and trains one on; `make test` lints, checks types and tests. Both set themselves up.
 # TORCH: what to install before all else, in pip's words, where PyTorch's default wheels are not what you want.
 PYTHON ?= python3
 TORCH ?=
