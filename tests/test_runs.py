@@ -119,6 +119,7 @@ def test_every_command_looks_for_the_runs_it_uses():
         "train_latent_diffusion": "('config',)",
         "coordinate_sparsity": "('config', 'decoder_config')",
         "import_reference_checkpoint": "tuple(stages)",
+        "other_library": "('config',)",
         "sampling": "('config',)",
         "train_step": "('config',)",
     }

@@ -100,7 +100,7 @@ def test_every_command_that_loads_a_run_has_the_flag():
     """And no command loads weights past the flag."""
     loading = re.compile(r"from_runs\(|open_model\(|encoder_of_run\(|load_or_encode\(|\bsample\(")
     found = [file for file in [*(ROOT / "experiments").glob("*.py"), *ROOT.glob("train_*.py")]
-             if loading.search(file.read_text()) and file.stem != "demo"]  # fmt: skip
+             if loading.search(file.read_text())]  # fmt: skip
     assert len(found) >= 11
     for file in found:
         defines = '_weights"', "edit.define_flags(", "define_scoring_flags(", "import compare, define_flags"
