@@ -231,9 +231,10 @@ def test_operators_are_registered_properly(case):
     tensors = (n.entries, n.counts, n.present, n.corners)
     if n.counts is not None:
         index = case.points.index.to(DEVICE)
-        torch.library.opcheck(triton_conv._list, (index, n.size, n.kernel_shape))
-    torch.library.opcheck(triton_conv._gather, (x, taps, scale, residual, *tensors, n.size, n.kernel_shape, False))
-    torch.library.opcheck(triton_conv._taps_gradient, (x.detach(), grad, scale, *tensors[2:], n.size, n.kernel_shape))
+        torch.library.opcheck(triton_conv._list.overload, (index, n.size, n.kernel_shape))
+    shapes = (n.size, n.kernel_shape)
+    torch.library.opcheck(triton_conv._gather.overload, (x, taps, scale, residual, *tensors, *shapes, False))
+    torch.library.opcheck(triton_conv._taps_gradient.overload, (x.detach(), grad, scale, *tensors[2:], *shapes))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -268,10 +269,10 @@ def test_nothing_depends_on_data(monkeypatch):
         x, taps, scale = (torch.zeros(*s, device=DEVICE) for s in ((2, 4096, 8), (35, 8), (2, 4096, 1)))
         out = triton_conv.depthwise(x.requires_grad_(), taps.requires_grad_(), scale, n)
         assert [g.shape for g in torch.autograd.grad(out.sum(), (x, taps))] == [x.shape, taps.shape]
-        triton_conv._list._init_fn(index, n.size, n.kernel_shape)
+        triton_conv._list.function(index, n.size, n.kernel_shape)
         tensors = (n.entries, n.counts, n.present, n.corners)
-        triton_conv._gather._init_fn(x, taps, scale, None, *tensors, n.size, n.kernel_shape, False)
-        triton_conv._taps_gradient._init_fn(x, x, scale, *tensors[2:], n.size, n.kernel_shape)
+        triton_conv._gather.function(x, taps, scale, None, *tensors, n.size, n.kernel_shape, False)
+        triton_conv._taps_gradient.function(x, x, scale, *tensors[2:], n.size, n.kernel_shape)
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from models.operators.opaque import opaque
+
 _NODES = 32  # of a program, one per lane of its only warp: a block waits for its slowest node
 _STEPS = 4  # entries of the table between two looks at whether the block is done
 _POINTS = 64  # taken at a time when a node is searched for
@@ -142,7 +144,7 @@ def nearest_kernel(
         tl.store(shares + to + k, tl.where(taken, counts_with, 0.0), mask=exists)
 
 
-@torch.library.custom_op("infty_diff::nearest_present", mutates_args=())
+@opaque("infty_diff::nearest_present")
 def nearest_present(
     index: torch.Tensor,
     table: torch.Tensor,

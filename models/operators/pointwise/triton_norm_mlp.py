@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from models.operators.opaque import opaque
 from models.operators.pointwise import triton_kernels as kernels
 from models.operators.sparse_conv.folding import fold
 
@@ -54,7 +55,7 @@ def _shared_memory(device: torch.device) -> int:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 << 10)
 
 
-@torch.library.custom_op("infty_diff::norm_affine", mutates_args=())
+@opaque("infty_diff::norm_affine")
 def _norm_affine(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
     """xhat·a + b for x (B, M, C) and float32 a, b (B, C)."""
     x, out, options = x.contiguous(), x.new_empty(x.shape, dtype=dtype), kernels.norm_options(x.shape[2])
@@ -69,7 +70,7 @@ def _(x, a, b, eps, dtype):
     return x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.custom_op("infty_diff::norm_affine_backward", mutates_args=())
+@opaque("infty_diff::norm_affine_backward")
 def _norm_affine_backward(
     x: torch.Tensor, a: torch.Tensor, dout: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -98,10 +99,10 @@ def _norm_gradients(ctx, dout):
     return (*_norm_affine_backward(*ctx.saved_tensors, dout, ctx.eps), None, None)
 
 
-_norm_affine.register_autograd(_norm_gradients, setup_context=_save_norm)
+_norm_affine.register_autograd(_norm_gradients, _save_norm)
 
 
-@torch.library.custom_op("infty_diff::norm_mlp", mutates_args=())
+@opaque("infty_diff::norm_mlp")
 def _norm_mlp(
     x: torch.Tensor,
     w1: torch.Tensor,
@@ -126,7 +127,7 @@ def _(x, w1, b1, w2, b2, eps, dtype):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("infty_diff::norm_mlp_backward", mutates_args=())
+@opaque("infty_diff::norm_mlp_backward")
 def _norm_mlp_backward(
     x: torch.Tensor,
     w1: torch.Tensor,
@@ -167,7 +168,7 @@ def _mlp_gradients(ctx, dout):
     return (*_norm_mlp_backward(*ctx.saved_tensors, dout, ctx.eps, ctx.dtype), None, None)
 
 
-_norm_mlp.register_autograd(_mlp_gradients, setup_context=_save_mlp)
+_norm_mlp.register_autograd(_mlp_gradients, _save_mlp)
 
 
 def norm_modulate(

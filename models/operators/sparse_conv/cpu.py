@@ -12,6 +12,7 @@ import torch
 
 from diffusion.coordinates import Points, Size
 from models.operators import compiled
+from models.operators.opaque import opaque
 
 _CHUNK = 512  # points per partial sum of the weight gradient, at least: few points still occupy several threads
 _MOST_CHUNKS = 64  # bounds the memory of the partial sums where there are many points
@@ -92,7 +93,7 @@ def depthwise(
     return _forward(x.float(), taps, scale, *lists, residual).to(x.dtype)
 
 
-@torch.library.custom_op("infty_diff::depthwise_cpu", mutates_args=())
+@opaque("infty_diff::depthwise_cpu")
 def _forward(
     x: torch.Tensor,
     kernel: torch.Tensor,
@@ -115,7 +116,7 @@ def _(x, kernel, scale, ends, rows, taps, residual):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("infty_diff::depthwise_cpu_backward", mutates_args=())
+@opaque("infty_diff::depthwise_cpu_backward")
 def _backward(
     gradient: torch.Tensor,
     scale: torch.Tensor,
@@ -153,4 +154,4 @@ def _differentiate(ctx, gradient):
     return dx, dkernel, None, None, None, None, gradient if ctx.has_residual else None
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_forward.register_autograd(_differentiate, _setup_context)

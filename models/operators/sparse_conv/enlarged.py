@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from diffusion.coordinates import Size
 from models.operators import compiled, dispatch
+from models.operators.opaque import opaque
 from models.operators.sparse_conv.backend import Span, cell_overlaps, resample_kernel
 
 _BAND = 256  # rows on a CPU: those above and below, which a band computes again, are then few
@@ -88,7 +89,7 @@ def enlarged(
     return _enlarged(x, weight, kernel_shape, scale, residual, first_row, rows, band, span)
 
 
-@torch.library.custom_op("infty_diff::enlarged", mutates_args=())
+@opaque("infty_diff::enlarged")
 def _enlarged(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -132,7 +133,7 @@ def _gradients(ctx, gradient):
     return dx, None, None, None, gradient if ctx.has_residual else None, None, None, None, None
 
 
-_enlarged.register_autograd(_gradients, setup_context=_save)
+_enlarged.register_autograd(_gradients, _save)
 
 
 @lru_cache(maxsize=64)

@@ -20,6 +20,7 @@ import torch
 import triton
 
 from diffusion.coordinates import Points, Size
+from models.operators.opaque import opaque
 from models.operators.sparse_conv.triton_conv_kernels import gather_kernel, lattice_kernel, list_kernel, taps_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -138,7 +139,7 @@ def _block_c(channels: int) -> int:
     return min(divisor if divisor >= 8 else triton.next_power_of_2(channels), 64)
 
 
-@torch.library.custom_op("infty_diff::neighbour_list", mutates_args=())
+@opaque("infty_diff::neighbour_list")
 def _list(
     index: torch.Tensor, size: Sequence[int], kernel_shape: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -172,7 +173,7 @@ def _list_shapes(
     return entries, counts, present, torch.empty_like(counts)
 
 
-@torch.library.custom_op("infty_diff::depthwise_gather", mutates_args=())
+@opaque("infty_diff::depthwise_gather")
 def _gather(
     x: torch.Tensor,
     taps: torch.Tensor,
@@ -220,7 +221,7 @@ def _(x, taps, scale, residual, entries, counts, present, corners, size, kernel_
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("infty_diff::depthwise_taps_gradient", mutates_args=())
+@opaque("infty_diff::depthwise_taps_gradient")
 def _taps_gradient(
     x: torch.Tensor,
     grad: torch.Tensor,
@@ -278,4 +279,4 @@ def _backward(ctx, grad):
     return grad_x, grad_taps, None, grad_residual, *[None] * 7
 
 
-_gather.register_autograd(_backward, setup_context=_save)
+_gather.register_autograd(_backward, _save)
