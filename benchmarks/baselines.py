@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from diffusion.coordinates import CONVENTIONS, Points, gather_points, points_to_image, scatter_points
+from models.modulation import Conditioning
+from models.operators.pointwise.norm_mlp import norm_modulate
 from models.operators.sparse_conv.backend import Plan
 from models.sparse_block import SparseBlock
 
@@ -61,11 +63,12 @@ class MaskedBlock:
     def fused(self, x: torch.Tensor, e: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """x: (B, H·W, C), zero where no point is. Returns the same shape."""
         block, mask, channels = self.block, self.mask.flatten(2).transpose(1, 2), x.shape[2]
-        h = block.modulation1(block.norm1(x), e, z) * mask
+        first, second = Conditioning(block.modulated, z)(e)
+        h = norm_modulate(x, block.norm1, first, plain=True) * mask
         image = h.view(self.batch, *self.size, channels).permute(0, 3, 1, 2)
         out = F.conv2d(image, block.kernel.to(h.dtype), padding=block.kernel.shape[-1] // 2, groups=channels)
         x = x + out.permute(0, 2, 3, 1).flatten(1, 2) / self.density.flatten(2).transpose(1, 2)
-        return (x + block.mlp(block.modulation2(block.norm2(x), e, z))) * mask
+        return (x + block.mlp(norm_modulate(x, block.norm2, second, plain=True))) * mask
 
     def as_published(self, x: torch.Tensor, e: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W), zero where no point is. Returns the same shape."""

@@ -15,6 +15,7 @@ from diffusion.coordinates import CONVENTIONS, Points, scatter_points
 from diffusion.mollifier import Mollifier
 from diffusion.random import Purpose, stream
 from diffusion.subsets import draw_points
+from models.modulation import Conditioning
 from models.operators.dispatch import get_backend, use_backend
 from models.operators.knn.search import nearest_points
 from models.sparse_block import SparseBlock
@@ -116,7 +117,7 @@ def block_row(setting: Setting, size: int, ratio: float) -> Row:
     def ours(i: int) -> list[torch.Tensor]:
         j = i % _INPUT_SETS
         with autocast():
-            out = block(xs[j], plan, e=e, z=z)
+            out = block(xs[j], plan, affines=Conditioning(block.modulated, z)(e))
         return gradients(out, [xs[j], *parameters], dys[j].to(out.dtype))
 
     def masked(layout: torch.memory_format | None, cudnn: bool) -> Callable[[int], list[torch.Tensor]]:
@@ -145,7 +146,7 @@ def block_row(setting: Setting, size: int, ratio: float) -> Row:
     def torch_dense(i: int) -> list[torch.Tensor]:
         j = i % _INPUT_SETS
         with autocast():
-            out = plain(xs[j], plain_plan, e=e, z=z)
+            out = plain(xs[j], plain_plan, affines=Conditioning(plain.modulated, z)(e))
         return gradients(out, [xs[j], *plain_parameters], dys[j].to(out.dtype))
 
     contenders = {

@@ -18,7 +18,8 @@ from torch import nn
 from benchmarks.baselines import coordinates_on_the_host, smoothing_by_cosine_transforms
 from data.pixels import to_float
 from models.grid_unet import GridBlock, GridTrunk, GridUNet
-from models.layers import Attention, Modulation, sinusoidal_features
+from models.layers import Attention, sinusoidal_features
+from models.modulation import Modulation
 from models.sparse_block import SparseBlock
 from models.sparse_encoder import SparseEncoder
 from models.sparse_unet import SparseDescent, SparseUNet

@@ -6,7 +6,7 @@ copies. Letters: B batch, C channels, H × W grid of the level at hand, D output
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.coarse_nodes import NODES, Pyramid
-from models.layers import Attention, Dropout, Modulation
+from models.layers import Attention, Dropout
+from models.modulation import Modulation
 from models.operators.dispatch import BackendModule
-from models.operators.pointwise.norm_mlp import norm_modulate
+from models.operators.pointwise.norm_mlp import Affine, norm_modulate
 from models.point_conv import PointConv, Stencil
 from models.spectral import SpectralConv
 
@@ -145,13 +146,16 @@ class GridBlock(BackendModule):
         self.conv_out = _conv(conv_type, c_out, c_out)
         self.shortcut = nn.Identity() if c_in == c_out else nn.Linear(c_in, c_out)
 
-    def forward(
-        self, x: torch.Tensor, e: torch.Tensor | None, z: torch.Tensor | None, *stencil: Stencil
-    ) -> torch.Tensor:
-        """x: (B, H, W, c_in); e: (B, time_dim); z: (B, z_dim). Returns (B, H, W, c_out)."""
+    @property
+    def modulated(self) -> list[tuple[nn.LayerNorm, Modulation]]:
+        """The norm that is modulated, and what does it."""
+        return [(self.norm_out, self.modulation)]
+
+    def forward(self, x: torch.Tensor, affine: Affine | None = None, *stencil: Stencil) -> torch.Tensor:
+        """x: (B, H, W, c_in). affine: of norm_out, as modulated; None without modulation. Returns (B, H, W, c_out)."""
         plain = self.backend.plain
         h = self.conv_in(F.gelu(norm_modulate(x, self.norm_in, plain=plain)), *stencil)
-        h = norm_modulate(h, self.norm_out, *self.modulation.vectors(e, z), plain)
+        h = norm_modulate(h, self.norm_out, affine, plain)
         return self.shortcut(x) + self.conv_out(self.dropout(F.gelu(h)), *stencil)
 
 
@@ -208,21 +212,26 @@ class GridTrunk(nn.Module):
         self.mid_attention = Attention(widths[-1], spec.attention)
         self.mid_block2 = GridBlock(*middle)
 
+    def blocks(self) -> list[GridBlock]:
+        """All blocks, in the order in which they are computed."""
+        return [*(block for level in self.downs for block in level.blocks), self.mid_block1, self.mid_block2]
+
     def descend(
-        self, x: torch.Tensor, e: torch.Tensor | None, z: torch.Tensor | None, pyramid: Pyramid | None
+        self, x: torch.Tensor, affines: Iterator[Affine | None], pyramid: Pyramid | None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """x: (B, H, W, C). Returns the coarsest features and, finest first, the output of every block."""
+        """x: (B, H, W, C). affines: of the blocks, one by one. Returns the coarsest features and, finest first, the
+        output of every block."""
         same, down = (None, None) if pyramid is None else (pyramid.same, pyramid.down)
         if self.appends_coordinates:
             x = torch.cat([x, _coordinate_channels(x)], dim=3)  # (B, H, W, C + 2)
         h, skips = self.fc0(x), []
         for depth, level in enumerate(self.downs):
             for block, attention in zip(level.blocks, level.attentions):
-                h = attention(block(h, e, z, *_stencil(same, depth)))
+                h = attention(block(h, next(affines), *_stencil(same, depth)))
                 skips.append(h)
             h = level.resample(h, *_stencil(down, depth))  # (B, H/2, W/2, C'), or (B, H, W, C') after the last
-        h = self.mid_block1(h, e, z, *_stencil(same, -1))
-        return self.mid_block2(self.mid_attention(h), e, z, *_stencil(same, -1)), skips
+        h = self.mid_block1(h, next(affines), *_stencil(same, -1))
+        return self.mid_block2(self.mid_attention(h), next(affines), *_stencil(same, -1)), skips
 
 
 def _coordinate_channels(x: torch.Tensor) -> torch.Tensor:
@@ -252,15 +261,19 @@ class GridUNet(GridTrunk):
         self.fc1 = nn.Linear(widths[0], _HEAD_WIDTH)
         self.fc2 = nn.Linear(_HEAD_WIDTH, spec.input_channels)
 
+    def blocks(self) -> list[GridBlock]:
+        return [*super().blocks(), *(block for level in self.ups for block in level.blocks)]
+
     def forward(
-        self, x: torch.Tensor, e: torch.Tensor | None, z: torch.Tensor | None, pyramid: Pyramid | None = None
+        self, x: torch.Tensor, affines: Sequence[Affine] | None = None, pyramid: Pyramid | None = None
     ) -> torch.Tensor:
-        """x: (B, H, W, C); e: (B, time_dim); z: (B, z_dim); pyramid: of the nodes where they are points."""
+        """x: (B, H, W, C); affines: of `blocks`; pyramid: of the nodes where they are points."""
         same, up = (None, None) if pyramid is None else (pyramid.same, pyramid.up)
-        h, skips = self.descend(x, e, z, pyramid)
+        of_blocks = iter(affines or [None] * len(self.blocks()))
+        h, skips = self.descend(x, of_blocks, pyramid)
         for depth, level in zip(reversed(range(len(self.ups))), self.ups):
             for block, attention in zip(level.blocks, level.attentions):
-                h = attention(block(torch.cat([h, skips.pop()], dim=3), e, z, *_stencil(same, depth)))
+                h = attention(block(torch.cat([h, skips.pop()], dim=3), next(of_blocks), *_stencil(same, depth)))
             h = level.resample(h, *_stencil(up, depth))  # (B, 2H, 2W, C'), or (B, H, W, C') after the last
         return self.fc2(F.gelu(self.fc1(h)))
 
@@ -273,5 +286,5 @@ class GridEncoder(GridTrunk):
         self.fc1 = nn.Linear(spec.widths[-1], out_channels)
 
     def forward(self, x: torch.Tensor, pyramid: Pyramid | None = None) -> torch.Tensor:
-        h, _ = self.descend(x, None, None, pyramid)
+        h, _ = self.descend(x, iter([None] * len(self.blocks())), pyramid)
         return self.fc1(h)

@@ -1,4 +1,4 @@
-"""Layers shared by the networks: time features, modulation, attention.
+"""Layers shared by the networks: time features, attention.
 
 Features carry their channels on the last axis everywhere: (B, M, C) on points, (B, H, W, C) on grids, (B, D) for
 vectors. Letters: B batch, C channels, H × W grid, S = H·W tokens, D latent.
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.operators.pointwise.norm_mlp import modulate, product_type
+from models.operators.pointwise.norm_mlp import product_type
 
 _LOG_PERIOD = math.log(10000.0)
 
@@ -79,40 +79,6 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x).to(product_type(x))
-
-
-class Modulation(nn.Module):
-    """Conditioning of normalised features on time and latent: h·(1 + scale(e)) + shift(e), then ·(1 + g(z)).
-
-    (scale, shift) = Linear(GELU(e)); g = Linear, GELU, Linear. Either part is left out when its width is None.
-    """
-
-    def __init__(self, channels: int, time_dim: int | None, z_dim: int | None):
-        super().__init__()
-        self.time = nn.Sequential(nn.GELU(), nn.Linear(time_dim, 2 * channels)) if time_dim else None
-        self.z = nn.Sequential(nn.Linear(z_dim, channels), nn.GELU(), nn.Linear(channels, channels)) if z_dim else None
-
-    def forward(self, h: torch.Tensor, e: torch.Tensor | None, z: torch.Tensor | None) -> torch.Tensor:
-        """h: (B, …, C); e: (B, time_dim); z: (B, z_dim). Returns the shape of h."""
-        return modulate(h, *self.vectors(e, z))
-
-    def vectors(
-        self, e: torch.Tensor | None, z: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The whole as one scale and one shift, (B, C) each, in float32 at least; None where it has none."""
-        scale = shift = None
-        if self.time is not None:
-            scale, shift = _at_least_float32(self.time(e)).chunk(2, dim=1)
-            scale = 1 + scale
-        if self.z is not None:
-            factor = 1 + _at_least_float32(self.z(z))
-            scale = factor if scale is None else scale * factor
-            shift = None if shift is None else shift * factor
-        return scale, shift
-
-
-def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 HEAD_WIDTH = 32

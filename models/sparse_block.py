@@ -14,9 +14,9 @@ from torch import nn
 
 from diffusion.coordinates import Size
 from models.continuous_kernel import ContinuousKernel
-from models.layers import Modulation
+from models.modulation import Modulation
 from models.operators.dispatch import BackendModule
-from models.operators.pointwise.norm_mlp import join, norm_modulate, norm_modulate_mlp
+from models.operators.pointwise.norm_mlp import Affine, join, norm_modulate, norm_modulate_mlp
 from models.operators.sparse_conv.backend import Plan
 
 KERNELS = ("linear", "nonlinear", "continuous")
@@ -85,6 +85,11 @@ class SparseBlock(BackendModule):
                 nn.init.uniform_(table, -bound, bound)
 
     @property
+    def modulated(self) -> list[tuple[nn.LayerNorm, Modulation]]:
+        """The norms, and what modulates their results."""
+        return [(self.norm1, self.modulation1), (self.norm2, self.modulation2)]
+
+    @property
     def convolutions(self) -> int:
         """How many of them follow one another."""
         return 1 if self.second_kernel is None else 2
@@ -95,10 +100,9 @@ class SparseBlock(BackendModule):
         plan: Plan,
         *,
         skip: torch.Tensor | None = None,
-        e: torch.Tensor | None = None,
-        z: torch.Tensor | None = None,
+        affines: tuple[Affine | None, Affine | None] = (None, None),
     ) -> torch.Tensor:
-        """x, skip: (B, M, C); e: (B, time_dim); z: (B, z_dim). Returns (B, M, C).
+        """x, skip: (B, M, C); affines: of norm1 and norm2, as modulated; None without modulation. Returns (B, M, C).
 
         Where no gradient is wanted, a block that takes a skip may write over x.
         """
@@ -108,9 +112,9 @@ class SparseBlock(BackendModule):
             c = self._integral(x, plan)
             return x + c + self.mlp(c)
         plain = self.backend.plain
-        h = norm_modulate(x, self.norm1, *self.modulation1.vectors(e, z), plain)
+        h = norm_modulate(x, self.norm1, affines[0], plain)
         x = self._integral(h, plan, residual=x)
-        return norm_modulate_mlp(x, self.norm2, *self.modulation2.vectors(e, z), self.mlp, plain)
+        return norm_modulate_mlp(x, self.norm2, affines[1], self.mlp, plain)
 
     def _integral(self, h: torch.Tensor, plan: Plan, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Eq. (20), or with a nonlinear kernel a case of eq. (18), at the points."""

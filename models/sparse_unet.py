@@ -6,6 +6,7 @@ latent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,13 @@ from models import tiled
 from models.coarse_nodes import GridNodes, PointNodes
 from models.grid_unet import GridSpec, GridUNet
 from models.layers import sinusoidal_features
+from models.modulation import Conditioning
 from models.operators.dispatch import BackendModule
+from models.operators.pointwise.norm_mlp import Affine
 from models.operators.sparse_conv.backend import Plan, kernel_window
 from models.sparse_block import SparseBlock, check_kernel
+
+OfBlock = tuple[Affine, Affine]  # of the two norms of a sparse block
 
 
 @dataclass(frozen=True)
@@ -126,13 +131,13 @@ class SparseDescent(BackendModule):
         x: torch.Tensor,
         plan: Plan,
         nodes: GridNodes | PointNodes,
-        e: torch.Tensor | None = None,
-        z: torch.Tensor | None = None,
+        affines: Sequence[OfBlock] | None = None,
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """x: (B, M, C). Returns the output (B, M, F) of every block, and node features (B, U, U, G)."""
+        """x: (B, M, C). affines: of the blocks. Returns the output (B, M, F) of every one, and node features
+        (B, U, U, G)."""
         h, skips = self.linear_in(x), []  # (B, M, F)
-        for block in self.down_blocks:
-            h = block(h, plan, e=e, z=z)
+        for block, of_block in zip(self.down_blocks, affines or [(None, None)] * len(self.down_blocks)):
+            h = block(h, plan, affines=of_block)
             skips.append(h)
         # Weights sum to one, so the projection may follow the average: it then runs on U² nodes instead of M points.
         return skips, self.to_grid(nodes.enter(h))  # (B, U, U, F) -> (B, U, U, G)
@@ -168,27 +173,42 @@ class SparseUNet(SparseDescent):
         )
         self.linear_out = nn.Linear(sparse.channels, out_channels)
 
-    def forward(self, x: torch.Tensor, points: Points, t: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
+    def conditioning(self, z: torch.Tensor | None) -> Conditioning:
+        """What `forward` takes in place of z (B, D), for many evaluations with the same latents."""
+        blocks = (*self.down_blocks, *self.grid.blocks(), *self.up_blocks)
+        return Conditioning([pair for block in blocks for pair in block.modulated], z)
+
+    def forward(
+        self, x: torch.Tensor, points: Points, t: torch.Tensor, z: torch.Tensor | Conditioning | None = None
+    ) -> torch.Tensor:
         """Prediction (B, M, C_out) at the points.
 
-        x: (B, M, C), the noisy function at the points. t: (B,), in thousandths of the process, float. z: (B, D).
+        x: (B, M, C), the noisy function at the points. t: (B,), in thousandths of the process, float. z: (B, D), or
+        the `conditioning` it gives.
         Raises ValueError when shapes do not fit, z is missing or not wanted, or there are fewer points than K.
         """
-        if (z is None) != (self.z_dim is None) or (z is not None and tuple(z.shape) != (x.shape[0], self.z_dim)):
-            given = None if z is None else tuple(z.shape)
-            wanted = None if self.z_dim is None else (x.shape[0], self.z_dim)
+        given = None if z is None or z.shape is None else tuple(z.shape)
+        wanted = None if self.z_dim is None else (x.shape[0], self.z_dim)
+        if given != wanted:
             raise ValueError(f"z is {given}; accepted: {wanted}")
         self.check(x, points)
         nodes = self.nodes(x, points)
         e = self.time_mlp(sinusoidal_features(t, self.time_dim).to(self.linear_in.weight.dtype))  # (B, time_dim)
+        affines = (z if isinstance(z, Conditioning) else self.conditioning(z))(e)
+        begin, end = 2 * len(self.down_blocks), len(affines) - 2 * len(self.up_blocks)
+        down, of_grid, up = _pairs(affines[:begin]), affines[begin:end], _pairs(affines[end:])
         if self.needs_tiles(points) and not torch.is_grad_enabled():
-            return tiled.evaluate(self, x, points.size, nodes, e, z)
+            return tiled.evaluate(self, x, points.size, nodes, down, of_grid, up)
         plan = self.plan(x, points)
-        skips, grid = self.descend(x, plan, nodes, e, z)
-        h = F.linear(self.grid(grid, e, z, nodes.pyramid), self.from_grid.weight)  # (B, U, U, G) -> (B, U, U, F)
+        skips, grid = self.descend(x, plan, nodes, down)
+        h = F.linear(self.grid(grid, of_grid, nodes.pyramid), self.from_grid.weight)  # (B, U, U, G) -> (B, U, U, F)
         # The bias comes after reading: weights at a border may sum to less than one.
         h, bias = nodes.leave(h), self.from_grid.bias.to(h.dtype)  # (B, M, F)
         h = h + bias if torch.is_grad_enabled() else h.add_(bias)
-        for block in self.up_blocks:
-            h = block(h, plan, skip=skips.pop(), e=e, z=z)  # (B, M, F)
+        for block, of_block in zip(self.up_blocks, up):
+            h = block(h, plan, skip=skips.pop(), affines=of_block)  # (B, M, F)
         return self.linear_out(h)
+
+
+def _pairs(affines: list[Affine]) -> list[OfBlock]:
+    return list(zip(affines[::2], affines[1::2]))

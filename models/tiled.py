@@ -11,7 +11,7 @@ Letters: B batch, C channels, H × W lattice, U side of the grid, F channels of 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,8 @@ from models.rectangles import Rectangle, tiling
 from models.sparse_block import SparseBlock
 
 if TYPE_CHECKING:
-    from models.sparse_unet import SparseDescent, SparseUNet
+    from models.operators.pointwise.norm_mlp import Affine
+    from models.sparse_unet import OfBlock, SparseDescent, SparseUNet
 
 
 def check(network: SparseUNet) -> None:
@@ -39,8 +40,7 @@ def descend(
     x: torch.Tensor,
     lattice: Size,
     nodes: GridNodes,
-    e: torch.Tensor | None = None,
-    z: torch.Tensor | None = None,
+    affines: Sequence[OfBlock] | None = None,
 ) -> torch.Tensor:
     """Features (B, U, U, G) of the grid from the function x (B, H·W, C) on a lattice; as `SparseDescent.descend`."""
     reach, blocks = _reach(network, lattice), len(network.down_blocks)
@@ -48,7 +48,7 @@ def descend(
 
     def pieces() -> Iterator[tuple[Rectangle, torch.Tensor]]:
         for tile in tiling(lattice, margin, network.sparse_spec.tile_points):
-            of_blocks = _down(network, x, lattice, tile.grown(margin, lattice), e, z)
+            of_blocks = _down(network, x, lattice, tile.grown(margin, lattice), affines)
             at, h = deque(of_blocks, maxlen=1).pop()
             yield tile, tile.cut(h, at)
 
@@ -60,21 +60,22 @@ def evaluate(
     x: torch.Tensor,
     lattice: Size,
     nodes: GridNodes,
-    e: torch.Tensor,
-    z: torch.Tensor | None,
+    down: Sequence[OfBlock],
+    of_grid: Sequence[Affine],
+    up: Sequence[OfBlock],
 ) -> torch.Tensor:
-    """The denoiser's prediction (B, H·W, C_out) for x (B, H·W, C) on a lattice."""
-    grid = network.grid(descend(network, x, lattice, nodes, e, z), e, z, None)
+    """The denoiser's prediction (B, H·W, C_out) for x (B, H·W, C) on a lattice. down, of_grid, up: of its blocks."""
+    grid = network.grid(descend(network, x, lattice, nodes, down), of_grid)
     grid = F.linear(grid, network.from_grid.weight)
     image = None
     margin = _margin(network, lattice)
     for tile in tiling(lattice, margin, network.sparse_spec.tile_points):
-        skips = list(_down(network, x, lattice, tile.grown(margin, lattice), e, z))
+        skips = list(_down(network, x, lattice, tile.grown(margin, lattice), down))
         at = skips[-1][0]
         h = nodes.leave_at(grid, at.ids(lattice[1], x.device)) + network.from_grid.bias.to(grid.dtype)
-        for block in network.up_blocks:
+        for block, of_block in zip(network.up_blocks, up):
             held, skip = skips.pop()
-            h, at = _step(network, block, h, at, lattice, skip=at.cut(skip, held), e=e, z=z)
+            h, at = _step(network, block, h, at, lattice, skip=at.cut(skip, held), affines=of_block)
         part = network.linear_out(tile.cut(h, at)).unflatten(1, tile.size)
         image = part.new_empty(len(x), *lattice, part.shape[3]) if image is None else image
         image[:, tile.top : tile.bottom, tile.left : tile.right] = part
@@ -86,14 +87,13 @@ def _down(
     x: torch.Tensor,
     lattice: Size,
     at: Rectangle,
-    e: torch.Tensor | None,
-    z: torch.Tensor | None,
+    affines: Sequence[OfBlock] | None,
 ) -> Iterator[tuple[Rectangle, torch.Tensor]]:
     """What each block on the way in makes of a window of x, and the window in which that is known."""
     whole = Rectangle(0, lattice[0], 0, lattice[1])
     h = network.linear_in(at.cut(x, whole))
-    for block in network.down_blocks:
-        h, at = _step(network, block, h, at, lattice, e=e, z=z)
+    for block, of_block in zip(network.down_blocks, affines or [(None, None)] * len(network.down_blocks)):
+        h, at = _step(network, block, h, at, lattice, affines=of_block)
         yield at, h
 
 

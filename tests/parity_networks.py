@@ -20,6 +20,7 @@ from models.grid_unet import GridBlock
 from models.interpolation import grid_to_points, points_to_grid
 from models.latent_mlp import MLPSkipNet
 from models.layers import Attention, latent_sinusoidal_features, sinusoidal_features
+from models.modulation import Conditioning
 from models.operators.dispatch import get_backend
 from models.operators.sparse_conv.backend import resampled_size
 from models.reference_weights import LAYOUTS, state_from_reference
@@ -234,8 +235,10 @@ def _check_block(vectors: Vectors, tag: str, config: dict) -> None:
     if f"out/block/{tag}/norm" in vectors:
         density = 1 / plan.inverse_density.squeeze(2)
         assert_close(f"{tag} norm", density, vectors.tensor(f"out/block/{tag}/norm"), OUTPUTS)
-    e, z = (inputs["t"], inputs["z"]) if conditioned else (None, None)
-    y = block(inputs["x"], plan, skip=inputs.get("skip"), e=e, z=z)
+    affines = (None, None)
+    if conditioned:
+        affines = Conditioning(block.modulated, inputs["z"])(inputs["t"])
+    y = block(inputs["x"], plan, skip=inputs.get("skip"), affines=affines)
     assert_close(f"{tag} y", y, vectors.tensor(f"out/block/{tag}/y"), OUTPUTS)
 
 
@@ -244,10 +247,11 @@ def _check_conv_block(vectors: Vectors) -> None:
     x, e, z = inputs["x"].movedim(1, 3), inputs["emb"], inputs["z"]
     expected = {name: vectors.tensor(f"out/convblock/{name}") for name in ("y", "y_nocond")}
     c_in, c_out = x.shape[3], expected["y"].shape[1]
-    for name, widths, condition in (("y", (e.shape[1], z.shape[1]), (e, z)), ("y_nocond", (None, None), (None, None))):
+    for name, widths in (("y", (e.shape[1], z.shape[1])), ("y_nocond", (None, None))):
         block = GridBlock(c_in, c_out, *widths, dropout=0.0)
         block.load_state_dict(state_from_reference(block, state, "ts"))
-        assert_close(f"convblock {name}", block(x, *condition).movedim(3, 1), expected[name], OUTPUTS)
+        affines = Conditioning(block.modulated, z)(e) if name == "y" else []
+        assert_close(f"convblock {name}", block(x, *affines).movedim(3, 1), expected[name], OUTPUTS)
 
 
 _PREDICTIONS = {

@@ -15,6 +15,7 @@ from diffusion.coordinates import Points
 from fake_gpu import autocast, can_pretend, moved
 from models.grid_unet import GridEncoder, GridSpec, GridUNet
 from models.latent_mlp import MLPSkipNet
+from models.modulation import Conditioning
 from models.operators.dispatch import use_backend
 from models.operators.pointwise.norm_mlp import norm_modulate
 from models.sparse_block import SparseBlock
@@ -48,14 +49,21 @@ def types_of_inputs(network: nn.Module, *inputs) -> dict[str, torch.dtype]:
     return found
 
 
+def affines_of(unet: GridUNet) -> list:
+    """At random times and latents."""
+    modulated = [pair for block in unet.blocks() for pair in block.modulated]
+    found = Conditioning(modulated, torch.randn(2, 5))(torch.randn(2, 6))
+    assert all(vector.dtype == torch.float32 for affine in found for vector in affine)
+    return found
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_grid_networks(place):
     unet, encoder = GridUNet(GRID, 6, 5), GridEncoder(GRID, 7)
     with networks_on(place):
-        x, e, z = torch.randn(2, 8, 8, 8), torch.randn(2, 6), torch.randn(2, 5)
-        found = types_of_inputs(moved(unet, place), x, e, z)
-        given = {"fc0"} | {name for name in found if name.endswith(("modulation.time.1", "modulation.z.0"))}
-        assert {name for name, dtype in found.items() if dtype != BF16} == given
+        x, affines = torch.randn(2, 8, 8, 8), affines_of(moved(unet, place))
+        found = types_of_inputs(unet, x, affines)
+        assert {name for name, dtype in found.items() if dtype != BF16} == {"fc0"}
         assert any(name.endswith("attentions.0.qkv") for name in found) and "mid_block1.conv_in" in found
         found = types_of_inputs(moved(encoder, place), x)
         assert {name for name, dtype in found.items() if dtype != BF16} == {"fc0"}
@@ -75,10 +83,11 @@ def test_sparse_block(place, kernel):
         block = use_backend(SparseBlock(8, 3, time_dim=6, z_dim=5, kernel=kernel), "torch_dense")
         points = Points((5, 7))
         plan = block.backend.plan(points, 2, (3, 3), 3, torch.device(place))
-        x, e, z = torch.randn(2, 35, 8, dtype=BF16), torch.randn(2, 6), torch.randn(2, 5)
+        x = torch.randn(2, 35, 8, dtype=BF16)
+        affines = Conditioning(block.modulated, torch.randn(2, 5))
         types = []
         block.backend.conv, conv = lambda h, *rest: types.append(h.dtype) or conv(h, *rest), block.backend.conv
-        assert block(x, plan, e=e, z=z).dtype == BF16
+        assert block(x, plan, affines=affines(torch.randn(2, 6))).dtype == BF16
         assert types == [BF16] * block.convolutions
 
 
@@ -94,5 +103,5 @@ def test_types_do_not_break_the_graph():
     network, x = GridUNet(GRID, 6, 5).eval(), torch.randn(2, 8, 8, 8)
     whole = torch.compile(network, fullgraph=True, backend="aot_eager", dynamic=False)
     with torch.autocast("cpu", BF16), torch.no_grad():
-        e, z = torch.randn(2, 6), torch.randn(2, 5)
-        torch.testing.assert_close(whole(x, e, z), network(x, e, z), rtol=2e-2, atol=2e-2)
+        affines = affines_of(network)
+        torch.testing.assert_close(whole(x, affines), network(x, affines), rtol=2e-2, atol=2e-2)

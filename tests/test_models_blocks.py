@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from diffusion.coordinates import Points
 from models.grid_unet import GridBlock, GridSpec
-from models.layers import Attention, Modulation, latent_sinusoidal_features, sinusoidal_features
+from models.layers import Attention, latent_sinusoidal_features, sinusoidal_features
+from models.modulation import Conditioning, Modulation
 from models.operators.pointwise.norm_mlp import modulate
 from models.operators.sparse_conv.backend import resampled_shape
 from models.sparse_block import SparseBlock
@@ -27,33 +28,33 @@ def test_time_features_are_sinusoids():
         assert ours == pytest.approx([math.cos(a) for a in angles] + [math.sin(a) for a in angles] + [0], abs=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(2, 9, 4), (2, 3, 5, 4)])
-def test_modulation_scales_and_shifts_each_item(shape):
+@pytest.mark.parametrize(("time_dim", "z_dim"), [(6, 3), (6, None), (None, 3)])
+def test_conditioning_is_that_of_each_norm_and_item(time_dim, z_dim):
+    """Norms of several widths in any order, as one scale and one shift of what the norm makes without its own."""
     torch.manual_seed(0)
-    modulation, h, e, z = Modulation(4, 6, 3), torch.randn(shape), torch.randn(2, 6), torch.randn(2, 3)
-    out = modulation(h, e, z)
-    for b in range(2):
-        scale, shift = (modulation.time[1](F.gelu(e[b]))).chunk(2)
-        expected = (h[b] * (1 + scale) + shift) * (1 + modulation.z(z[b]))
-        torch.testing.assert_close(out[b], expected)
-    by_time, by_z = Modulation(4, 6, None), Modulation(4, None, 3)
-    by_time.time, by_z.z = modulation.time, modulation.z
-    torch.testing.assert_close(by_z(by_time(h, e, None), None, z), out)
-    assert torch.equal(Modulation(4, None, None)(h, None, None), h)
+    modulated = [(randomised(torch.nn.LayerNorm(c)), Modulation(c, time_dim, z_dim)) for c in (4, 2, 4, 5)]
+    e, z = torch.randn(2, 6), torch.randn(2, 3)
+    affines = Conditioning(modulated, z if z_dim else None)(e if time_dim else None)
+    for (norm, modulation), (a, b) in zip(modulated, affines, strict=True):
+        x = torch.randn(2, 3, 5, norm.weight.shape[0])
+        for i in range(2):
+            expected = norm(x[i])
+            if time_dim:
+                scale, shift = modulation.time[1](F.gelu(e[i])).chunk(2)
+                expected = expected * (1 + scale) + shift
+            if z_dim:
+                expected = expected * (1 + modulation.z(z[i]))
+            torch.testing.assert_close(F.layer_norm(x[i], norm.normalized_shape) * a[i] + b[i], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_modulation_is_not_rounded_in_half_precision(dtype):
     torch.manual_seed(0)
-    h, scale, shift = torch.randn(2, 50, 4).to(dtype), torch.randn(2, 4), torch.randn(2, 4)
-    for add in (None, shift):
-        exact = h.double() * scale.double()[:, None]
-        size = exact.abs()
-        if add is not None:
-            exact, size = exact + add.double()[:, None], size + add.abs()[:, None]
-        found = modulate(h, scale, add)
-        bound = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-6 * size
-        assert found.dtype == dtype and ((found.double() - exact).abs() <= bound).all()
+    h, a, b = torch.randn(2, 50, 4).to(dtype), torch.randn(2, 4), torch.randn(2, 4)
+    product, found = h.double() * a.double()[:, None], modulate(h, a, b)
+    exact = product + b.double()[:, None]
+    bound = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-6 * (product.abs() + b.abs()[:, None])
+    assert found.dtype == dtype and ((found.double() - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize(("channels", "heads"), [(8, 4), (160, 5)])
@@ -97,7 +98,8 @@ def test_sparse_block_by_its_equations():
     y = y + block.backend.conv(h * (1 + block.modulation1.z(z).unsqueeze(1)), block.kernel, plan, 6)
     h = F.layer_norm(y, (6,), block.norm2.weight, block.norm2.bias, 1e-5) * (1 + scale2) + shift2
     y = y + block.mlp(h * (1 + block.modulation2.z(z).unsqueeze(1)))
-    torch.testing.assert_close(block(x, plan, skip=skip, e=e, z=z), y)
+    affines = Conditioning(block.modulated, z)(e)
+    torch.testing.assert_close(block(x, plan, skip=skip, affines=affines), y)
 
 
 def test_sparse_block_without_norms():
@@ -125,8 +127,11 @@ def test_gradients_of_the_grid_block(conv_type):
     torch.manual_seed(0)
     block = randomised(GridBlock(2, 3, 4, 3, dropout=0.0, conv_type=conv_type)).double()
     x, e, z = (torch.randn(*n, dtype=torch.float64, requires_grad=True) for n in ((2, 4, 3, 2), (2, 4), (2, 3)))
-    assert torch.autograd.gradcheck(block, (x, e, z))
-    assert torch.autograd.gradcheck(lambda *_: block(x, e, z), tuple(block.parameters()))
+
+    def value(*_):
+        return block(x, *Conditioning(block.modulated, z)(e))
+
+    assert torch.autograd.gradcheck(value, (x, e, z, *block.parameters()))
 
 
 def test_grid_specifications_that_do_not_fit():

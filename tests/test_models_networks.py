@@ -207,13 +207,13 @@ def test_inputs_that_do_not_fit():
 def test_grid_networks_by_shape():
     torch.manual_seed(0)
     x = torch.randn(2, 4, 4, 6)
-    assert GridUNet(GRID, None, None)(x, None, None).shape == (2, 4, 4, 6)
+    assert GridUNet(GRID, None, None)(x).shape == (2, 4, 4, 6)
     assert GridEncoder(GRID, 7)(x).shape == (2, 2, 2, 7)
     single = GridSpec(resolution=5, base_channels=6, mults=(2,), blocks_per_level=(1,), attention_resolutions=(5,))
     x = torch.randn(2, 5, 5, 6)
-    assert GridUNet(single, None, None)(x, None, None).shape == x.shape
+    assert GridUNet(single, None, None)(x).shape == x.shape
     x = torch.randn(1, 8, 8, 4)
-    assert GridUNet(SPECTRAL, None, None)(x, None, None).shape == x.shape
+    assert GridUNet(SPECTRAL, None, None)(x).shape == x.shape
 
 
 def test_latent_network_by_its_equations():

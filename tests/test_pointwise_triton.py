@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.grid_unet import GridBlock
-from models.layers import Modulation
+from models.modulation import Conditioning, Modulation
 from models.operators import dispatch
 from models.operators.pointwise import norm_mlp as pointwise
 from triton_aot import compiled
@@ -27,18 +27,17 @@ MLP_SHAPES = [(2, 37, 64), (1, 1, 16), (3, 70, 32), (1, 130, 16), (1, 1, 64)]
 
 
 def inputs(shape: tuple[int, int, int], dtype: torch.dtype = F32) -> list[torch.Tensor]:
-    """x, gamma, beta, scale, shift, w1, b1, w2, b2 for (B, M, C); x of type `dtype`, off centre."""
+    """x, a, b, w1, b1, w2, b2 for (B, M, C); x of type `dtype`, off centre."""
     torch.manual_seed(0)
     batch, _, c = shape
-    shapes = [shape, (c,), (c,), (batch, c), (batch, c), (2 * c, c), (2 * c,), (c, 2 * c), (c,)]
+    shapes = [shape, (batch, c), (batch, c), (2 * c, c), (2 * c,), (c, 2 * c), (c,)]
     x, *others = (torch.randn(s, device=DEVICE) / (1 if s[-1] < 2 or len(s) != 2 else s[-1] ** 0.5) for s in shapes)
     return [tensor.requires_grad_() for tensor in ((3 * x + 1).to(dtype), *others)]
 
 
-def by_definition(x, gamma, beta, scale, shift, w1=None, b1=None, w2=None, b2=None):
-    h = F.layer_norm(x, x.shape[-1:], gamma, beta, 1e-5)
-    h = h if scale is None else h * scale[:, None]
-    h = h if shift is None else h + shift[:, None]
+def by_definition(x, a, b, w1=None, b1=None, w2=None, b2=None):
+    h = F.layer_norm(x, x.shape[-1:])
+    h = h * a.unsqueeze(-2) + b.unsqueeze(-2)
     return h if w1 is None else x + F.linear(F.gelu(F.linear(h, w1, b1)), w2, b2)
 
 
@@ -67,14 +66,16 @@ def check(function, tensors, tolerance: float, **options) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_norm_and_modulation(shape):
-    check(triton_pointwise.norm_modulate, inputs(shape)[:5], 2e-6)
+    check(triton_pointwise.norm_modulate, inputs(shape)[:3], 2e-6)
 
 
-@pytest.mark.parametrize("left_out", [(3,), (4,), (3, 4)])
-def test_modulation_may_be_left_out(left_out):
-    tensors = [None if i in left_out else tensor for i, tensor in enumerate(inputs((2, 9, 16)))]
-    check(triton_pointwise.norm_modulate, tensors[:5], 2e-6)
-    check(triton_pointwise.norm_modulate_mlp, tensors, 2e-6)
+@pytest.mark.parametrize("shape", SHAPES[2:5])
+def test_vectors_for_all_images(shape):
+    x, a, b, *weights = inputs(shape)
+    tensors = [x, *(vector[0].detach().requires_grad_() for vector in (a, b))]
+    check(triton_pointwise.norm_modulate, tensors, 2e-6)
+    if triton_pointwise.supports_mlp(x, F32):
+        check(triton_pointwise.norm_modulate_mlp, [*tensors, *weights], 2e-6)
 
 
 @pytest.mark.parametrize("shape", MLP_SHAPES)
@@ -89,21 +90,21 @@ def test_norm_modulation_and_mlp(shape):
 def test_half_precision(channels, dtype, factors):
     tensors = inputs((2, 37, channels), dtype)
     tolerance = {F16: 2e-3, BF16: 1e-2 if DEVICE.type == "cuda" else 2e-2}[factors]  # interpreted, bfloat16 is cut off
-    check(triton_pointwise.norm_modulate, tensors[:5], tolerance, dtype=factors)
+    check(triton_pointwise.norm_modulate, tensors[:3], tolerance, dtype=factors)
     check(triton_pointwise.norm_modulate_mlp, tensors, tolerance, dtype=factors)
-    assert triton_pointwise.norm_modulate(*tensors[:5], dtype=factors).dtype == factors
+    assert triton_pointwise.norm_modulate(*tensors[:3], dtype=factors).dtype == factors
 
 
 def test_features_far_from_zero():
     """Statistics of rows whose mean is a thousand times their spread."""
-    x, *others = inputs((2, 9, 32))[:5]
+    x, *others = inputs((2, 9, 32))[:3]
     check(triton_pointwise.norm_modulate, [(1000 + x / 3).detach().requires_grad_(), *others], 1e-3)
 
 
 def test_features_in_other_memory_orders():
     x, *others = inputs((2, 12, 16))
     turned = x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-    for function, count in ((triton_pointwise.norm_modulate, 4), (triton_pointwise.norm_modulate_mlp, 8)):
+    for function, count in ((triton_pointwise.norm_modulate, 2), (triton_pointwise.norm_modulate_mlp, 6)):
         plain, dout = with_gradients(function, [x, *others[:count]])
         strided, _ = with_gradients(function, [turned, *others[:count]], dout.transpose(1, 2).clone().transpose(1, 2))
         assert all(torch.equal(a, b) for a, b in zip(plain, strided))
@@ -111,7 +112,7 @@ def test_features_in_other_memory_orders():
 
 def test_gradients_are_the_same_to_the_last_bit():
     tensors = inputs((2, 150, 64))
-    for function, count in ((triton_pointwise.norm_modulate, 5), (triton_pointwise.norm_modulate_mlp, 9)):
+    for function, count in ((triton_pointwise.norm_modulate, 3), (triton_pointwise.norm_modulate_mlp, 7)):
         first, dout = with_gradients(function, tensors[:count])
         second, _ = with_gradients(function, tensors[:count], dout)
         assert all(torch.equal(a, b) for a, b in zip(first, second))
@@ -122,13 +123,14 @@ def test_many_images_and_many_groups_per_image(monkeypatch):
     for programs in (1, 6):
         for name in ("_NORM_PROGRAMS", "_FORWARD_PROGRAMS", "_BACKWARD_PROGRAMS"):
             monkeypatch.setattr(triton_pointwise, name, programs)
-        check(triton_pointwise.norm_modulate, inputs((2, 600, 16))[:5], 2e-6)
+        check(triton_pointwise.norm_modulate, inputs((2, 600, 16))[:3], 2e-6)
         check(triton_pointwise.norm_modulate_mlp, inputs((2, 150, 16)), 2e-6)
 
 
 def test_operators_pass_the_checks_of_pytorch():
-    x, a, b = (t.detach().requires_grad_() for t in (*inputs((2, 5, 16))[:1], *inputs((2, 5, 16))[3:5]))
-    torch.library.opcheck(torch.ops.infty_diff.norm_affine.default, (x, a, b, 1e-5, BF16))
+    x, a, b, *_ = (t.detach().requires_grad_() for t in inputs((2, 5, 16)))
+    for vectors in ((a, b), (a.detach()[0].requires_grad_(), b.detach()[0].requires_grad_())):
+        torch.library.opcheck(torch.ops.infty_diff.norm_affine.default, (x, *vectors, 1e-5, BF16))
     *_, w1, b1, w2, b2 = inputs((2, 5, 16))
     w1, b1 = (t.detach().expand(2, *t.shape).contiguous().requires_grad_() for t in (w1, b1))
     torch.library.opcheck(torch.ops.infty_diff.norm_mlp.default, (x, w1, b1, w2, b2, 1e-5, F32))
@@ -179,16 +181,17 @@ def test_dispatch_gives_the_same_either_way(channels, fused_everywhere, monkeypa
     x = torch.randn(2, 11, channels, device=DEVICE, requires_grad=True)
 
     def outputs():
-        out = pointwise.norm_modulate_mlp(x, norm, *modulation.vectors(e, z), mlp)
-        out = pointwise.norm_modulate(out, norm, *modulation.vectors(e, z))
+        affine = Conditioning([(norm, modulation)], z)(e)[0]
+        out = pointwise.norm_modulate_mlp(x, norm, affine, mlp)
+        out = pointwise.norm_modulate(pointwise.norm_modulate(out, norm), norm, affine)
         parameters = [x, *norm.parameters(), *modulation.parameters(), *mlp.parameters()]
         return [out, *torch.autograd.grad(out.square().sum(), parameters)]
 
     fused = outputs()
-    assert len(fused_everywhere) == 2
+    assert len(fused_everywhere) == 3
     monkeypatch.setattr(dispatch, "kernels", lambda *_: None)
     assert all(relative_error(a, b.double()) < 1e-5 for a, b in zip(fused, outputs()))
-    assert len(fused_everywhere) == 2
+    assert len(fused_everywhere) == 3
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -196,8 +199,8 @@ def test_dispatch_compiles_whole(dynamic, fused_everywhere):
     norm, modulation, mlp, e, z = block(16)
 
     def chain(x):
-        h = pointwise.norm_modulate(x, norm, *modulation.vectors(e, z))
-        return pointwise.norm_modulate_mlp(h, norm, *modulation.vectors(e, z), mlp)
+        affine = Conditioning([(norm, modulation)], z)(e)[0]
+        return pointwise.norm_modulate_mlp(pointwise.norm_modulate(x, norm, affine), norm, affine, mlp)
 
     whole = torch.compile(chain, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     x = torch.randn(2, 9, 16, device=DEVICE, requires_grad=True)
@@ -214,20 +217,22 @@ def test_grid_blocks_are_fused_too(fused_everywhere, monkeypatch):
     torch.manual_seed(0)
     grid_block, x = GridBlock(4, 8, 6, 5, dropout=0.0).to(DEVICE), torch.randn(2, 5, 3, 4, device=DEVICE)
     e, z = torch.randn(2, 6, device=DEVICE), torch.randn(2, 5, device=DEVICE)
-    fused = grid_block(x, e, z)
+    affine = Conditioning(grid_block.modulated, z)(e)[0]
+    fused = grid_block(x, affine)
     assert len(fused_everywhere) == 2
     monkeypatch.setattr(dispatch, "kernels", lambda *_: None)
-    torch.testing.assert_close(fused, grid_block(x, e, z))
+    torch.testing.assert_close(fused, grid_block(x, affine))
 
 
 def test_autocast_decides_on_the_type(fused_everywhere):
     norm, modulation, mlp, e, z = block(16)
     x = torch.randn(2, 11, 16, device=DEVICE)
     with torch.autocast(DEVICE.type, BF16):
-        assert pointwise.norm_modulate(x, norm, *modulation.vectors(e, z)).dtype == BF16
-        out = pointwise.norm_modulate_mlp(x, norm, *modulation.vectors(e, z), mlp)
+        affine = Conditioning([(norm, modulation)], z)(e)[0]
+        assert pointwise.norm_modulate(x, norm, affine).dtype == BF16
+        out = pointwise.norm_modulate_mlp(x, norm, affine, mlp)
     assert out.dtype == F32 and len(fused_everywhere) == 2
-    exact = pointwise.norm_modulate_mlp(x, norm, *modulation.vectors(e, z), mlp)
+    exact = pointwise.norm_modulate_mlp(x, norm, Conditioning([(norm, modulation)], z)(e)[0], mlp)
     assert 1e-5 < relative_error(out, exact.double()) < 1e-2
 
 
@@ -251,7 +256,7 @@ types = {kind: types for types, kind in kernels.KINDS.items()}
 for (c, kind), tile in kernels.TILES.items():
     limit, (features, factors) = tile.shared, types[kind]
     weights = (torch.ones(2 * c, c), torch.ones(2 * c), torch.ones(c, 2 * c), torch.ones(c))
-    both_ways(triton_pointwise.norm_modulate_mlp, c, features, None, None, *weights, 1e-5, factors)
+    both_ways(triton_pointwise.norm_modulate_mlp, c, features, *weights, 1e-5, factors)
 """
 
 

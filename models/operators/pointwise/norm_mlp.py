@@ -14,6 +14,8 @@ from torch import nn
 
 from models.operators import dispatch
 
+Affine = tuple[torch.Tensor, torch.Tensor]  # a and b of a norm and its modulation, (B, C) each, in float32 at least
+
 # Numbers computed at once without gradients: on a CPU as many as its caches hold, elsewhere what bounds the memory.
 _PART = {"cpu": 1 << 17, "cuda": 1 << 24}
 
@@ -24,61 +26,51 @@ def product_type(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def modulate(h: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
-    """h·scale + shift for h (B, …, C) and vectors of `Modulation`, in the type of h, to which they are not rounded."""
-    if scale is None:
-        return h
+def modulate(h: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """h·a + b for h (B, …, C) and vectors (B, C), in the type of h, to which they are not rounded."""
     inner = (1,) * (h.ndim - 2)
-    scale = scale.unflatten(1, (*inner, -1))  # (B, 1…, C)
-    out = h * scale if shift is None else torch.addcmul(shift.unflatten(1, (*inner, -1)), h, scale)
-    return out.to(h.dtype)
+    a, b = (vector.unflatten(1, (*inner, -1)) for vector in (a, b))  # (B, 1…, C)
+    return torch.addcmul(b, h, a).to(h.dtype)
 
 
 def norm_modulate(
-    x: torch.Tensor,
-    norm: nn.LayerNorm,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    plain: bool = False,
+    x: torch.Tensor, norm: nn.LayerNorm, affine: Affine | None = None, plain: bool = False
 ) -> torch.Tensor:
-    """norm(x)·scale + shift in the type of products, that of autocast.
+    """xhat·a + b, xhat = (x − mean) / √(variance + eps), in the type of products, that of autocast.
 
-    x: (B, …, C). scale, shift: (B, C), of `Modulation`. plain: compute in PyTorch wherever it is. Returns the shape
-    of x.
+    x: (B, …, C). affine: a and b (B, C), of `models.modulation`; None for those of the norm. plain: compute in PyTorch
+    wherever it is. Returns the shape of x.
     """
     # Under torch.compile, the compiler fuses the formula, and with it what comes before and after.
     fused = None if torch.compiler.is_compiling() else dispatch.kernels("norm and MLP", x.device.type, plain)
     if fused is not None and fused.supports(points := x.flatten(1, -2)):  # (B, M, C)
-        h = fused.norm_modulate(points, norm.weight, norm.bias, scale, shift, norm.eps, product_type(x))
-        return h.view(x.shape)
-    return _in_parts(partial(_norm_modulate, norm, scale, shift), x)
+        return fused.norm_modulate(points, *(affine or (norm.weight, norm.bias)), norm.eps, product_type(x)).view(
+            x.shape
+        )
+    return _in_parts(partial(_norm_modulate, norm, affine), x)
 
 
-def _norm_modulate(
-    norm: nn.LayerNorm, scale: torch.Tensor | None, shift: torch.Tensor | None, x: torch.Tensor
-) -> torch.Tensor:
-    h = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    return modulate(h, scale, shift).to(product_type(x))
+def _norm_modulate(norm: nn.LayerNorm, affine: Affine | None, x: torch.Tensor) -> torch.Tensor:
+    if affine is None:
+        h = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    else:
+        h = modulate(F.layer_norm(x, norm.normalized_shape, eps=norm.eps), *affine)
+    return h.to(product_type(x))
 
 
 def norm_modulate_mlp(
-    x: torch.Tensor,
-    norm: nn.LayerNorm,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    mlp: nn.Sequential,
-    plain: bool = False,
+    x: torch.Tensor, norm: nn.LayerNorm, affine: Affine | None, mlp: nn.Sequential, plain: bool = False
 ) -> torch.Tensor:
-    """x + mlp(norm(x)·scale + shift), mlp of a linear layer to 2C channels, GELU, and a linear layer back.
+    """x + mlp(xhat·a + b), mlp of a linear layer to 2C channels, GELU, and a linear layer back.
 
-    x: (B, M, C); where no gradient is wanted, the result may take its place. scale, shift: (B, C), of `Modulation`.
-    plain: as above. Returns (B, M, C).
+    x: (B, M, C); where no gradient is wanted, the result may take its place. affine, plain: as above. Returns
+    (B, M, C).
     """
     fused, dtype = dispatch.kernels("norm and MLP", x.device.type, plain), product_type(x)
     if fused is not None and fused.supports_mlp(x, dtype):
         weights = (mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias)
-        return fused.norm_modulate_mlp(x, norm.weight, norm.bias, scale, shift, *weights, norm.eps, dtype)
-    return _in_parts(lambda part: part + mlp(norm_modulate(part, norm, scale, shift, plain)), x, out=x)
+        return fused.norm_modulate_mlp(x, *(affine or (norm.weight, norm.bias)), *weights, norm.eps, dtype)
+    return _in_parts(lambda part: part + mlp(norm_modulate(part, norm, affine, plain)), x, out=x)
 
 
 def join(x: torch.Tensor, skip: torch.Tensor, layer: nn.Linear) -> torch.Tensor:

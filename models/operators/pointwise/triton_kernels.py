@@ -2,8 +2,9 @@
 
 Programs are counted by group and image: one takes the tiles group, group + G, … of its image.
 
-Pointers: x, out, dout, dx (B, M, C). a, b: float32 (B, C); da, db: (B, G, C). w1: float32 (B, 2C, C); dw1:
-(B, G, 2C, C). b1: (B, 2C); db1: (B, G, 2C). w2: (C, 2C); dw2: (B, G, C, 2C). b2: (C,); db2: (B, G, C).
+Pointers: x, out, dout, dx (B, M, C). a, b: float32 (B, C), or (C,) for all images, the stride between images then being
+0; da, db: (B, G, C). w1: float32 (B, 2C, C); dw1: (B, G, 2C, C). b1: (B, 2C); db1: (B, G, 2C). w2: (C, 2C); dw2:
+(B, G, C, 2C). b2: (C,); db2: (B, G, C).
 """
 
 from __future__ import annotations
@@ -36,25 +37,36 @@ def _normalise_backward(xhat, rstd, gradient, C: tl.constexpr):
 
 
 @triton.jit
-def norm_forward(x_ptr, a_ptr, b_ptr, out_ptr, M, eps, C: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
+def norm_forward(x_ptr, a_ptr, b_ptr, out_ptr, M, stride, eps, C: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
     image, rows = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, COLS)[None, :]
     inside = (rows < M) & (cols < C)
     offsets = (image.to(tl.int64) * M + rows) * C + cols
     x = tl.load(x_ptr + offsets, inside, other=0.0).to(tl.float32)
-    a = tl.load(a_ptr + image * C + cols, cols < C, other=0.0)
-    b = tl.load(b_ptr + image * C + cols, cols < C, other=0.0)
+    a = tl.load(a_ptr + image * stride + cols, cols < C, other=0.0)
+    b = tl.load(b_ptr + image * stride + cols, cols < C, other=0.0)
     xhat, _ = _normalise(x, cols, C, eps)
     tl.store(out_ptr + offsets, (xhat * a + b).to(out_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
 def norm_backward(
-    x_ptr, a_ptr, dout_ptr, dx_ptr, da_ptr, db_ptr, M, eps, C: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr
+    x_ptr,
+    a_ptr,
+    dout_ptr,
+    dx_ptr,
+    da_ptr,
+    db_ptr,
+    M,
+    stride,
+    eps,
+    C: tl.constexpr,
+    COLS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     group, image = tl.program_id(0), tl.program_id(1)
     cols = tl.arange(0, COLS)[None, :]
-    a = tl.load(a_ptr + image * C + cols, cols < C, other=0.0)
+    a = tl.load(a_ptr + image * stride + cols, cols < C, other=0.0)
     da, db = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
     for tile in range(group, tl.cdiv(M, ROWS), tl.num_programs(0)):
         rows = tile * ROWS + tl.arange(0, ROWS)[:, None]

@@ -3,9 +3,9 @@
     h = xhat · a + b,    xhat = (x − mean) / √(variance + eps)                     `norm_modulate`
     out = x + W₂·gelu(W₁·h + b₁) + b₂                                              `norm_modulate_mlp`
 
-a and b are vectors per image, into which the affine part of the LayerNorm and the modulation collapse. In the second,
-they go on into weights per image: W₁·h + b₁ = (W₁·diag(a))·xhat + (b₁ + W₁·b). The kernels know only these; the chain
-rule takes the gradients from there to all parameters in PyTorch, on tensors as small as the parameters.
+a and b are vectors per image, of the LayerNorm and the modulation together (`models.modulation`). In the second, they
+go on into weights per image: W₁·h + b₁ = (W₁·diag(a))·xhat + (b₁ + W₁·b). The kernels know only these; the chain rule
+takes the gradients from there to all parameters in PyTorch, on tensors as small as the parameters.
 
 Statistics, sums and accumulators are float32. Backward passes are given x alone and compute the rest again. Sums over
 rows go through partial sums whose number depends on the shape alone, so gradients are the same to the last bit in
@@ -21,7 +21,6 @@ import triton
 
 from models.operators.opaque import opaque
 from models.operators.pointwise import triton_kernels as kernels
-from models.operators.sparse_conv.folding import fold
 
 # Programs of a launch. Each of an MLP loads the weights first and, backward, leaves partial sums as large as they are.
 _NORM_PROGRAMS, _FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 2048, 1024, 256
@@ -55,13 +54,18 @@ def _shared_memory(device: torch.device) -> int:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 << 10)
 
 
+def _stride(vectors: torch.Tensor) -> int:
+    """From the vector of an image to that of the next."""
+    return 0 if vectors.ndim == 1 else vectors.shape[1]
+
+
 @opaque("infty_diff::norm_affine")
 def _norm_affine(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
-    """xhat·a + b for x (B, M, C) and float32 a, b (B, C)."""
+    """xhat·a + b for x (B, M, C) and float32 a, b (B, C), or (C,) for all images."""
     x, out, options = x.contiguous(), x.new_empty(x.shape, dtype=dtype), kernels.norm_options(x.shape[2])
     with torch.cuda.device_of(x):
         grid = (triton.cdiv(x.shape[1], options["ROWS"]), x.shape[0])
-        kernels.norm_forward[grid](x, a.contiguous(), b.contiguous(), out, x.shape[1], eps, **options)
+        kernels.norm_forward[grid](x, a.contiguous(), b.contiguous(), out, x.shape[1], _stride(a), eps, **options)
     return out
 
 
@@ -80,9 +84,10 @@ def _norm_affine_backward(
     dx = x.new_empty(x.shape)
     da, db = a.new_empty(2, batch, groups, channels)
     with torch.cuda.device_of(x):
-        arguments = (x.contiguous(), a.contiguous(), dout.contiguous(), dx, da, db, count, eps)
+        arguments = (x.contiguous(), a.contiguous(), dout.contiguous(), dx, da, db, count, _stride(a), eps)
         kernels.norm_backward[groups, batch](*arguments, **options)
-    return dx, da.sum(1), db.sum(1)
+    shared = (0, 1) if a.ndim == 1 else 1
+    return dx, da.sum(shared), db.sum(shared)
 
 
 @_norm_affine_backward.register_fake
@@ -172,29 +177,20 @@ _norm_mlp.register_autograd(_mlp_gradients, _save_mlp)
 
 
 def norm_modulate(
-    x: torch.Tensor,
-    gamma: torch.Tensor,
-    beta: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    eps: float = 1e-5,
-    dtype: torch.dtype | None = None,
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """LayerNorm(x)·scale + shift, with the affine part gamma, beta of the LayerNorm.
+    """xhat·a + b of the module's equation.
 
-    x: (B, M, C), accepted by `supports`. gamma, beta: (C,). scale, shift: (B, C), None for 1 and 0. dtype: of the
-    result, that of x by default. Returns (B, M, C).
+    x: (B, M, C), accepted by `supports`. a, b: (B, C), or (C,) for all images. dtype: of the result, that of x by
+    default. Returns (B, M, C).
     """
-    a, b = fold(gamma, beta, scale, shift, x.shape[0])
-    return _norm_affine(x, a, b, eps, dtype or x.dtype)
+    return _norm_affine(x, a.float(), b.float(), eps, dtype or x.dtype)
 
 
 def norm_modulate_mlp(
     x: torch.Tensor,
-    gamma: torch.Tensor,
-    beta: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
     w1: torch.Tensor,
     b1: torch.Tensor,
     w2: torch.Tensor,
@@ -202,12 +198,12 @@ def norm_modulate_mlp(
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """x + w2·gelu(w1·h + b1) + b2, h = LayerNorm(x)·scale + shift as in `norm_modulate`.
+    """x + w2·gelu(w1·h + b1) + b2, h = xhat·a + b as in `norm_modulate`.
 
     x: (B, M, C), accepted by `supports_mlp`. w1: (2C, C). b1: (2C,). w2: (C, 2C). b2: (C,). dtype: of the factors of
     matrix products, that of x by default. Returns (B, M, C) in the type of x.
     """
-    a, b = fold(gamma, beta, scale, shift, x.shape[0])
+    a, b = (vector.float().expand(x.shape[0], -1) for vector in (a, b))
     w1 = w1.float()
     b1 = b1 + (w1 * b[:, None, :]).sum(2)  # (B, 2C): a sum of products, which no setting for matrices makes coarser
     return _norm_mlp(x, w1 * a[:, None, :], b1, w2.float(), b2.float(), eps, dtype or x.dtype)
