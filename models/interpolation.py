@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from diffusion.coordinates import CoordinateConvention, Points, Size
 from models.operators import dispatch
-from models.operators.knn.search import nearest_rows
+from models.operators.knn.search import Nearest, nearest_rows
 
 _CLOSEST = 1e-16  # squared distance below which a pixel coincides with a node, and then counts alone
 
@@ -114,13 +114,31 @@ def points_to_grid(
     The nearest points and their shares s are those of `models.operators.knn.search`, plain as there. Raises ValueError
     when there are fewer than K points.
     """
-    rows, squared, shares, ends = nearest_rows(points, grid, k, convention, device, plain)
+    if points.index is None:
+        averages, items = _full_lattice_averages(tuple(points.size), grid, k, convention, device), 1
+    else:
+        averages = _averages(nearest_rows(points, grid, k, convention, device, plain))
+        items = len(points.index)
+    return WeightedGather(items, *averages, plain).expand(batch, points.count)
+
+
+@lru_cache(maxsize=4)
+def _full_lattice_averages(
+    size: Size, grid: Size, k: int, convention: CoordinateConvention, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`_averages` of a full lattice, which every step of a sampler asks for."""
+    with torch.inference_mode(False):  # gradients may want them later
+        return _averages(nearest_rows(Points(size), grid, k, convention, device))
+
+
+def _averages(nearest: Nearest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows, ends and weights of the gather that takes weighted means."""
+    rows, squared, shares, ends = nearest
     weights = shares / squared.clamp(min=_CLOSEST)
-    every = torch.arange(len(rows), device=device)
+    every = torch.arange(len(rows), device=rows.device)
     sums = _sums(weights.unsqueeze(1), every, ends, torch.ones_like(weights)).squeeze(1)
     weights /= _spread(sums, ends, len(rows))
-    items = 1 if points.index is None else len(points.index)
-    return WeightedGather(items, rows, ends, weights, plain).expand(batch, points.count)
+    return rows, ends, weights
 
 
 def grid_to_points(

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.operators.pointwise.norm_mlp import product_type
+from models.operators.dispatch import BackendModule
+from models.operators.pointwise.norm_mlp import norm_modulate, product_type
 
 _LOG_PERIOD = math.log(10000.0)
 
@@ -85,7 +86,7 @@ HEAD_WIDTH = 32
 ATTENTION_KERNELS = ("sdpa", "flash_attn")
 
 
-class Attention(nn.Module):
+class Attention(BackendModule):
     """Residual attention over all positions of a grid, without positional encoding: x + Linear(softmax(q·k/√32)·v).
 
     max(⌊C/32⌋, 4) heads of width 32. kernel: "sdpa" (PyTorch), or "flash_attn" (half precision on a GPU only).
@@ -97,13 +98,13 @@ class Attention(nn.Module):
             raise ValueError(f"model.attention is {kernel!r}; accepted: {', '.join(ATTENTION_KERNELS)}")
         self.attend = _flash_attention() if kernel == "flash_attn" else _sdpa
         self.heads = max(channels // HEAD_WIDTH, 4)
-        self.norm = LayerNorm(channels)
+        self.norm = nn.LayerNorm(channels)
         self.qkv = nn.Linear(channels, 3 * self.heads * HEAD_WIDTH)
         self.out = nn.Linear(self.heads * HEAD_WIDTH, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, H, W, C). Returns the same shape."""
-        h = self.norm(x.flatten(1, 2))  # (B, S, C)
+        h = norm_modulate(x, self.norm, plain=self.backend.plain).flatten(1, 2)  # (B, S, C)
         qkv = self.qkv(h).unflatten(2, (3, self.heads, HEAD_WIDTH))  # (B, S, 3, heads, 32)
         h = self.attend(qkv).flatten(2)  # (B, S, heads·32)
         return x + self.out(h).view(x.shape)  # (B, H, W, C)

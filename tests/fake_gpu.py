@@ -17,6 +17,7 @@ from diffusion import subsets
 from diffusion.process import DiffusionProcess
 from models import interpolation
 from models.operators.knn import search as knn
+from models.operators.sparse_conv import backend
 from runtime.precision import Precision
 
 
@@ -52,7 +53,8 @@ def fake_mode(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], FakeTens
 
     monkeypatch.setattr(knn, "_most_tied", lambda *_: knn._MOST_TIED)  # read from a table on the host
     tables = [(knn, name) for name in ("_columns", "_nearest_on_full_lattice")]
-    for module, name in [*tables, (interpolation, "_full_lattice_reads"), (subsets, "_sequence")]:
+    tables += [(interpolation, name) for name in ("_full_lattice_reads", "_full_lattice_averages")]
+    for module, name in [*tables, (backend, "_on_full_lattice"), (subsets, "_sequence")]:
         monkeypatch.setattr(module, name, for_the_device(getattr(module, name)))
     respaced = DiffusionProcess.respaced
 

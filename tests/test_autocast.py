@@ -9,7 +9,6 @@ import contextlib
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusion.coordinates import Points
 from fake_gpu import autocast, can_pretend, moved
@@ -26,10 +25,9 @@ PLACES = ["cpu", pytest.param("cuda", marks=can_pretend)]
 
 
 @contextlib.contextmanager
-def networks_on(place):
+def networks_on(place, fake_gpu):
     """Autocast on a CPU, or on a GPU that holds no values."""
-    fake = FakeTensorMode() if place == "cuda" else contextlib.nullcontext()
-    with fake, torch.device(place), autocast(place, BF16):
+    with fake_gpu() if place == "cuda" else contextlib.nullcontext(), torch.device(place), autocast(place, BF16):
         yield
 
 
@@ -58,9 +56,9 @@ def affines_of(unet: GridUNet) -> list:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_grid_networks(place):
+def test_grid_networks(place, fake_gpu):
     unet, encoder = GridUNet(GRID, 6, 5), GridEncoder(GRID, 7)
-    with networks_on(place):
+    with networks_on(place, fake_gpu):
         x, affines = torch.randn(2, 8, 8, 8), affines_of(moved(unet, place))
         found = types_of_inputs(unet, x, affines)
         assert {name for name, dtype in found.items() if dtype != BF16} == {"fc0"}
@@ -70,16 +68,16 @@ def test_grid_networks(place):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_latent_network(place):
-    with networks_on(place):
+def test_latent_network(place, fake_gpu):
+    with networks_on(place, fake_gpu):
         found = types_of_inputs(MLPSkipNet(6, 16, 4, 8, dropout=0.1), torch.randn(3, 6), torch.rand(3))
         assert {name for name, dtype in found.items() if dtype != BF16} == {"time_mlp.0", "in_layer.linear"}
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kernel", ["linear", "nonlinear"])
-def test_sparse_block(place, kernel):
-    with networks_on(place):
+def test_sparse_block(place, kernel, fake_gpu):
+    with networks_on(place, fake_gpu):
         block = use_backend(SparseBlock(8, 3, time_dim=6, z_dim=5, kernel=kernel), "torch_dense")
         points = Points((5, 7))
         plan = block.backend.plan(points, 2, (3, 3), 3, torch.device(place))

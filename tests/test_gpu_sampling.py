@@ -129,3 +129,39 @@ def test_no_step_of_a_sampler_waits(tmp_path, fake_gpu, sampler, size, changes):
             assert out.device.type == "cuda" and out.dtype == torch.float32
         counts.append(waits.count)
     assert counts[1:] == [0, 0]
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators called, but for views, which launch nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+        self.counts[operator.name()] += not (operator.is_view or operator.namespace == "prim")
+        return operator(*arguments, **(keywords or {}))
+
+
+@can_pretend
+def test_one_more_block_calls_its_own_layers_alone(tmp_path, fake_gpu):
+    """No evaluation pays for a block's modulation, cast weights or changes of layout: a launch takes the host long."""
+    pytest.importorskip("triton")
+    found = []
+    for blocks in ((1, 1), (2, 1)):
+        drawer = model(tmp_path, {"model.uno_blocks_per_level": blocks})
+        with fake_gpu():
+            moved(drawer.denoiser)
+            drawer.precision = Precision(torch.device("cuda"), torch.bfloat16)
+            latents, states = (
+                torch.empty(2, drawer.config.model.z_dim, device="cuda"),
+                torch.empty(2, 3, 16, 12, device="cuda"),
+            )
+            denoise = drawer.denoiser_at(latents, drawer.process.respaced("3"))
+            for _ in range(2):  # the first makes tables that last
+                with Calls() as calls:
+                    denoise(states, torch.ones(2, dtype=torch.int64, device="cuda"))
+        found.append(calls.counts)
+    layers = {"infty_diff::norm_affine": 4, "aten::gelu": 4, "aten::convolution": 4, "aten::add.Tensor": 2}
+    joined = {"aten::cat": 1, "aten::addmm": 1}  # on the way up
+    assert found[1] - found[0] == layers | joined and found[0] - found[1] == {}

@@ -43,10 +43,8 @@ def norm_modulate(
     """
     # Under torch.compile, the compiler fuses the formula, and with it what comes before and after.
     fused = None if torch.compiler.is_compiling() else dispatch.kernels("norm and MLP", x.device.type, plain)
-    if fused is not None and fused.supports(points := x.flatten(1, -2)):  # (B, M, C)
-        return fused.norm_modulate(points, *(affine or (norm.weight, norm.bias)), norm.eps, product_type(x)).view(
-            x.shape
-        )
+    if fused is not None and fused.supports(x):
+        return fused.norm_modulate(x, *(affine or (norm.weight, norm.bias)), norm.eps, product_type(x))
     return _in_parts(partial(_norm_modulate, norm, affine), x)
 
 

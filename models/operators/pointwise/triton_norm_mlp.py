@@ -16,6 +16,8 @@ Letters: B images, M rows of an image, C channels, 2C hidden channels, G groups 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 
@@ -26,8 +28,8 @@ from models.operators.pointwise import triton_kernels as kernels
 _NORM_PROGRAMS, _FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 2048, 1024, 256
 
 
-def _groups(x: torch.Tensor, rows: int, programs: int) -> int:
-    return max(min(triton.cdiv(x.shape[1], rows), programs // x.shape[0]), 1)
+def _groups(batch: int, count: int, rows: int, programs: int) -> int:
+    return max(min(triton.cdiv(count, rows), programs // batch), 1)
 
 
 def supports(x: torch.Tensor) -> bool:
@@ -35,7 +37,7 @@ def supports(x: torch.Tensor) -> bool:
     runs = x.is_cuda or not isinstance(kernels.norm_forward, triton.JITFunction)  # or under Triton's interpreter
     return (
         runs
-        and x.ndim == 3
+        and x.ndim >= 3
         and (x.dtype, x.dtype) in kernels.KINDS
         and x.numel() > 0
         and x.shape[2] <= kernels.MAX_CHANNELS
@@ -46,7 +48,9 @@ def supports_mlp(x: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether `norm_modulate_mlp` takes these features with matrix products of factors of type `dtype`."""
     kind = kernels.KINDS.get((x.dtype, dtype))
     tile = None if kind is None else kernels.TILES.get((x.shape[-1], kind))
-    return tile is not None and supports(x) and (not x.is_cuda or tile.shared <= _shared_memory(x.device))
+    return (
+        x.ndim == 3 and tile is not None and supports(x) and (not x.is_cuda or tile.shared <= _shared_memory(x.device))
+    )
 
 
 def _shared_memory(device: torch.device) -> int:
@@ -61,11 +65,12 @@ def _stride(vectors: torch.Tensor) -> int:
 
 @opaque("infty_diff::norm_affine")
 def _norm_affine(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
-    """xhat·a + b for x (B, M, C) and float32 a, b (B, C), or (C,) for all images."""
-    x, out, options = x.contiguous(), x.new_empty(x.shape, dtype=dtype), kernels.norm_options(x.shape[2])
+    """xhat·a + b for x (B, …, C) and float32 a, b (B, C), or (C,) for all images."""
+    x, out, options = x.contiguous(), x.new_empty(x.shape, dtype=dtype), kernels.norm_options(x.shape[-1])
+    count = math.prod(x.shape[1:-1])
     with torch.cuda.device_of(x):
-        grid = (triton.cdiv(x.shape[1], options["ROWS"]), x.shape[0])
-        kernels.norm_forward[grid](x, a.contiguous(), b.contiguous(), out, x.shape[1], _stride(a), eps, **options)
+        grid = (triton.cdiv(count, options["ROWS"]), x.shape[0])
+        kernels.norm_forward[grid](x, a.contiguous(), b.contiguous(), out, count, _stride(a), eps, **options)
     return out
 
 
@@ -79,8 +84,9 @@ def _norm_affine_backward(
     x: torch.Tensor, a: torch.Tensor, dout: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, a and b."""
-    (batch, count, channels), options = x.shape, kernels.norm_options(x.shape[2])
-    groups = _groups(x, options["ROWS"], _NORM_PROGRAMS)
+    (batch, *inner, channels), options = x.shape, kernels.norm_options(x.shape[-1])
+    count = math.prod(inner)
+    groups = _groups(batch, count, options["ROWS"], _NORM_PROGRAMS)
     dx = x.new_empty(x.shape)
     da, db = a.new_empty(2, batch, groups, channels)
     with torch.cuda.device_of(x):
@@ -121,7 +127,7 @@ def _norm_mlp(
     x, out = x.contiguous(), x.new_empty(x.shape)
     options, _ = kernels.mlp_options(x.shape[2], x.dtype, dtype)
     with torch.cuda.device_of(x):
-        grid = (_groups(x, options["ROWS"], _FORWARD_PROGRAMS), x.shape[0])
+        grid = (_groups(x.shape[0], x.shape[1], options["ROWS"], _FORWARD_PROGRAMS), x.shape[0])
         weights = [weight.contiguous() for weight in (w1, b1, w2, b2)]
         kernels.mlp_forward[grid](x, *weights, out, x.shape[1], eps, **options)
     return out
@@ -145,7 +151,7 @@ def _norm_mlp_backward(
     """Gradients of x, w1, b1, w2 and b2."""
     batch, count, channels = x.shape
     _, launches = kernels.mlp_options(channels, x.dtype, dtype)
-    groups = _groups(x, launches[0]["ROWS"], _BACKWARD_PROGRAMS)
+    groups = _groups(batch, count, launches[0]["ROWS"], _BACKWARD_PROGRAMS)
     dx = x.new_empty(x.shape)
     partials = [
         w1.new_empty(batch, groups, *shape)
@@ -181,8 +187,8 @@ def norm_modulate(
 ) -> torch.Tensor:
     """xhat·a + b of the module's equation.
 
-    x: (B, M, C), accepted by `supports`. a, b: (B, C), or (C,) for all images. dtype: of the result, that of x by
-    default. Returns (B, M, C).
+    x: (B, …, C), accepted by `supports`. a, b: (B, C), or (C,) for all images. dtype: of the result, that of x by
+    default. Returns the shape of x.
     """
     return _norm_affine(x, a.float(), b.float(), eps, dtype or x.dtype)
 

@@ -144,7 +144,23 @@ def _covered_sums(x: torch.Tensor, dim: int, taps: int, span: float) -> torch.Te
 def inverse_density(
     points: Points, kernel_shape: Size, kernel_size: int, device: torch.device, span: Span | None = None
 ) -> torch.Tensor:
-    """k² / Σ c of the module's equation: float32 (B, M, 1), or (1, H·W, 1) for a full lattice."""
+    """k² / Σ c of the module's equation: float32 (B, M, 1), or (1, H·W, 1) for a full lattice, which is kept."""
+    if points.index is None:
+        return _on_full_lattice(tuple(points.size), tuple(kernel_shape), kernel_size, span, device)
+    return _inverse_density(points, kernel_shape, kernel_size, span, device)
+
+
+@lru_cache(maxsize=16)
+def _on_full_lattice(
+    size: Size, kernel_shape: Size, kernel_size: int, span: Span | None, device: torch.device
+) -> torch.Tensor:
+    with torch.inference_mode(False):  # gradients may want it later
+        return _inverse_density(Points(size), kernel_shape, kernel_size, span, device)
+
+
+def _inverse_density(
+    points: Points, kernel_shape: Size, kernel_size: int, span: Span | None, device: torch.device
+) -> torch.Tensor:
     if span is None:
         return kernel_size**2 / window_counts(points, kernel_shape, device).unsqueeze(2).float()
     return (kernel_size**2 / covered_area(points, kernel_shape, span, device)).unsqueeze(2).float()
