@@ -342,13 +342,13 @@ class InftyDiff:
         Gradients are computed where a state requires them, as in guidance, and else not, whatever the caller's mode.
         """
         latents, denoiser = latents.to(self.device), cast_weights(self.denoiser, self.precision.dtype)
-        with torch.no_grad(), self.precision.autocast():
-            conditioning = denoiser.conditioning(latents)
+        with torch.no_grad(), self.precision.autocast():  # a network of the caller's own takes the latents themselves
+            condition = denoiser.conditioning(latents) if isinstance(denoiser, SparseUNet) else latents
 
         def network(x_t: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
             wanted, points = torch.is_grad_enabled() and x_t.requires_grad, Points(size_of(x_t))
             with torch.set_grad_enabled(wanted), self.precision.autocast():
-                return points_to_image(denoiser(image_to_points(x_t), points, time, conditioning).float(), points.size)
+                return points_to_image(denoiser(image_to_points(x_t), points, time, condition).float(), points.size)
 
         return process.denoiser(network, clip)
 

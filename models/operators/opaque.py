@@ -33,10 +33,14 @@ class Opaque:
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
         """The gradients, as for `torch.library.custom_op`; of positional arguments alone."""
         self._registered.register_autograd(backward, setup_context=setup_context)
-        parts = {"forward": self.function, "setup_context": setup_context, "backward": backward}
-        self._differentiable = type(
-            self.function.__name__, (torch.autograd.Function,), {name: staticmethod(f) for name, f in parts.items()}
-        )
+
+        def forward(ctx: Any, *arguments: Any) -> Any:  # PyTorch takes long to call one with a set-up of its own
+            output = self.function(*arguments)
+            setup_context(ctx, arguments, output)
+            return output
+
+        parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._differentiable = type(self.function.__name__, (torch.autograd.Function,), parts)
 
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or _watched() or not all(map(_is_plain, _tensors(arguments))):

@@ -10,6 +10,7 @@ Pointers: x, out, dout, dx (B, M, C). a, b: float32 (B, C), or (C,) for all imag
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -217,11 +218,13 @@ TILES = {
 _FUSED_MULTIPLY_ADD = {"enable_fp_fusion": True}  # whose default differs between versions of Triton
 
 
+@lru_cache
 def norm_options(channels: int) -> dict[str, Any]:
     cols = triton.next_power_of_2(channels)
     return {"C": channels, "COLS": cols, "ROWS": max(2048 // cols, 1), "num_warps": 4, **_FUSED_MULTIPLY_ADD}
 
 
+@lru_cache
 def mlp_options(channels: int, features: torch.dtype, factors: torch.dtype) -> tuple[dict, list[dict[str, Any]]]:
     """Options of the forward launch and of the backward launches."""
     tile = TILES[channels, KINDS[features, factors]]
