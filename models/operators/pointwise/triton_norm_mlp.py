@@ -40,7 +40,7 @@ def supports(x: torch.Tensor) -> bool:
         and x.ndim >= 3
         and (x.dtype, x.dtype) in kernels.KINDS
         and x.numel() > 0
-        and x.shape[2] <= kernels.MAX_CHANNELS
+        and x.shape[-1] <= kernels.MAX_CHANNELS
     )
 
 
