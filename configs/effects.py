@@ -9,6 +9,7 @@ from data.datasets import DATASETS
 _NEEDS = {
     "data.root_dir": ("data.name", tuple(name for name in DATASETS if name != "functions")),
     "data.fields": ("data.name", ("fields",)),
+    "data.anomalies": ("data.name", ("fields",)),
     "data.memory_gb": ("data.in_memory", ("auto",)),
     "train.amp_dtype": ("train.amp", (True,)),
     "model.kld_weight": ("model.stochastic_encoding", (True,)),

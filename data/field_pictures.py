@@ -32,10 +32,10 @@ def field_picture(
 ) -> torch.Tensor:
     """A field (C, H, W) in the units of the data as a picture, uint8 (3, h, w): its channels beside each other.
 
-    limits: the values at both ends of the bar of each channel; by default the range of the training fields, so that
-    pictures of one model can be compared.
+    limits: the values at both ends of the bar of each channel; by default `units.limits`, so that pictures of one model
+    can be compared.
     """
-    limits = limits or [(offset - scale, offset + scale) for offset, scale in zip(units.offset, units.scale)]
+    limits = limits or units.limits
     channels, height, width = values.shape
     factor = max(1, round(_READABLE / max(height, width)))
     height, width = factor * height, factor * width

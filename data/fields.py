@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from data.base import digest
 from data.decoding import one_line
 from data.opening import LARGEST, check_regular, open_regular
 from data.sources import existing_path
-from data.units import FieldUnits
+from data.units import FieldUnits, Maps
+from diffusion.conditioning import fill_unknown
 
 ENDINGS = (".npy", ".npz", ".nc")
 ACCEPTED = "a .npy, .npz or NetCDF (.nc) file of numbers, or a folder of them"
@@ -149,11 +151,19 @@ def _channel_names(variables: list[str], channels: int) -> tuple[str, ...]:
     return tuple(f"{variables[0]}[{c}]" for c in range(channels))
 
 
-def measured_units(fields: Sequence[_Array], names: tuple[str, ...]) -> FieldUnits:
+def measured_units(
+    fields: Sequence[_Array], names: tuple[str, ...], mean_size: tuple[int, int] | None = None
+) -> FieldUnits:
     """Units in which the known values of fields (C, H, W) reach from -1 to 1; ValueError where a channel is constant.
 
     The range, and not a deviation: samplers keep estimates in [-1, 1], and must cut nothing off.
+    mean_size: subtract the mean map of the fields of this size first. Where no field is known, it is filled smoothly.
     """
+    if mean_size is not None:
+        mean = _mean_map([field for field in fields if field.shape[1:] == tuple(mean_size)])
+        without = FieldUnits((0.0,) * len(names), (1.0,) * len(names), names, mean)
+        fields = [without.apply(torch.from_numpy(field)).double().numpy() for field in fields]
+        return replace(measured_units(fields, names), mean=mean)
     known = [field[:, np.isfinite(field).all(0)] for field in fields]
     lows = np.min([part.min(1) for part in known if part.size], axis=0)
     highs = np.max([part.max(1) for part in known if part.size], axis=0)
@@ -164,6 +174,14 @@ def measured_units(fields: Sequence[_Array], names: tuple[str, ...]) -> FieldUni
                 f"data.root_dir: {name} is {offset[c]:g} wherever it is known; accepted: values that differ"
             )
     return FieldUnits(tuple(offset.tolist()), tuple(scale.tolist()), names)
+
+
+def _mean_map(fields: Sequence[_Array]) -> Maps:
+    known = np.array([np.isfinite(field).all(0) for field in fields])[:, None]
+    count = known.sum(0)
+    total = np.where(known, fields, 0.0).sum(0)
+    mean = torch.from_numpy(np.where(count, total / np.maximum(count, 1), np.nan))[None]
+    return tuple(tuple(map(tuple, one)) for one in fill_unknown(mean)[0].tolist())
 
 
 class FieldSet:
@@ -206,12 +224,13 @@ class FieldSet:
 
     def fingerprint(self) -> str:
         """Of the values that are known, their units, sizes, names and the split."""
-        known = ({"name": self.name, "size": self.size, "split": self._split, "units": repr(self.units)},)
+        known = {"name": self.name, "size": self.size, "split": self._split, "units": repr(self.units)}
+        known |= {"mean": self.units.mean} if self.units.mean else {}
         items = (
             f"{n} {hashlib.sha256(x.numpy().tobytes()).hexdigest()} {tuple(x.shape)}"
             for n, x in zip(self._names, self._items)
         )
-        return digest(*known, items)
+        return digest(known, items)
 
 
 def open_fields(cfg: Any, split: str, size: tuple[int, int], split_by: Any) -> FieldSet:
@@ -236,6 +255,6 @@ def open_fields(cfg: Any, split: str, size: tuple[int, int], split_by: Any) -> F
             f"data.img_size, data.img_width are {size[0]}, {size[1]}; accepted: a size of the fields: {listed}"
         )
     parts = split_by(names)
-    units = measured_units([fields[i] for i in parts["train"]], called)
+    units = measured_units([fields[i] for i in parts["train"]], called, tuple(size) if cfg.anomalies else None)
     chosen = parts["train"] + parts["val"] if split == "all" else parts[split]
     return FieldSet([fields[i] for i in chosen], [names[i] for i in chosen], units, size, split)

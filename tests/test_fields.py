@@ -44,7 +44,7 @@ VALUES = np.random.default_rng(0).normal(size=(6, 2, H, W)) * [[[3.0]], [[40.0]]
 def section(root, **changes):
     """The data section of a configuration."""
     fields = {"name": "fields", "root_dir": str(root), "fields": "", "img_size": H, "img_width": W, "channels": 2,
-              "on_error": "raise", "split": "published", "val_ratio": 0.0}  # fmt: skip
+              "anomalies": False, "on_error": "raise", "split": "published", "val_ratio": 0.0}  # fmt: skip
     return SimpleNamespace(**fields | changes)
 
 
@@ -241,7 +241,7 @@ def test_networks_see_known_points_alone_and_in_proportion(tmp_path):
     assert counts == {(16, 13), (9, 21)}
     assert math.isfinite(stage.held_out_loss(stage.modules))
     assert stage.shown.isnan().any() and stage.previews(stage.modules)["deblurred"].isfinite().all()
-    assert stage.facts["units"] == {"offset": train.units.offset, "scale": train.units.scale, "names": ("a[0]", "a[1]")}
+    assert stage.facts["units"] == dataclasses.asdict(train.units)
 
 
 class Ids:

@@ -119,19 +119,19 @@ def _sensors(columns: dict[str, np.ndarray], channels: int, sd: float, units: Fi
     if values.shape[1] != channels:
         raise ValueError(f"has values of {values.shape[1]} channels; accepted: {channels}, as the model")
     errors = np.broadcast_to(np.asarray(columns.get("sd", sd), dtype=np.float64), (count,))
+    sides = np.stack([columns.get(name, np.zeros(count)) for name in ("height", "width")], 1)
+    places = np.stack([columns["y"], columns["x"]], 1)
     if units is not None:
-        given, values = values, (values - np.array(units.offset)) / np.array(units.scale)
+        given, values = values, units.apply_at(*map(torch.as_tensor, (values, places, sides))).numpy()
     if (far := np.nanmax(np.abs(values), initial=0)) > _LARGEST:
         if units is None:
             raise ValueError(f"values reach {far:g}; accepted: values of images in [-1, 1]")
         c = int(np.nanmax(np.abs(values), axis=0, initial=0).argmax())
-        middle, half = units.offset[c], units.scale[c]
+        low, high = units.limits[c]
         raise ValueError(
             f"values of channel {c + 1} go from {np.nanmin(given[:, c]):g} to {np.nanmax(given[:, c]):g}; accepted: "
-            f"about those of the training fields, {middle - half:g} to {middle + half:g}"
+            f"about those of the training fields, {low:g} to {high:g}"
         )
-    sides = np.stack([columns.get(name, np.zeros(count)) for name in ("height", "width")], 1)
-    places = np.stack([columns["y"], columns["x"]], 1)
     if units is not None:  # errors differ by channel, so each channel has sensors of its own
         errors = np.concatenate([errors / scale for scale in units.scale])
         places, sides = (np.tile(part, (channels, 1)) for part in (places, sides))
