@@ -43,9 +43,9 @@ def small_field_config(name: str, size: int) -> ConfigDict:
     """Stage one of a model of fields that a CPU trains in minutes; the U-Net works on a grid of size/2 × size/2."""
     config = small_image_config(name, size)
     config.data.name = "fields"
-    config.train.steps = 5000
+    config.train.steps = 3000
     config.train.batch_size = 16
-    config.train.plot_samples_steps = 5000
+    config.train.plot_samples_steps = 3000
     config.model.nf = 16
     config.model.uno_base_channels = 24
     # Few fields: without a KL term latents would name single fields. What they do not say has no spread to lose.

@@ -84,7 +84,7 @@ class FieldUnits:
         try:
             mean = tuple(tuple(tuple(map(float, row)) for row in one) for one in known.get("mean", ()))
             return cls(*(tuple(map(kind, known[name])) for name, kind in _PARTS.items()), mean)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} has no units of fields ({error!r}); accepted: weights as written") from None
 
 

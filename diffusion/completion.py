@@ -12,19 +12,19 @@ S(ω), C×C, independently of other waves. S is what the completed fields themse
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from diffusion.conditioning import fill_unknown
 from diffusion.coordinates import Size, size_of
 from diffusion.cosine import dct, idct, on_rows
-from diffusion.posterior import conjugate_residuals
+from diffusion.posterior import MOST_ITERATIONS, conjugate_residuals
 
-_NUGGET = 1e-6  # of the variance: what known values are off by, lest solving take for ever
-_ITERATIONS, _TOLERANCE = 200, 1e-3
-_TOGETHER = 32
-_ROUNDS = 12  # of drawing and measuring
+_NUGGET = 1e-6  # of the variance: what known values may be off by, lest solving take for ever
+_TOLERANCE = 1e-3
+_LEAST = 1e-9  # of the variance: S of waves that the data do not have
+_FIELDS, _ROUNDS, _SHORT = 64, 12, 50  # with which S is measured, how often, and iterations for each
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,43 @@ class Moments:
 
     def at(self, size: Size) -> torch.Tensor:
         """S for the waves of a lattice, (H, W, C, C): powers are in proportion to the pixels."""
-        k, l = (torch.arange(n, dtype=torch.float64) / own for n, own in zip(size, self.size))  # noqa: E741
-        place = (torch.hypot(k[:, None], l) * min(self.size)).clamp(max=len(self.values) - 1)
+        place = _place(size, self.size).clamp(max=len(self.values) - 1)
         below = place.floor().long().clamp(max=len(self.values) - 2)
         part = (place - below)[..., None, None]
         return torch.lerp(self.values[below], self.values[below + 1], part) * (math.prod(size) / math.prod(self.size))
 
 
-def completed(fields: torch.Tensor, moments: Moments, generator: torch.Generator) -> torch.Tensor:
+def measure_moments(fields: torch.Tensor, generator: torch.Generator) -> Moments:
+    """S of fields (N, C, H, W), NaN where not known: that which fields completed by it have.
+
+    It is drawn with and measured in turn, from smooth fields on; this is stochastic EM (Celeux & Diebolt 1985).
+    """
+    fields = fields[:_FIELDS].double()
+    moments = _moments(fill_unknown(fields))
+    for _ in range(_ROUNDS if fields.isnan().any() else 0):
+        moments = _moments(completed(fields, moments, generator, _SHORT))
+    return moments
+
+
+def _moments(fields: torch.Tensor) -> Moments:
+    size, channels = size_of(fields), fields.shape[1]
+    waves = on_rows(dct, dct(fields)).flatten(2)
+    outer = torch.einsum("nik,njk->kij", waves, waves) / len(fields)
+    least = _LEAST * outer.mean(0).diagonal().diag() + 1e-30 * torch.eye(channels, dtype=torch.float64)
+    place = _place(size, size).flatten()
+    weights = (1 - (place - torch.arange(int(place.max()) + 1)[:, None]).abs()).clamp(min=0)
+    return Moments(torch.einsum("vk,kij->vij", weights / weights.sum(1, keepdim=True), outer) + least, size)
+
+
+def _place(size: Size, own: Size) -> torch.Tensor:
+    """Frequencies of the waves of a lattice, (H, W), in units of 1/n for the smaller side n of the own lattice."""
+    k, l = (torch.arange(n, dtype=torch.float64) / m for n, m in zip(size, own))  # noqa: E741 (of the formula)
+    return torch.hypot(k[:, None], l) * min(own)
+
+
+def completed(
+    fields: torch.Tensor, moments: Moments, generator: torch.Generator, iterations: int = MOST_ITERATIONS
+) -> torch.Tensor:
     """Fields (B, C, H, W), NaN where not known, with draws of p(unknown | known) there; float64.
 
     From a draw u of the field, x = u + S Hᵗ (H S Hᵗ + ε)⁻¹ (y - H u), with H the known points, y their values.
@@ -64,7 +93,7 @@ def completed(fields: torch.Tensor, moments: Moments, generator: torch.Generator
         return torch.where(known, _filtered(spectrum, w) + nugget * w, 0.0).flatten(1)
 
     missed = torch.where(known, values - drawn, 0.0).flatten(1)
-    weights = conjugate_residuals(product, missed, _ITERATIONS, _TOLERANCE).view_as(values)
+    weights = conjugate_residuals(product, missed, iterations, _TOLERANCE).view_as(values)
     return torch.where(known, values, drawn + _filtered(spectrum, weights))
 
 

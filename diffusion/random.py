@@ -45,6 +45,7 @@ class Purpose(enum.Enum):
     FLOOR = "how real images are halved for the floor of a metric"
     MIRRORED_REFERENCE = "which reference images are mirrored"
     RANDOM_FEATURES = "weights of the random network of features"
+    COMPLETION = "values of fields where none is known [set, first field], and how these are distributed []"
     SELF_CHECK = "the example that a back end is checked with"
     BENCHMARK = "inputs of a benchmark [input]"
 

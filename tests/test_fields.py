@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import itertools
+import json
 import math
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.fft import dctn
+from scipy.fft import dct, dctn, idctn
 
 import micro
 from benchmarks.fields import Kriging, station_rows
@@ -22,6 +23,7 @@ from data.datasets import open_dataset
 from data.field_pictures import field_picture
 from data.loader import batches, sequential
 from data.units import FieldUnits
+from diffusion.completion import Moments, completed, measure_moments
 from diffusion.conditioning import fill_hole, fill_unknown
 from diffusion.coordinates import Points
 from diffusion.random import Purpose, stream
@@ -105,6 +107,40 @@ def test_every_kind_of_file_is_read_and_units_are_undone(tmp_path, kind):
     assert (data.partly_known, data.least_known) == (
         (True, {(H, W): H * W - 1}) if kind == "netcdf" else (False, {(H, W): H * W})
     )
+
+
+def test_anomalies_are_differences_from_the_mean_map_of_training_fields(tmp_path):
+    values = VALUES.copy()
+    values[1, :, 2, 3] = values[:, :, 5, 5] = np.nan
+    np.save(tmp_path / "a.npy", values)
+    data = open_dataset(section(tmp_path, anomalies=True, val_ratio=0.3), "train")
+    found = torch.stack([data[i] for i in range(len(data))]).double()
+    chosen = values[[int(data.item_name(i)[6:-1]) for i in range(len(data))]]
+    assert len(chosen) < len(values)
+    with np.errstate(all="ignore"):
+        mean = np.array([[[np.nanmean(x) if np.isfinite(x).any() else 0 for x in row.T] for row in channel.swapaxes(0, 1)]
+                         for channel in chosen.swapaxes(0, 1)])  # fmt: skip
+    apart, flat = chosen - mean, np.isfinite(chosen)
+    for c in range(2):  # anomalies are scaled to [-1, 1]
+        one, seen = found[:, c][torch.from_numpy(flat[:, c])], apart[:, c][flat[:, c]]
+        low, high = seen.min(), seen.max()
+        assert np.allclose(one, (seen - low) / (high - low) * 2 - 1, atol=1e-5)
+    np.testing.assert_allclose(data.units.undo(found), chosen, rtol=1e-5)
+    assert torch.allclose(data.units.apply(data.units.undo(found)).double(), found, atol=1e-4, equal_nan=True)
+    assert FieldUnits.stored({"units": json.loads(json.dumps(dataclasses.asdict(data.units)))}, "a") == data.units
+    smooth = FieldUnits((1.0, 2.0), (2.0, 4.0), ("u", "v"), waves((4, 5)))
+    at, sides = torch.tensor([[0.125, 0.3], [0.8, 0.5]]), torch.tensor([[0.0, 0.0], [0.2, 0.4]])
+    larger = smooth.undo(torch.zeros(1, 2, 8, 10, dtype=torch.float64))
+    assert np.allclose(larger[0], np.array(waves((8, 10))) + [[[1.0]], [[2.0]]])
+    exact = [[math.cos(math.pi * 0.3), 3.0], [0.0, 3.0]]
+    assert np.allclose(smooth.apply_at(torch.zeros(2, 2), at, sides), (np.array(exact) + [1, 2]) / [-2, -4])
+    assert smooth.limits[1] == (1.0, 9.0)
+
+
+def waves(size):
+    """Two maps: a cosine from west to east, and a constant."""
+    east = np.cos(math.pi * (np.arange(size[1]) + 0.5) / size[1])
+    return tuple(tuple(map(tuple, one)) for one in (np.tile(east, (size[0], 1)), np.full(size, 3.0)))
 
 
 def test_units_are_those_of_the_training_fields(tmp_path):
@@ -209,6 +245,49 @@ def test_unknown_points_are_filled_as_a_hole_is():
         assert torch.allclose(filled[i], fill_hole(x[i].nan_to_num(7.0)[None], mask)[0], atol=1e-12)
 
 
+def waves_of(moments, size):
+    """Columns of the covariance of fields with these moments, (P·2, P·2), by the definition of the cosine series."""
+    waves = torch.kron(*(torch.from_numpy(dct(np.eye(n), norm="ortho", axis=0)) for n in size))  # (waves, points)
+    return torch.einsum("wp,wij,wq->ipjq", waves, moments.at(size).flatten(0, 1), waves).flatten(2).flatten(0, 1)
+
+
+def test_completions_are_draws_given_what_is_known():
+    generator, size = seeded(4), (5, 6)
+    root = torch.randn(8, 2, 2, generator=generator).double() / torch.arange(1, 9)[:, None, None]
+    moments = Moments(root @ root.mT + 1e-3 * torch.eye(2), (5, 7))
+    field = torch.randn(1, 2, *size, generator=generator).double()
+    known = torch.rand(size, generator=generator) < 0.5
+    drawn = completed(field.masked_fill(~known, torch.nan).expand(3000, -1, -1, -1), moments, generator)
+    assert torch.equal(drawn[..., known], field[..., known].expand(3000, -1, -1))
+    covariance, seen = waves_of(moments, size), known.flatten().repeat(2)
+    gain = covariance[~seen][:, seen] @ covariance[seen][:, seen].inverse()
+    mean, found = gain @ field.flatten()[seen], drawn.flatten(1)[:, ~seen]
+    left = covariance[~seen][:, ~seen] - gain @ covariance[seen][:, ~seen]
+    sd = left.diagonal().sqrt()
+    assert ((found.mean(0) - mean).abs() < 5 * sd / 3000**0.5 + 1e-3 * sd).all()
+    assert ((torch.cov(found.mT) - left).abs() < 6 * (sd[:, None] * sd) * (2 / 3000) ** 0.5).all()
+
+
+def test_completed_fields_keep_the_spectrum_that_smooth_ones_lose():
+    size, generator = (16, 13), seeded(5)
+    k, l = (torch.arange(n).double() for n in size)  # noqa: E741
+    amplitude = 1 / (1 + (k[:, None] ** 2 + l**2) / 8)
+    white = torch.randn(32, 2, *size, generator=generator).double()
+    white[:, 1] = 0.6 * white[:, 0] + 0.8 * white[:, 1]  # channels are correlated
+    fields = torch.from_numpy(idctn((white * amplitude).numpy(), axes=(2, 3), norm="ortho"))
+    partly = fields.masked_fill(torch.rand(32, 1, *size, generator=generator) < 0.5, torch.nan)
+    whole = completed(partly, measure_moments(partly, generator), generator)
+    band = (amplitude < 0.2) & (amplitude > 0.04)
+
+    def power(x, y):
+        x, y = (dctn(v.numpy(), axes=(2, 3), norm="ortho")[:, c][:, band] for v, c in ((x, 0), (x, y)))
+        return float((x * y).mean())
+
+    for y, room in ((0, 0.04), (1, 0.06)):
+        assert power(whole, y) / power(fields, y) == pytest.approx(1, abs=room)
+    assert power(fill_unknown(partly), 0) / power(fields, 0) < 0.75
+
+
 def written_run(root, **changes):
     """A configuration for fields of two sizes, which are written."""
     (root / "data").mkdir()
@@ -229,7 +308,9 @@ def test_networks_see_known_points_alone_and_in_proportion(tmp_path):
         seen.clear()
         loss, *_ = stage.loss(batch, stage.draw(stream(0, Purpose.STEP), 4, slice(None), batch))
         assert loss.isfinite() and len(seen) == 2
+        batch, whole = batch.split(2, dim=1)
         known = batch.isfinite().all(1).flatten(1)
+        assert whole.isfinite().all() and torch.equal(whole[~batch.isnan()], batch[~batch.isnan()])
         for values, points in seen:
             assert values.isfinite().all() and known.gather(1, points.index).all()
         encoded = next(values for values, points in seen)

@@ -14,10 +14,10 @@ from torch import nn
 
 from configs.schema import ImageConfig
 from data.base import ImageDataset
+from data.completed import completed_sets
 from data.loader import batches, sequential
 from data.pixels import as_values
 from diffusion import losses
-from diffusion.conditioning import fill_unknown
 from diffusion.coordinates import CONVENTIONS, Points, Size, gather_points, size_of
 from diffusion.factory import build_image_process, build_objective, build_timesteps
 from diffusion.random import Purpose, stream
@@ -88,11 +88,20 @@ class ImageStage:
         facts = spectrum_facts(partial(spectrum_of, self.train_set, self.process.mollifier))
         return facts if self.units is None else {**facts, "units": asdict(self.units)}
 
+    @cached_property
+    def _read(self) -> list[Any]:
+        """The sets as they are read: fields known in part are beside their completions, for T needs all points."""
+        sets = [some for some in (self.train_set, self.val_set) if some is not None]
+        return completed_sets(sets, self.config.run.seed) if self.partly_known else sets
+
     def batches(self, seen: int) -> Iterator[torch.Tensor]:
-        """Yield this process's images (B, C, H, W), uint8 or fields, of every step after `seen` of all processes."""
+        """Yield this process's images (B, C, H, W), uint8 or fields, of every step after `seen` of all processes.
+
+        Fields known in part are (B, 2C, H, W), see `CompletedFields`.
+        """
         data, seed = self.config.data, self.config.run.seed
         return batches(
-            self.train_set,
+            self._read[0],
             self.config.train.batch_size,
             seed=seed,
             seen=seen,
@@ -121,7 +130,7 @@ class ImageStage:
 
         data, model, mc = self.config.data, self.config.model, self.config.mc_integral
         size = self.config.size if images is None else size_of(images)
-        known = images.isfinite().all(1) if self.partly_known and images is not None else None
+        known = images[:, : data.channels].isfinite().all(1) if self.partly_known and images is not None else None
         draws = {"white": normals(data.channels, *size)}
         count = self._count(size)
         if known is not None or count < math.prod(size):  # else all points are seen
@@ -148,7 +157,7 @@ class ImageStage:
         """Eq. (46) on random coordinates, eq. (10): ‖f(x_t(c), t, z) − T ξ(c)‖², z from other coordinates of x_0.
 
         Args:
-            images: uint8 (B, C, H, W), or fields, NaN where not known. Such points are neither drawn nor scored.
+            images: as of `batches`. Points of fields that are not known are neither drawn nor scored.
             draws: theirs, of `draw`.
         """
         base, bound, kld = self._per_image(self.modules, as_values(images), draws)
@@ -171,7 +180,7 @@ class ImageStage:
         encoder, zero where there is none."""
         t, size = draws["t"], size_of(x_0)
         if self.partly_known:
-            x_0 = fill_unknown(x_0)  # T needs all points
+            x_0 = x_0[:, self.config.data.channels :]
         x_t, target = self.process.training_pair(x_0, t, draws["white"])
         seen, encoded = (Points(size, draws.get(name)) for name in ("seen", "encoded"))
 
@@ -193,7 +202,7 @@ class ImageStage:
         ema = {name: cast_weights(module, self.precision.dtype) for name, module in ema.items()}
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         workers = self.config.data.num_workers
-        chosen = sequential(self.val_set, _HELD_OUT_BATCH, num_workers=workers, indices=range(count))
+        chosen = sequential(self._read[-1], _HELD_OUT_BATCH, num_workers=workers, indices=range(count))
         for i, images in enumerate(chosen):
             generator = stream(self.config.run.seed, Purpose.HELD_OUT_IMAGES, i, device=self.device)
             x_0 = as_values(to_device(images, self.device))

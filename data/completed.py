@@ -1,0 +1,45 @@
+"""Fields known in part beside their completions, as training reads them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from data.fields import FieldSet
+from diffusion.completion import Moments, completed, measure_moments
+from diffusion.random import Purpose, stream
+
+_TOGETHER = 32
+log = logging.getLogger(__name__)
+
+
+class CompletedFields:
+    """A set of fields (C, H, W) as pairs (2C, H, W): values, NaN where not known, then the completed field."""
+
+    pixels = None
+
+    def __init__(self, fields: FieldSet, moments: Moments, seed: int, number: int) -> None:
+        self.groups, self._items = fields.groups, []
+        for group in fields.groups:
+            for first in range(0, len(group), _TOGETHER):
+                some = torch.stack([fields[i] for i in group[first : first + _TOGETHER]])
+                generator = stream(seed, Purpose.COMPLETION, number, group[first])
+                whole = completed(some, moments, generator).float() if some.isnan().any() else some
+                self._items += torch.cat([some, whole], 1)  # items of one size follow each other
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return self._items[i]
+
+
+def completed_sets(sets: Sequence[FieldSet], seed: int) -> list[CompletedFields]:
+    """Sets of fields completed with the second moments of the first of them."""
+    first = sets[0]
+    chosen = next(group for group in first.groups if first[group[0]].shape[1:] == first.size)
+    log.info("completing %d fields that are known in part", sum(map(len, sets)))
+    moments = measure_moments(torch.stack([first[i] for i in chosen]), stream(seed, Purpose.COMPLETION))
+    return [CompletedFields(fields, moments, seed, number) for number, fields in enumerate(sets)]
