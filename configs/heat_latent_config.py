@@ -4,4 +4,6 @@ from configs.small_models import small_latent_config
 
 
 def get_config():
-    return small_latent_config("heat")
+    config = small_latent_config("heat")
+    config.train.steps = 3000  # latents of fields say little
+    return config

@@ -76,9 +76,7 @@ class DataConfig:
     fields: str = option(
         "", "variables of a file of fields, with commas between: its channels; empty = the only one", shapes=True
     )
-    anomalies: bool = option(
-        False, "subtract the mean map of the training fields, and add it to results", shapes=True
-    )
+    anomalies: bool = option(False, "subtract the mean map of the training fields, and add it to results", shapes=True)
     random_flip: bool = option(True, "mirror training images at random")
     split: str = option(
         "published",

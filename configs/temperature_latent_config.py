@@ -5,5 +5,5 @@ from configs.small_models import small_latent_config
 
 def get_config():
     config = small_latent_config("temperature")
-    config.train.steps = 10_000
+    config.train.steps = 3000  # latents of fields say little
     return config

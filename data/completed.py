@@ -21,7 +21,8 @@ class CompletedFields:
     pixels = None
 
     def __init__(self, fields: FieldSet, moments: Moments, seed: int, number: int) -> None:
-        self.groups, self._items = fields.groups, []
+        self.groups = fields.groups
+        self._items: list[torch.Tensor] = []
         for group in fields.groups:
             for first in range(0, len(group), _TOGETHER):
                 some = torch.stack([fields[i] for i in group[first : first + _TOGETHER]])

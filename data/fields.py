@@ -160,7 +160,7 @@ def measured_units(
     mean_size: subtract the mean map of the fields of this size first. Where no field is known, it is filled smoothly.
     """
     if mean_size is not None:
-        mean = _mean_map([field for field in fields if field.shape[1:] == tuple(mean_size)])
+        mean = _mean_map([field for field in fields if field.shape[1:] == mean_size])
         without = FieldUnits((0.0,) * len(names), (1.0,) * len(names), names, mean)
         fields = [without.apply(torch.from_numpy(field)).double().numpy() for field in fields]
         return replace(measured_units(fields, names), mean=mean)
@@ -255,6 +255,6 @@ def open_fields(cfg: Any, split: str, size: tuple[int, int], split_by: Any) -> F
             f"data.img_size, data.img_width are {size[0]}, {size[1]}; accepted: a size of the fields: {listed}"
         )
     parts = split_by(names)
-    units = measured_units([fields[i] for i in parts["train"]], called, tuple(size) if cfg.anomalies else None)
+    units = measured_units([fields[i] for i in parts["train"]], called, size if cfg.anomalies else None)
     chosen = parts["train"] + parts["val"] if split == "all" else parts[split]
     return FieldSet([fields[i] for i in chosen], [names[i] for i in chosen], units, size, split)

@@ -14,6 +14,7 @@ from diffusion.series import on_lattice, series_values
 
 Maps = tuple[tuple[tuple[float, ...], ...], ...]  # (C, H, W)
 
+
 @dataclass(frozen=True)
 class FieldUnits:
     """Values of channel c are mean_c + offset_c + scale_c · x, with x from -1 to 1 over the known training values.
@@ -83,7 +84,7 @@ class FieldUnits:
             return None
         try:
             mean = tuple(tuple(tuple(map(float, row)) for row in one) for one in known.get("mean", ()))
-            return cls(*(tuple(map(kind, known[name])) for name, kind in _PARTS.items()), mean)
+            return cls(**{name: tuple(map(kind, known[name])) for name, kind in _PARTS.items()}, mean=mean)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} has no units of fields ({error!r}); accepted: weights as written") from None
 
