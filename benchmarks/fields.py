@@ -2,7 +2,7 @@
 
     python benchmarks/fields.py --model=checkpoints/temperature --data=PATH --json=fields.json
     python benchmarks/fields.py --complete=checkpoints/heat --complete_latent=checkpoints/heat_sampler \\
-        --half=checkpoints/half --half_latent=checkpoints/half_sampler --data=heat.npz --json=fields.json
+        --half=checkpoints/half --half_latent=checkpoints/half_sampler --data=FOLDER/heat.npz --json=fields.json
 
 Stations: held-out fields are measured at 3 % of their points, with errors of 1 % of the range of the data. Shown are,
 at the other points,
@@ -15,8 +15,12 @@ covariance of "stationary" is diagonal in cosines; that of "empirical" is that o
 interval is from the k-th lowest to the k-th highest, which holds another draw with probability 1 - 2k / (n + 1). Of
 kriging it is mean ± 1.645 sd.
 
-Spectrum: the power of samples of a model whose fields were known in part, of one of the same fields known everywhere,
-and of these fields, by frequency; 1 is the finest wave along an axis. The result of a second call with the same --json
+--picture shows the first of these fields, with its stations in grey, as its difference from the middle of the range, or
+with data.anomalies from the mean map.
+
+Spectrum: ratios of power by frequency, of which 1 is the finest wave along an axis. "data" are fields known everywhere,
+"smooth" and "completed" the same, known in part, with smooth surfaces and with draws in the holes. "complete" and
+"partly" are samples of the models trained on these data. The result of a second call with the same --json
 is added to that of the first.
 """
 
@@ -24,16 +28,22 @@ import argparse
 import itertools
 import json
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from PIL import Image
 
 from configs.schema import DataConfig
 from data.datasets import open_dataset
+from data.field_pictures import field_picture
+from data.units import FieldUnits
+from diffusion.completion import completed, measure_moments
+from diffusion.conditioning import fill_unknown
+from diffusion.coordinates import Size, size_of
 from diffusion.cosine import cosine_matrix, dct, on_rows
 from diffusion.random import Purpose, stream
 from diffusion.sensors import Sensors
@@ -42,6 +52,8 @@ from infty_diff import InftyDiff, SamplingOptions
 from runtime.files import write_json
 
 PART, ERROR, QUANTILE, OUTSIDE = 0.03, 0.01, 1.645, 0.1
+FILLED = 256  # fields whose holes are filled
+RATIOS = (("smooth", "data"), ("completed", "data"), ("complete", "data"), ("partly", "data"), ("partly", "complete"))
 BANDS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
 
 
@@ -67,62 +79,99 @@ class Kriging:
         return mean, (self.covariance.diagonal() - (cross * weights).sum(0)).clamp(min=0).sqrt()
 
 
-def station_rows(
+@dataclass(frozen=True)
+class Estimates:
+    """What is said of a field (C, P) by its stations, the points `ids`: by method mean, sd, low and high; a draw."""
+
+    truth: torch.Tensor
+    ids: torch.Tensor
+    found: dict[str, tuple[torch.Tensor, ...]]
+    draw: torch.Tensor
+
+
+def estimates(
     model: InftyDiff, train: torch.Tensor, held_out: torch.Tensor, seeds: int, steps: int, latents: str = "sensors"
-) -> list[dict[str, Any]]:
-    """The table of stations: fields (N, C, H, W) in the units of the model, of which points are not unknown."""
+) -> list[Estimates]:
+    """Of held-out fields (N, C, H, W), in the units of the model, all known."""
     (height, width), generator = train.shape[2:], stream(0, Purpose.BENCHMARK)
     own = train if model.units is None else model.units.undo(train)
-    scale = torch.tensor((1.0,) * len(train[0]) if model.units is None else model.units.scale)
-    deviation = ERROR * float(((own.amax((0, 2, 3)) - own.amin((0, 2, 3))) / scale).mean())
+    deviation = ERROR * float(((own.amax((0, 2, 3)) - own.amin((0, 2, 3))) / _scale(model)).mean())
     krigings = {
         f"kriging, {kind}": [Kriging(train[:, c], kind == "stationary") for c in range(train.shape[1])]
         for kind in ("stationary", "empirical")
     }
-    errors: dict[str, list[torch.Tensor]] = {"posterior": [], **{name: [] for name in krigings}}
-    inside: dict[str, list[torch.Tensor]] = {name: [] for name in errors}
-    for truth in held_out:
-        flat = truth.double().flatten(1)
+    results = []
+    for field in held_out:
+        truth = field.double().flatten(1)
         ids = torch.randperm(height * width, generator=generator)[: max(2, round(PART * height * width))]
-        noisy = flat[:, ids] + deviation * torch.randn(flat[:, ids].shape, generator=generator, dtype=torch.float64)
+        noisy = truth[:, ids] + deviation * torch.randn(truth[:, ids].shape, generator=generator, dtype=torch.float64)
         places = torch.stack([(ids // width + 0.5) / height, (ids % width + 0.5) / width], 1)
         sensors, options = Sensors(places, noisy.mT, deviation), SamplingOptions(str(steps))
         drawn = model.posterior(sensors, range(seeds), (height, width), options, sharp=True, latents=latents)
-        found = {"posterior": _interval(drawn.double().cpu().flatten(2))}
+        drawn, k = drawn.double().cpu().flatten(2), max(1, round(OUTSIDE / 2 * (seeds + 1)))
+        ordered = drawn.sort(0).values
+        found: dict[str, tuple[torch.Tensor, ...]] = {
+            "posterior": (drawn.mean(0), drawn.std(0), ordered[k - 1], ordered[-k])
+        }
         for name, channels in krigings.items():
             pairs = (one.given(ids, values, deviation) for one, values in zip(channels, noisy))
             mean, sd = map(torch.stack, zip(*pairs))
-            found[name] = mean, mean - QUANTILE * sd, mean + QUANTILE * sd
-        free = torch.ones(height * width, dtype=torch.bool)
-        free[ids] = False
-        for name, (mean, low, high) in found.items():
-            errors[name].append((mean - flat)[:, free])
-            inside[name].append(((low <= flat) & (flat <= high))[:, free].double())
-    unit = float(scale[0]) if len(scale) == 1 else 1.0
-    return [
-        {"method": name, "rmse": unit * float(torch.cat(errors[name]).square().mean().sqrt()),
-         "coverage": float(torch.cat(inside[name]).mean())} for name in errors
-    ]  # fmt: skip
+            found[name] = mean, sd, mean - QUANTILE * sd, mean + QUANTILE * sd
+        results.append(Estimates(truth, ids, found, drawn[0]))
+    return results
 
 
-def _interval(drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean, low and high of draws (n, ...)."""
-    k = max(1, round(OUTSIDE / 2 * (len(drawn) + 1)))
-    ordered = drawn.sort(0).values
-    return drawn.mean(0), ordered[k - 1], ordered[-k]
+def _scale(model: InftyDiff) -> torch.Tensor:
+    return torch.tensor([1.0] * model.channels if model.units is None else model.units.scale)
+
+
+def station_rows(results: list[Estimates], unit: float) -> list[dict[str, Any]]:
+    """The table of stations; unit: of RMSE."""
+    rows = []
+    for name in results[0].found:
+        errors, inside = [], []
+        for one in results:
+            free = torch.ones(one.truth.shape[1], dtype=torch.bool)
+            free[one.ids] = False
+            mean, _, low, high = (part[:, free] for part in one.found[name])
+            truth = one.truth[:, free]
+            errors.append(mean - truth)
+            inside.append(((low <= truth) & (truth <= high)).double())
+        rmse = unit * float(torch.cat(errors).square().mean().sqrt())
+        rows.append({"method": name, "rmse": rmse, "coverage": float(torch.cat(inside).mean())})
+    return rows
+
+
+def station_picture(one: Estimates, size: Size, unit: float, south_first: bool) -> torch.Tensor:
+    """A picture, uint8 (3, h, w), of the first channel."""
+    seen = one.truth[0].clone()
+    seen[one.ids] = torch.nan
+    drawn, kriged = (one.found[name] for name in ("posterior", "kriging, stationary"))
+    rows = (
+        {"truth, stations grey": seen, "mean of draws": drawn[0][0], "mean by kriging": kriged[0][0]},
+        {"a draw": one.draw[0], "sd of draws": drawn[1][0], "sd by kriging": kriged[1][0]},
+    )
+    shown = torch.stack([one.truth[0], drawn[0][0], kriged[0][0], one.draw[0]]) * unit
+    ends, most_sd = (float(shown.min()), float(shown.max())), unit * float(torch.cat([drawn[1], kriged[1]]).max())
+    pictures = []
+    for row in rows:
+        maps = unit * torch.stack(list(row.values())).unflatten(1, size)
+        units = FieldUnits((0.0,) * 3, (1.0,) * 3, tuple(row))
+        limits = [(0.0, most_sd) if "sd" in name else ends for name in row]
+        pictures.append(field_picture(maps.flip(1) if south_first else maps, units, limits))
+    return torch.cat(pictures, 1)
 
 
 def spectrum_rows(power: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
-    """Powers (C, H, W) of the cosine coefficients of "partly", "complete" and "data", by band of frequency."""
+    """Ratios of powers (C, H, W) of cosine coefficients by band of frequency: `power` has those that `RATIOS` names."""
     size = power["data"].shape[1:]
     k, l = (torch.arange(n, dtype=torch.float64) / n for n in size)  # noqa: E741 (of the formula)
     frequency = torch.hypot(k[:, None], l)
     rows = []
     for low, high in itertools.pairwise(BANDS):
         sums = {name: one[:, (low <= frequency) & (frequency < high)].sum(1) for name, one in power.items()}
-        pairs = (("partly", "complete"), ("partly", "data"), ("complete", "data"))
         rows += [
-            {"channel": c, "from": low, "to": high} | {f"{a}/{b}": float(sums[a][c] / sums[b][c]) for a, b in pairs}
+            {"channel": c, "from": low, "to": high} | {f"{a}/{b}": float(sums[a][c] / sums[b][c]) for a, b in RATIOS}
             for c in range(len(power["data"]))
         ]
     return sorted(rows, key=lambda row: row["channel"])
@@ -149,6 +198,8 @@ def main() -> None:
     parser.add_argument("--fields", type=int, default=8, help="held-out fields")
     parser.add_argument("--seeds", type=int, default=19, help="samples of each")
     parser.add_argument("--steps", type=int, default=25, help="steps of the sampler")
+    parser.add_argument("--picture", type=Path, help="file for a picture of the first of them")
+    parser.add_argument("--south_first", action="store_true", help="turn it, since row 0 is south")
     parser.add_argument("--half", help="run of fields known in part, for the table of spectra")
     parser.add_argument("--half_latent", help="its latent run")
     parser.add_argument("--complete", help="run of the same fields with all points known")
@@ -161,16 +212,31 @@ def main() -> None:
         model = InftyDiff.from_runs(given.model, device="cpu")
         data = replace(model.config.data, root_dir=given.data or model.config.data.root_dir)
         train, held_out = _all(data, "train"), _all(data, "val")[: given.fields]
-        rows = station_rows(model, train, held_out, given.seeds, given.steps, given.latents)
+        found = estimates(model, train, held_out, given.seeds, given.steps, given.latents)
+        unit = float(_scale(model)[0]) if model.channels == 1 else 1.0
+        rows = station_rows(found, unit)
+        if given.picture:
+            picture = station_picture(found[0], size_of(train), unit, given.south_first)
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(given.picture)
         result["stations"] = {"fields": len(held_out), "seeds": given.seeds, "steps": given.steps, "rows": rows}
     if given.complete:
         power = {}
-        for name in ("half", "complete"):
-            model = InftyDiff.from_runs(getattr(given, name), getattr(given, f"{name}_latent"), "cpu")
+        for name, run, latent in (
+            ("complete", given.complete, given.complete_latent),
+            ("partly", given.half, given.half_latent),
+        ):
+            model = InftyDiff.from_runs(run, latent, "cpu")
             drawn = model.sample(range(given.samples), options=SamplingOptions(str(given.steps)), batch_size=32)
-            power["partly" if name == "half" else name] = _power(model.units.undo(drawn))
-        data = replace(model.config.data, root_dir=given.data or model.config.data.root_dir)
-        power["data"] = _power(_all(data, "train", undo=True))
+            power[name] = _power(model.units.undo(drawn))
+        partly = open_dataset(model.config.data, "train")
+        known, seed = torch.stack([partly[i] for i in range(FILLED)]), model.config.run.seed
+        moments = measure_moments(known, stream(seed, Purpose.COMPLETION))
+        whole = completed(known, moments, stream(seed, Purpose.COMPLETION, 0, 0))
+        data = _all(replace(model.config.data, root_dir=given.data or model.config.data.root_dir), "train", undo=True)
+        some = _power(data[:FILLED])
+        power["data"] = _power(data)
+        for name, fields in (("smooth", fill_unknown(known)), ("completed", whole)):
+            power[name] = _power(partly.units.undo(fields)) / some * power["data"]
         result["spectrum"] = {"samples": given.samples, "steps": given.steps, "rows": spectrum_rows(power)}
     for name, table in result.items():
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in table.items() if key != "rows"))

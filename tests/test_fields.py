@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.fft import dct, dctn, idctn
 
 import micro
-from benchmarks.fields import Kriging, station_rows
+from benchmarks.fields import Kriging, estimates, spectrum_rows, station_picture, station_rows
 from configs.validate import freeze
 from data.datasets import open_dataset
 from data.field_pictures import field_picture
@@ -479,6 +479,13 @@ def test_kriging_of_the_benchmark_is_the_gaussian_posterior(tmp_path):
     config = micro.image(tmp_path, {"data.channels": 1})
     model = InftyDiff(config, **micro.networks(config))
     train = fields[:40, None].repeat_interleave(2, 2).repeat_interleave(2, 3).float() / 20
-    rows = station_rows(model, train, train[:1], seeds=2, steps=2)
+    found = estimates(model, train, train[:1], seeds=2, steps=2)
+    assert station_picture(found[0], tuple(train.shape[2:]), 2.0, south_first=True).dtype == torch.uint8
+    rows = station_rows(found, 1.0)
     assert [row["method"] for row in rows] == ["posterior", "kriging, stationary", "kriging, empirical"]
     assert all(math.isfinite(row["rmse"]) and 0 <= row["coverage"] <= 1 for row in rows)
+    lattice = torch.ones(1, 16, 16, dtype=torch.float64)
+    powers = spectrum_rows(
+        {"partly": 3 * lattice, "complete": 2 * lattice} | dict.fromkeys(("data", "smooth", "completed"), lattice)
+    )
+    assert all((row["partly/complete"], row["complete/data"]) == (1.5, 2.0) for row in powers) and len(powers) == 6
