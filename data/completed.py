@@ -11,7 +11,6 @@ from data.fields import FieldSet
 from diffusion.completion import Moments, completed, measure_moments
 from diffusion.random import Purpose, stream
 
-_TOGETHER = 32
 log = logging.getLogger(__name__)
 
 
@@ -24,11 +23,10 @@ class CompletedFields:
         self.groups = fields.groups
         self._items: list[torch.Tensor] = []
         for group in fields.groups:
-            for first in range(0, len(group), _TOGETHER):
-                some = torch.stack([fields[i] for i in group[first : first + _TOGETHER]])
-                generator = stream(seed, Purpose.COMPLETION, number, group[first])
-                whole = completed(some, moments, generator).float() if some.isnan().any() else some
-                self._items += torch.cat([some, whole], 1)  # items of one size follow each other
+            some = torch.stack([fields[i] for i in group])
+            generator = stream(seed, Purpose.COMPLETION, number, group[0])
+            whole = completed(some, moments, generator).float() if some.isnan().any() else some
+            self._items += torch.cat([some, whole], 1)  # items of one size follow each other
 
     def __len__(self) -> int:
         return len(self._items)
@@ -40,7 +38,7 @@ class CompletedFields:
 def completed_sets(sets: Sequence[FieldSet], seed: int) -> list[CompletedFields]:
     """Sets of fields completed with the second moments of the first of them."""
     first = sets[0]
-    chosen = next(group for group in first.groups if first[group[0]].shape[1:] == first.size)
+    chosen = next((group for group in first.groups if first[group[0]].shape[1:] == first.size), first.groups[0])
     log.info("completing %d fields that are known in part", sum(map(len, sets)))
     moments = measure_moments(torch.stack([first[i] for i in chosen]), stream(seed, Purpose.COMPLETION))
     return [CompletedFields(fields, moments, seed, number) for number, fields in enumerate(sets)]

@@ -160,7 +160,10 @@ def measured_units(
     mean_size: subtract the mean map of the fields of this size first. Where no field is known, it is filled smoothly.
     """
     if mean_size is not None:
-        mean = _mean_map([field for field in fields if field.shape[1:] == mean_size])
+        some = [field for field in fields if field.shape[1:] == mean_size]
+        if not some:
+            raise ValueError("data.anomalies is True; accepted: False, where no training field has the training size")
+        mean = _mean_map(some)
         without = FieldUnits((0.0,) * len(names), (1.0,) * len(names), names, mean)
         fields = [without.apply(torch.from_numpy(field)).double().numpy() for field in fields]
         return replace(measured_units(fields, names), mean=mean)

@@ -19,12 +19,13 @@ import torch
 from diffusion.conditioning import fill_unknown
 from diffusion.coordinates import Size, size_of
 from diffusion.cosine import dct, idct, on_rows
-from diffusion.posterior import MOST_ITERATIONS, conjugate_residuals
+from diffusion.posterior import conjugate_residuals
 
 _NUGGET = 1e-6  # of the variance: what known values may be off by, lest solving take for ever
-_TOLERANCE = 1e-3
+_ITERATIONS, _TOLERANCE = 50, 1e-3
+_AT_ONCE = 1 << 16  # values; of each as many numbers are held as there are iterations, twice
 _LEAST = 1e-9  # of the variance: S of waves that the data do not have
-_FIELDS, _ROUNDS, _SHORT = 64, 12, 50  # with which S is measured, how often, and iterations for each
+_FIELDS, _ROUNDS = 64, 12  # with which S is measured, and how often
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def measure_moments(fields: torch.Tensor, generator: torch.Generator) -> Moments
     fields = fields[:_FIELDS].double()
     moments = _moments(fill_unknown(fields))
     for _ in range(_ROUNDS if fields.isnan().any() else 0):
-        moments = _moments(completed(fields, moments, generator, _SHORT))
+        moments = _moments(completed(fields, moments, generator))
     return moments
 
 
@@ -73,28 +74,28 @@ def _place(size: Size, own: Size) -> torch.Tensor:
     return torch.hypot(k[:, None], l) * min(own)
 
 
-def completed(
-    fields: torch.Tensor, moments: Moments, generator: torch.Generator, iterations: int = MOST_ITERATIONS
-) -> torch.Tensor:
+def completed(fields: torch.Tensor, moments: Moments, generator: torch.Generator) -> torch.Tensor:
     """Fields (B, C, H, W), NaN where not known, with draws of p(unknown | known) there; float64.
 
     From a draw u of the field, x = u + S Hᵗ (H S Hᵗ + ε)⁻¹ (y - H u), with H the known points, y their values.
     """
-    values, size = fields.double(), size_of(fields)
-    known = values.isfinite().all(1, keepdim=True).expand_as(values)
-    spectrum = moments.at(size)
+    spectrum = moments.at(size_of(fields))
     root = torch.linalg.cholesky(spectrum)
-    white = torch.randn(values.shape, generator=generator, dtype=torch.float64)
-    drawn = _waves(torch.einsum("hwij,bjhw->bihw", root, white))
     nugget = _NUGGET * spectrum.diagonal(dim1=-2, dim2=-1).mean((0, 1))[:, None, None]
+    parts = []
+    for some in fields.double().split(max(1, _AT_ONCE // fields[0].numel())):
+        white = torch.randn(some.shape, generator=generator, dtype=torch.float64)
+        drawn = _waves(torch.einsum("hwij,bjhw->bihw", root, white))
+        known = some.isfinite().all(1, keepdim=True).expand_as(some)
 
-    def product(w: torch.Tensor) -> torch.Tensor:
-        w = w.view_as(values)
-        return torch.where(known, _filtered(spectrum, w) + nugget * w, 0.0).flatten(1)
+        def product(w: torch.Tensor, known: torch.Tensor = known) -> torch.Tensor:
+            w = w.view_as(known)
+            return torch.where(known, _filtered(spectrum, w) + nugget * w, 0.0).flatten(1)
 
-    missed = torch.where(known, values - drawn, 0.0).flatten(1)
-    weights = conjugate_residuals(product, missed, iterations, _TOLERANCE).view_as(values)
-    return torch.where(known, values, drawn + _filtered(spectrum, weights))
+        missed = torch.where(known, some - drawn, 0.0).flatten(1)
+        weights = conjugate_residuals(product, missed, _ITERATIONS, _TOLERANCE).view_as(some)
+        parts.append(torch.where(known, some, drawn + _filtered(spectrum, weights)))
+    return torch.cat(parts)
 
 
 def _waves(coefficients: torch.Tensor) -> torch.Tensor:
