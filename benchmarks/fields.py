@@ -229,9 +229,8 @@ def main() -> None:
             drawn = model.sample(range(given.samples), options=SamplingOptions(str(given.steps)), batch_size=32)
             power[name] = _power(model.units.undo(drawn))
         partly = open_dataset(model.config.data, "train")
-        known, seed = torch.stack([partly[i] for i in range(FILLED)]), model.config.run.seed
-        moments = measure_moments(known, stream(seed, Purpose.COMPLETION))
-        whole = completed(known, moments, stream(seed, Purpose.COMPLETION, 0, 0))
+        known, generator = torch.stack([partly[i] for i in range(FILLED)]), stream(0, Purpose.BENCHMARK)
+        whole = completed(known, measure_moments(known, generator), generator)
         data = _all(replace(model.config.data, root_dir=given.data or model.config.data.root_dir), "train", undo=True)
         some = _power(data[:FILLED])
         power["data"] = _power(data)
