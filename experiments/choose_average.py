@@ -16,6 +16,7 @@ Samples, encodings and filters belong to the weights they were made with: choose
 
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from absl import flags
+from torch import nn
 
+from configs.schema import ImageConfig, LatentConfig
 from data.datasets import open_dataset
 from experiments.support.options import define, require_run_of_weights
 from infty_diff.encodings import load_or_encode
 from infty_diff.model import InftyDiff
-from runtime.checkpoint import load_weights, save_weights
+from models.factory import build_denoiser, build_encoder, build_latent_model
+from runtime.checkpoint import save_weights
 from runtime.command import Command, readable_errors, stages
+from runtime.files import plain
 from runtime.precision import Precision, pick_device
 from runtime.stored import WEIGHTS, run_path
 from training.image_stage import ImageStage
+from training.init_from import weights_of
 from training.latent_stage import LatentStage
 from training.power_averages import exponent
 from training.snapshots import Reconstruction, read_snapshots
@@ -47,15 +53,17 @@ _LARGEST_MISFIT = 0.1
 
 
 def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
-    run = run_path(configs["config"])
+    config, decoder = configs["config"], configs.get("decoder_config")
+    run = run_path(config)
     with readable_errors():
-        require_run_of_weights("decoder_run_weights", configs.get("decoder_config"))
-        averages = Reconstruction(read_snapshots(run))
+        require_run_of_weights("decoder_run_weights", decoder)
+        networks = networks_of(config, decoder)
+        averages = Reconstruction(read_snapshots(run, networks, plain(asdict(config))))
         misfits = {length: averages.misfit(length) for length in parse_lengths()}
         if FLAGS.length and FLAGS.write and misfits[FLAGS.length] > _LARGEST_MISFIT:
             raise ValueError(f"--length is {FLAGS.length}, with a misfit of {misfits[FLAGS.length]:.0%} from the "
                              f"averages kept; accepted: a length with at most {_LARGEST_MISFIT:.0%}")  # fmt: skip
-        stored, header = load_weights(run / WEIGHTS)
+        _, stored, header = weights_of(run / WEIGHTS, networks)
         stage = open_stage(configs)
         if not stage.held_out_count and not FLAGS.length:
             raise ValueError("--length is missing; accepted: a length, for nothing is held out to choose it by")
@@ -89,6 +97,15 @@ def parse_lengths() -> list[float]:
     if not lengths:
         raise ValueError(f"--{name} is empty; accepted: numbers, e.g. 0.05,0.10")
     return lengths
+
+
+def networks_of(config: ImageConfig | LatentConfig, decoder: ImageConfig | None) -> dict[str, nn.Module]:
+    """The networks of the run, on the meta device; decoder: the configuration of stage one, of a run of stage two."""
+    with torch.device("meta"):
+        if decoder is not None:
+            return {"latent_model": build_latent_model(config.model, decoder.model.z_dim)}
+        build = {"denoiser": build_denoiser, "encoder": build_encoder}
+        return {name: make(config.model, config.data.channels, config.size) for name, make in build.items()}
 
 
 def open_stage(configs: dict[str, Any]) -> ImageStage | LatentStage:

@@ -16,7 +16,7 @@ from models.factory import build_latent_model, for_evaluation
 from models.latent_mlp import MLPSkipNet
 from runtime.checkpoint import load_networks
 
-_MODEL, _STATISTICS = "latent_model", ("mean", "std")
+_MODEL, STATISTICS = "latent_model", ("mean", "std")  # of the latents
 _STEPS_AT_ONCE = 50  # whose noise is drawn together
 
 
@@ -51,13 +51,13 @@ class LatentPrior:
         cls, config: LatentConfig, tensors: Mapping[str, torch.Tensor], device: torch.device, where: str = "weights"
     ) -> LatentPrior:
         """Rebuild the prior from the tensors of `to_tensors`; ValueError naming `where` when they are others."""
-        sizes = {tuple(tensors[name].shape) if name in tensors else None for name in _STATISTICS}
+        sizes = {tuple(tensors[name].shape) if name in tensors else None for name in STATISTICS}
         dim = next(iter(sizes)) or ()
         if len(sizes) > 1 or len(dim) != 1:
             raise ValueError(f"{where}: its mean and std are no two vectors of a size; accepted: weights of stage two")
         model = build_latent_model(config.model, dim[0])
-        load_networks({_MODEL: model}, {k: v for k, v in tensors.items() if k not in _STATISTICS}, where)
-        return cls(config, for_evaluation(model).to(device), *(tensors[name] for name in _STATISTICS))
+        load_networks({_MODEL: model}, {k: v for k, v in tensors.items() if k not in STATISTICS}, where)
+        return cls(config, for_evaluation(model).to(device), *(tensors[name] for name in STATISTICS))
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of the inference file."""

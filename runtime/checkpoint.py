@@ -13,9 +13,9 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -92,14 +92,16 @@ def load_checkpoint(folder: Path, step: int, device: torch.device | str = "cpu")
     """Return the training state of `step`.
 
     Raises:
-        DamagedFile: when it is damaged, or holds no training state. ValueError: when it is missing, or of a newer
-            format. OSError: when it cannot be read, which says nothing about what it holds.
+        DamagedFile: when it is damaged, or holds no training state of that step. ValueError: when it is missing, or of a
+            newer format. OSError: when it cannot be read, which says nothing about what it holds.
     """
     path = checkpoint_path(folder, step)
     sealed = _check_seal(path)
     state = load_plain(path, device)
     if not isinstance(state, dict) or "step" not in state:
         raise DamagedFile(f"{path} holds no training state")
+    if not isinstance(state["step"], int) or state["step"] != step:
+        raise DamagedFile(f"{path} is not of the step in its name: it holds step {one_line(state['step'])[:50]}")
     if not sealed and state.get("format", 0):
         raise DamagedFile(f"{path} is damaged: its checksum is missing")
     try:
@@ -109,11 +111,17 @@ def load_checkpoint(folder: Path, step: int, device: torch.device | str = "cpu")
     return state
 
 
-def load_newest_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
+def load_newest_checkpoint(
+    folder: Path,
+    device: torch.device | str = "cpu",
+    check: Callable[[dict[str, Any], str], None] = lambda state, where: None,
+) -> dict[str, Any] | None:
     """Return the newest training state that is not damaged, or None where there are no checkpoints at all.
 
     A damaged one is named in a warning and renamed to `step_XXXXXXXX.pt.damaged`, so that it counts no longer among
     those that are kept.
+
+    check: raises ValueError for a state, read from the file that it names, which is not to be used; then all stays.
 
     Raises:
         ValueError: when all are damaged, or one is of a newer format. OSError: when one cannot be read.
@@ -125,6 +133,7 @@ def load_newest_checkpoint(folder: Path, device: torch.device | str = "cpu") -> 
         except DamagedFile as error:
             faults[checkpoint_path(folder, step)] = str(error)
             continue
+        check(state, str(checkpoint_path(folder, step)))
         for path, fault in faults.items():
             log.warning("checkpoint %s; using the one before it", fault)
             path.rename(path.with_name(f"{path.name}.damaged"))
@@ -250,11 +259,41 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     Raises:
         ValueError: when the file is missing, damaged, of a newer format, or was not written by `save_weights`.
     """
+    return _checked(path, dict)
+
+
+def open_weights(path: Path) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
+    """As `load_weights`, but each tensor is read, and checked beforehand, without the others in memory."""
+    return _checked(path, lambda stored: stored)
+
+
+class _Stored(Mapping[str, torch.Tensor]):
+    """The tensors of an open safetensors file, read when they are asked for."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._names = file, dict.fromkeys(file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+_Tensors = TypeVar("_Tensors", bound=Mapping[str, torch.Tensor])
+
+
+def _checked(path: Path, held: Callable[[_Stored], _Tensors]) -> tuple[_Tensors, dict[str, Any]]:
+    """The tensors of a file, as `held` takes them from it, and its header; raises as `load_weights`."""
     header = read_header(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            text = file.metadata()["header"]
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        file = safe_open(path, framework="pt")
+        text, tensors = file.metadata()["header"], held(_Stored(file))
     except (SafetensorError, OSError) as error:
         raise DamagedFile(f"{path}: not a readable safetensors file ({one_line(error)})") from None
     guard = json.loads(text).get(GUARD)
@@ -325,8 +364,13 @@ def load_networks(networks: Mapping[str, torch.nn.Module], tensors: Mapping[str,
 def require_fitting(networks: Mapping[str, torch.nn.Module], tensors: Mapping[str, torch.Tensor], where: str) -> None:
     """Raise ValueError, naming `where`, unless tensors named `network.tensor` are those of the networks."""
     own = {f"{name}.{key}": value for name, network in networks.items() for key, value in network.state_dict().items()}
+    require_shapes(own, tensors, where)
+
+
+def require_shapes(own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raise ValueError, naming `where`, unless tensors have the names and shapes of `own`."""
     faults = []
-    for key in {**own, **tensors}:
+    for key in dict.fromkeys([*own, *tensors]):
         there, here = (list(s[key].shape) if key in s else "missing" for s in (tensors, own))
         if there != here:
             faults.append(f"{key} is {there} there, {here} here")

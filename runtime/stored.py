@@ -39,7 +39,8 @@ def weights_path(run: Path, which: str = "newest") -> Path:
     """The file of a run's weights: those saved last, the "best" on held-out data, or by number those of a step.
 
     Raises:
-        ValueError: for another word, where the best were never kept, or a step that train.keep_every did not keep.
+        ValueError: for another word, where the best were never kept, a step that train.keep_every did not keep, or a
+            file that holds another.
     """
     if which.isdecimal():
         path = numbered_weights(run, int(which))
@@ -48,6 +49,8 @@ def weights_path(run: Path, which: str = "newest") -> Path:
             raise ValueError(
                 f"{path}: no such file; accepted: the steps kept, {', '.join(map(str, kept)) or 'none here'}"
             )
+        if (step := stored_step(path)) not in (int(which), -1):
+            raise ValueError(f"{path}: holds weights of step {step}; accepted: those of the step in its name")
         return path
     if which not in WHICH_WEIGHTS:
         raise ValueError(f"weights is {which!r}; accepted: {', '.join(WHICH_WEIGHTS)}, or a step that was kept")

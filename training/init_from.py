@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from infty_diff.latent_prior import STATISTICS
 from runtime.checkpoint import load_networks, load_weights, require_fitting
 from runtime.saved import resolve
 from runtime.stored import differences, require_config
@@ -28,11 +29,19 @@ def fitting_weights(
         ValueError: when the folder holds no weights, or not those of such networks.
     """
     try:
-        tensors, header = load_weights(_file(run, modules))
+        return weights_of(_file(run, modules), modules)
     except ValueError as error:
         raise ValueError(f"train.init_from is {run!r}, but {error}") from None
-    networks = {k: v for k, v in tensors.items() if k.startswith(tuple(f"{name}." for name in modules))}
-    require_fitting(modules, networks, f"train.init_from is {run!r}")
+
+
+def weights_of(
+    file: Path, modules: Mapping[str, nn.Module]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
+    """As `fitting_weights`, of a file of weights."""
+    tensors, header = load_weights(file)
+    beside = STATISTICS if "latent_model" in modules else ()
+    networks = {name: tensor for name, tensor in tensors.items() if name not in beside}
+    require_fitting(modules, networks, str(file))
     return networks, tensors, header
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from torch import nn
 
 from configs.schema import TrainConfig
-from runtime.checkpoint import save_weights
-from runtime.stored import read_header
+from runtime.checkpoint import open_weights, require_shapes, save_weights
+from runtime.stored import differences, require_config
 from training.ema import PowerAverages
 from training.power_averages import combination, exponent
 
@@ -23,12 +23,17 @@ _NAME = re.compile(r"step_(\d{8})\.safetensors")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A file of averages: the step it was taken at, how many updates the averages have seen, and their lengths."""
+    """A file of averages: the step it was taken at, how many updates the averages have seen, and their lengths.
+
+    origin: the step at which these averages began. tensors: "i.network.parameter" of length i, read when asked for.
+    """
 
     path: Path
     step: int
     updates: int
+    origin: int
     lengths: tuple[float, ...]
+    tensors: Mapping[str, torch.Tensor]
 
 
 def _steps(folder: Path) -> list[int]:
@@ -40,8 +45,8 @@ def _path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}.safetensors"
 
 
-def save_snapshot(folder: Path, step: int, averages: PowerAverages, config: TrainConfig) -> None:
-    """Write the averages of `step` atomically, if they have seen anything.
+def save_snapshot(folder: Path, header: dict[str, Any], averages: PowerAverages, config: TrainConfig) -> None:
+    """Write averages atomically, if they have seen anything, with the header of the weights of their step.
 
     While there are more than `ema_snapshots` files, only those at multiples of 2, 4, … times `ema_snapshot_steps` stay,
     and the newest one.
@@ -52,11 +57,12 @@ def save_snapshot(folder: Path, step: int, averages: PowerAverages, config: Trai
     if not averages.updates:
         return
     dtype, every = getattr(torch, config.ema_snapshot_dtype), config.ema_snapshot_steps
+    step = header["step"]
     tensors = {
         f"{i}.{name}": value.to(dtype) for i, values in enumerate(averages.values) for name, value in values.items()
     }
     known = {"updates": averages.updates, "origin": averages.origin, "lengths": averages.lengths}
-    save_weights(_path(folder, step), tensors, {"step": step, **known})
+    save_weights(_path(folder, step), tensors, {**header, **known})
     while len(steps := _steps(folder)) > config.ema_snapshots and every <= step:
         every *= 2
         for old in steps[:-1]:
@@ -71,23 +77,37 @@ def drop_snapshots(folder: Path, after: int) -> None:
             _path(folder, step).unlink(missing_ok=True)
 
 
-def read_snapshots(run: Path) -> list[Snapshot]:
+def read_snapshots(run: Path, networks: Mapping[str, nn.Module], config: dict[str, Any]) -> list[Snapshot]:
     """The files of a run, oldest first, that belong to the same averages as the newest one.
 
+    Args:
+        run: its folder.
+        networks: its networks by name, on any device.
+        config: its plain configuration.
     Raises:
-        ValueError: when there are none, or one is damaged.
+        ValueError: when there are none, or one is damaged, or not of this run.
     """
     folder = run / FOLDER
-    paths = [_path(folder, step) for step in _steps(folder)]
-    if not paths:
+    own = {f"{name}.{key}": p for name, network in networks.items() for key, p in network.named_parameters()}
+    found = [_read(_path(folder, step), step, own, config) for step in _steps(folder)]
+    if not found:
         raise ValueError(f"{folder} holds no averages; accepted: a run with train.ema_lengths, e.g. (0.05, 0.10)")
-    headers = [read_header(path) for path in paths]
-    series = [(header["origin"], header["lengths"]) for header in headers]
-    return [
-        Snapshot(path, header["step"], header["updates"], tuple(header["lengths"]))
-        for path, header, own in zip(paths, headers, series)
-        if own == series[-1]
-    ]
+    return [s for s in found if (s.origin, s.lengths) == (found[-1].origin, found[-1].lengths)]
+
+
+def _read(path: Path, step: int, own: Mapping[str, torch.Tensor], config: dict[str, Any]) -> Snapshot:
+    """The averages of a step of the run with these parameters and this configuration; ValueError naming the file."""
+    tensors, header = open_weights(path)
+    counts, lengths = [header.get(name) for name in ("step", "updates", "origin")], header.get("lengths")
+    numbers = isinstance(lengths, list) and all(isinstance(length, float) for length in lengths)
+    if not (numbers and lengths and all(isinstance(count, int) for count in counts)):
+        raise ValueError(f"{path}: holds no averages; accepted: what training with train.ema_lengths wrote there")
+    if counts[0] != step:
+        raise ValueError(f"{path}: holds averages of step {counts[0]}; accepted: those of the step in its name")
+    if other := differences(require_config(header.get("config", {}), str(path)), config):
+        raise ValueError(f"{path}: is of another run ({'; '.join(other)}); accepted: averages of this run")
+    require_shapes({f"{i}.{name}": p for i in range(len(lengths)) for name, p in own.items()}, tensors, str(path))
+    return Snapshot(path, *counts, tuple(lengths), tensors)
 
 
 class Reconstruction:
@@ -112,12 +132,10 @@ class Reconstruction:
     def tensors(self, length: float) -> dict[str, torch.Tensor]:
         """The average of a length, float32 by parameter name; a few tensors at a time are in memory beside it."""
         coefficients, _ = self._combined(length)
-        with ExitStack() as stack:
-            files = [stack.enter_context(safe_open(s.path, framework="pt")) for s in self.snapshots]
-            own = [(file, i) for file, s in zip(files, self.snapshots) for i in range(len(s.lengths))]
-            parts = [(file, i, weight) for (file, i), weight in zip(own, coefficients)]
-            names = [key.removeprefix("0.") for key in files[-1].keys() if key.startswith("0.")]
-            return {
-                name: sum(weight * file.get_tensor(f"{i}.{name}").double() for file, i, weight in parts).float()
-                for name in names
-            }
+        own = [(s.tensors, i) for s in self.snapshots for i in range(len(s.lengths))]
+        parts = [(tensors, i, weight) for (tensors, i), weight in zip(own, coefficients)]
+        names = [key.removeprefix("0.") for key in self.snapshots[-1].tensors if key.startswith("0.")]
+        return {
+            name: sum(weight * tensors[f"{i}.{name}"].double() for tensors, i, weight in parts).float()
+            for name in names
+        }

@@ -39,8 +39,7 @@ def state_of(trainer: Any) -> dict[str, Any]:
 def restore(trainer: Any, state: Mapping[str, Any], where: str) -> None:
     """Let a `Trainer` go on from a state read from the file `where`; ValueError when it is none of this run."""
     stage, optimizer = trainer.stage, trainer.optimizer
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    _check(state, where, trainer.run_dir.plain_config, stage.modules, parameters)
+    check_state(trainer, state, where)
     if trainer.processes.is_rank_0:
         _compare_data(state, where, _data_of(trainer))
         if trainer.processes.world_size > 1 and state.get("draws") != _DRAWS:
@@ -57,6 +56,12 @@ def restore(trainer: Any, state: Mapping[str, Any], where: str) -> None:
     trainer.means.load_state_dict(state["means"])
     trainer.guard.load_state_dict(state["guard"])
     trainer.step, trainer.seen, trainer.best = state["step"], state["seen"], state["best"]
+
+
+def check_state(trainer: Any, state: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError for a state, read from the file `where`, from which a `Trainer` cannot go on."""
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    _check(state, where, trainer.run_dir.plain_config, trainer.stage.modules, parameters)
 
 
 def _data_of(trainer: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import platform
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from training.rates import rate_factor
 from training.report import Clock, announce, conclude
 from training.snapshots import FOLDER, drop_snapshots, save_snapshot
 from training.stage import Stage
-from training.state import restore, state_of
+from training.state import check_state, restore, state_of
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +216,7 @@ class Trainer:
     def _save_snapshot(self) -> None:
         """Write the power-function averages of this step."""
         try:
-            save_snapshot(self.run_dir.path / FOLDER, self.step, self.power_averages, self.config.train)
+            save_snapshot(self.run_dir.path / FOLDER, self._header(), self.power_averages, self.config.train)
         except FloatingPointError as error:
             raise self._diverged(str(error)) from None
 
@@ -349,13 +350,14 @@ class Trainer:
 
         Without one, start from the run that train.init_from names, and return what that is for the history.
         """
-        newest = self.processes.is_rank_0 and load_newest_checkpoint(self.run_dir.checkpoints, self.device)
+        folder, fits = self.run_dir.checkpoints, partial(check_state, self)
+        newest = self.processes.is_rank_0 and load_newest_checkpoint(folder, self.device, fits)
         state = newest or None
         step = self.processes.from_rank_0(lambda: None if state is None else state["step"])
         if step is None:
             return self._initialise()
-        state = state or load_checkpoint(self.run_dir.checkpoints, step, self.device)
-        restore(self, state, str(checkpoint_path(self.run_dir.checkpoints, step)))
+        state = state or load_checkpoint(folder, step, self.device)
+        restore(self, state, str(checkpoint_path(folder, step)))
         log.info("continuing %s at step %d", self.run_dir.path, self.step)
         return None
 
