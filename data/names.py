@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+MANIFEST = "manifest.json"  # of a folder of samples
 # Those of texts and numbers that come with images.
 _TEXTS = ("", ".cls", ".csv", ".html", ".id", ".json", ".jsonl", ".md", ".txt", ".xml", ".yaml", ".yml")
 _KINDS_SHOWN = 5

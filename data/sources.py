@@ -43,6 +43,10 @@ class FolderSource:
     def signature(self, i: int) -> str:
         return size_and_end(self.open(i))
 
+    def beside(self, name: str) -> BinaryIO | None:
+        """What lies beside the images under a name, None where nothing does."""
+        return open_regular(self.path / name) if (self.path / name).exists() else None
+
 
 class ZipSource:
     """Image files in a zip archive; names are the archive's."""
@@ -66,8 +70,15 @@ class ZipSource:
         return self.__dict__ | {"_archive": None}
 
     def open(self, i: int) -> BinaryIO:
+        return self._member(self.names[i])
+
+    def beside(self, name: str) -> BinaryIO | None:
+        """As of a folder."""
+        return self._member(name) if name in self._open_archive().NameToInfo else None
+
+    def _member(self, name: str) -> BinaryIO:
         archive = self._open_archive()
-        member = archive.getinfo(self.names[i])
+        member = archive.getinfo(name)
         if member.file_size > LARGEST:
             raise OSError(f"{member.file_size} bytes; accepted: at most {LARGEST}")
         return cast(BinaryIO, archive.open(member))

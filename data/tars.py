@@ -26,7 +26,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data.names import image_names, is_image_name
+from data.names import MANIFEST, image_names, is_image_name
 from data.opening import LARGEST, open_regular, size_and_end
 
 ENDINGS = (".tar", ".tar.bz2", ".tar.gz", ".tar.xz", ".tar.zst", ".tgz")
@@ -74,7 +74,10 @@ class TarSource:
         if len(self.names) < len(images):
             _log.warning("%s: left out %d further images of samples that have one", path, len(images) - len(self.names))
         place = {name: i for i, name in enumerate(names)}
-        order = np.fromiter((place[name] for name in self.names), np.int64, len(self.names))
+        manifests = sorted(name for name in place if name.rpartition("/")[2] == MANIFEST)
+        self._beside = {name: i for i, name in enumerate(manifests, len(self.names))}
+        kept = [*self.names, *manifests]
+        order = np.fromiter((place[name] for name in kept), np.int64, len(kept))
         self._shard = np.repeat(np.arange(len(indices), dtype=np.int32), [len(i.names) for i in indices])[order]
         self._offset, self._size = (
             np.concatenate([np.asarray(getattr(index, column), np.int64) for index in indices])[order]
@@ -93,6 +96,10 @@ class TarSource:
 
     def signature(self, i: int) -> str:
         return size_and_end(self.open(i))
+
+    def beside(self, name: str) -> BinaryIO | None:
+        """The manifest of samples of that name, None where there is none."""
+        return self.open(self._beside[name]) if name in self._beside else None
 
 
 class _Member(io.RawIOBase):

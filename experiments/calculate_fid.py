@@ -40,7 +40,7 @@ from infty_diff.filter_file import CALIBRATED
 from metrics.evaluation import evaluate, table
 from metrics.extractors import open_extractor
 from metrics.features import Extraction
-from metrics.images import DatasetImages, ImageFolder, ImageSet, Mirrored, MollifiedSamples, config_digest, manifest_of
+from metrics.images import DatasetImages, ImageFolder, ImageSet, Mirrored, MollifiedSamples, config_digest
 from runtime.command import Command
 from runtime.files import write_json
 
@@ -67,12 +67,11 @@ def score(config: ImageConfig | None, folder: Path, device: torch.device) -> str
         raise ValueError(f"--encoder_run is {FLAGS.encoder_run}; accepted: a stage-one run, with --model=encoder alone")
     extractor = encoder_of_run(device) if FLAGS.encoder_run else open_extractor(FLAGS.model, device, FLAGS.weights)
     samples, reference = image_sets(config, extractor.channels)
-    manifest = manifest_of(folder)
     how = Extraction(FLAGS.eval_batch_size, os.cpu_count() or 1, Path(FLAGS.cache_dir), device)
     report = evaluate(samples, reference, extractor, how, FLAGS.patches)
     report["protocol"] = FLAGS.protocol
     report["config_sha256"] = config_digest(asdict(config)) if config else None
-    report["samples"]["manifest"] = manifest
+    report["samples"]["manifest"] = samples.manifest
     path = Path(FLAGS.json) if FLAGS.json else default_report(folder)
     write_json(path, report)
     return f"{table(report)}\nwritten: {path}"

@@ -79,8 +79,10 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         results = edit.open_results("condition", config, model, sampling, settings, Path(FLAGS.sensors).stem)
         arrays = {f"{seed:06d}": results.folder / "raw" / f"{seed:06d}.npy" for seed in seeds}
         shape = (model.channels, *size)
-        there = {name: is_whole_npy(path, shape) for name, path in arrays.items()}
-        missing = [s for s, name in zip(seeds, arrays) if results.lacks(name, made_from) or not there[name]]
+        missing = []
+        for seed, (name, path) in zip(seeds, arrays.items()):
+            if results.lacks(name, made_from) or not is_whole_npy(path, shape, results.row(name).get("sha256")):
+                missing.append(seed)
         observe, drawn, units = sensors.observer(model.device), settings["latents"], model.units
         with edit.steps_bar(FLAGS.rounds * len(missing) * edit.step_count(model, sampling), "conditioning") as bar:
             for seed in missing:
@@ -94,8 +96,8 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
                 if units is not None:  # each row of H sums to one
                     missed = missed * observe(units.undo(torch.ones_like(measured), spread=True))[0].cpu()
                     picture, measured = units.undo(picture), units.undo(measured)
-                save_npy(arrays[f"{seed:06d}"], measured[0].cpu())
-                row = {"seed": seed, "misfit": round(float(missed.square().mean().sqrt()), 6)}
+                sha256 = save_npy(arrays[f"{seed:06d}"], measured[0].cpu())
+                row = {"seed": seed, "misfit": round(float(missed.square().mean().sqrt()), 6), "sha256": sha256}
                 results.add(f"{seed:06d}", made_from, _drawn(picture[0].cpu(), units), row)
         mean, sd = moments(list(arrays.values()), shape)
         for name, array in (("mean", mean), ("sd", sd)):

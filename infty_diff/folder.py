@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import itertools
 import math
@@ -16,14 +17,15 @@ import torch
 from tqdm import tqdm
 
 from data.field_pictures import field_picture
+from data.names import MANIFEST
 from data.pixels import to_uint8
 from diffusion.coordinates import Size
 from diffusion.process import DiffusionProcess
 from diffusion.samplers import LastEstimate
 from infty_diff.model import InftyDiff
 from infty_diff.sampling import SamplingOptions
-from runtime.claimed import MANIFEST, SEED, claim_folder, is_marked, open_png, save_png, whole_png
-from runtime.files import sweep, write_atomic
+from runtime.claimed import FIELD, RAW, SEED, claim_folder, is_marked, open_png, save_png, whole_png
+from runtime.files import file_digest, sweep, write_atomic
 from runtime.lock import FolderLock
 from runtime.processes import ALONE, Processes
 from runtime.sheet import WIDTH, Row, save_sheet
@@ -125,12 +127,13 @@ def _draw_batch(model: InftyDiff, out_dir: Path, seeds: list[int], options: Fold
     if model.units is not None:
         mollified, images = model.units.undo(mollified), model.units.undo(images)
     for seed, raw, image in zip(seeds, mollified.cpu(), images.cpu()):
+        texts = {SEED: str(seed)}
         if options.save_raw:
-            save_npy(_raw_path(out_dir, seed), raw)
+            texts[RAW] = save_npy(_raw_path(out_dir, seed), raw)
         if model.units is not None:
-            save_npy(_field_path(out_dir, seed), image)
+            texts[FIELD] = save_npy(_field_path(out_dir, seed), image)
         image = to_uint8(image) if model.units is None else field_picture(image, model.units)
-        save_png(out_dir / f"{seed:06d}.png", image, mark, {SEED: str(seed)})
+        save_png(out_dir / f"{seed:06d}.png", image, mark, texts)
 
 
 def _raw_path(out_dir: Path, seed: int) -> Path:
@@ -141,33 +144,35 @@ def _field_path(out_dir: Path, seed: int) -> Path:
     return out_dir / "fields" / f"{seed:06d}.npy"
 
 
-def save_npy(path: Path, raw: torch.Tensor) -> None:
-    """Write a tensor of the CPU as an array, atomically; who writes many sweeps the folder before."""
+def save_npy(path: Path, raw: torch.Tensor) -> str:
+    """Write a tensor of the CPU as an array, atomically; return the file's SHA-256. Who writes many sweeps before."""
     content = io.BytesIO()  # into a file on a full disk NumPy writes less, and says nothing
     np.save(content, raw.numpy())
     write_atomic(path, lambda temporary: temporary.write_bytes(content.getbuffer()), one_of_many=True)
+    return hashlib.sha256(content.getbuffer()).hexdigest()
 
 
 def _is_done(out_dir: Path, seed: int, options: FolderOptions, mark: str, model: InftyDiff) -> bool:
     """Whether the image of a seed is there, whole, of the right size, and was drawn into this folder."""
     shape, wanted = (model.channels, *options.size), tuple(options.size)
-    if options.save_raw and not is_whole_npy(_raw_path(out_dir, seed), shape):
-        return False
     if model.units is not None:
         wanted = tuple(field_picture(torch.zeros(shape), model.units).shape[1:])
-        if not is_whole_npy(_field_path(out_dir, seed), shape):
-            return False
     size, texts = whole_png(out_dir / f"{seed:06d}.png") or (None, {})
-    return size == wanted and is_marked(texts, mark) and texts.get(SEED) == str(seed)
+    if size != wanted or not is_marked(texts, mark) or texts.get(SEED) != str(seed):
+        return False
+    if options.save_raw and not is_whole_npy(_raw_path(out_dir, seed), shape, texts.get(RAW)):
+        return False
+    return model.units is None or is_whole_npy(_field_path(out_dir, seed), shape, texts.get(FIELD))
 
 
-def is_whole_npy(path: Path, shape: tuple[int, ...]) -> bool:
-    """Whether a file holds a whole float32 array of this shape."""
+def is_whole_npy(path: Path, shape: tuple[int, ...], sha256: str | None) -> bool:
+    """Whether a file holds a whole float32 array of this shape, with the checksum that is known of it, if any."""
     try:
         raw = np.load(path, mmap_mode="r", allow_pickle=False)  # a file that is cut cannot be mapped
     except (OSError, ValueError, EOFError):
         return False
-    return isinstance(raw, np.ndarray) and raw.dtype == np.float32 and raw.shape == shape
+    fits = isinstance(raw, np.ndarray) and raw.dtype == np.float32 and raw.shape == shape
+    return fits and sha256 in (None, file_digest(path))
 
 
 def contact_sheet(out_dir: Path, mark: str) -> None:

@@ -68,10 +68,10 @@ def evaluate(
 def _both(
     samples: ImageSet, reference: ImageSet, extractor: Extractor, how: Extraction, patches: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features of the reference and of the samples."""
+    """Features of the reference and of the samples, of these first: damaged ones are refused before any are kept."""
     what = "patches of " if patches else ""
-    real = cached_features(reference, extractor, how, patches=patches, title=f"{what}reference images")
     made = features(samples, extractor, how, patches=patches, title=f"{what}samples")
+    real = cached_features(reference, extractor, how, patches=patches, title=f"{what}reference images")
     return real.to(how.device), made.to(how.device)
 
 

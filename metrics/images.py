@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,14 +17,14 @@ from configs.schema import ImageConfig
 from data.base import CHANNELS, digest
 from data.datasets import open_dataset
 from data.decoding import Decoder, one_line, with_channels
-from data.opening import check_regular, open_regular, read_json, size_and_end
-from data.sources import existing_path, open_source
+from data.opening import check_regular, open_regular, size_and_end
+from data.sources import FolderSource, existing_path, open_source, stored_bytes
 from diffusion.coordinates import Size
 from diffusion.mollifier import Mollifier
 from diffusion.random import Purpose, numpy_stream
-from runtime.claimed import MANIFEST, SHEETS, is_sample, mark_of
-
-_log = logging.getLogger(__name__)
+from metrics.drawn import AGAIN, drawn
+from runtime.claimed import RAW, SHEETS, whole_png
+from runtime.files import file_digest
 
 
 class ImageSet(Protocol):
@@ -51,7 +50,8 @@ class ImageSet(Protocol):
 class ImageFolder:
     """The images of a folder, zip or tar, sorted by name, at their own sizes.
 
-    Of a folder of samples (one with their manifest.json) only those are taken; other pictures in it are counted.
+    Of a folder of samples (one with their manifest.json), in an archive too, only those are taken; other pictures in it
+    are counted. `manifest` is what it holds, where there is one.
     """
 
     def __init__(self, path: str, channels: int, field: str, limit: int | None = None) -> None:
@@ -67,15 +67,19 @@ class ImageFolder:
         self._source, self.path, self._channels, self._field = open_source(path, field), str(path), channels, field
         self._decoder = Decoder(self._source, channels)
         pictures = [i for i, name in enumerate(self._source.names) if Path(name).name not in SHEETS]
-        own = _own_samples(self._source.path, [self._source.names[i] for i in pictures], field)
-        self._indices = _first([i for i, is_own in zip(pictures, own) if is_own], limit, path)
+        own = drawn(self._source, pictures, field)
+        self._texts, self.manifest = own.texts, own.manifest
+        self._indices = _first(list(own.texts), limit, path)
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, i: int) -> np.ndarray:
+        index = self._indices[i]
         try:
-            return _pixels(self._decoder(self._indices[i]))
+            if self._texts[index] is not None and whole_png(stored_bytes(self._source, index)) is None:
+                raise ValueError(f"is damaged; {AGAIN}")
+            return _pixels(self._decoder(index))
         except ValueError as error:
             raise ValueError(f"{self._field}: {self.path}: {self.item_name(i)} {error}") from error
 
@@ -146,6 +150,13 @@ class Mirrored:
         return digest({"mirrored": True, "seed": self._seed}, [self._images.fingerprint()])
 
 
+class _Beside(FolderSource):
+    """Chosen names of a folder, whether there are such files or not."""
+
+    def __init__(self, path: Path, names: list[str]) -> None:
+        self.path, self.names = path, names
+
+
 class MollifiedSamples:
     """Samples kept before the Wiener filter (`raw/*.npy` of a sample folder), filtered and cut to 8 bit.
 
@@ -158,14 +169,18 @@ class MollifiedSamples:
         files = sorted((folder / "raw").glob("*.npy"))
         if not files:
             raise ValueError(f"samples is {path}, which has no raw/*.npy; accepted: samples drawn with save_raw")
-        own = _own_samples(folder, [f"{file.stem}.png" for file in files], "samples")
-        self._files = [file for file, is_own in zip(files, own) if is_own]
-        self._files = _first(self._files, limit, path)
+        own = drawn(_Beside(folder, [f"{file.stem}.png" for file in files]), range(len(files)), "samples")
+        self.manifest = own.manifest
+        self._files = _first([files[i] for i in own.texts], limit, path)
+        self._digests = {files[i]: texts[RAW] for i, texts in own.texts.items() if texts and RAW in texts}
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, i: int) -> np.ndarray:
+        path = self._files[i]
+        if path in self._digests and self._digests[path] != file_digest(path):
+            raise ValueError(f"{path} is damaged: its checksum is another; {AGAIN}")
         x = torch.from_numpy(self._array(i).copy()).half().float()
         if self._mollifier.kind == "dct":
             x = self._mollifier.inverse(x, self._inv_snr)
@@ -198,32 +213,6 @@ class MollifiedSamples:
     def fingerprint(self) -> str:
         items = (f"{path.name} {size_and_end(open_regular(path))}" for path in self._files)
         return digest({"inv_snr": self._inv_snr}, items)
-
-
-def manifest_of(samples: Path) -> dict[str, Any] | None:
-    """What a folder of samples says of itself, None for other folders."""
-    path = samples / MANIFEST
-    return read_json(path, dict, "the manifest of a folder of samples") if path.exists() else None
-
-
-def _own_samples(folder: Path, names: list[str], field: str) -> list[bool]:
-    """Which pictures were drawn into a folder, by its manifest; all of a folder without one.
-
-    Raises:
-        ValueError: when there are pictures, and none was.
-    """
-    manifest = manifest_of(folder)
-    if manifest is None or not {"settings", "model"} <= manifest.keys():
-        return [True] * len(names)
-    mark = mark_of(manifest)
-    own = [is_sample(folder / name, mark) for name in names]
-    if not any(own):
-        raise ValueError(f"{field}: {folder} has pictures, but none that its {MANIFEST} tells of; accepted: samples as "
-                         f"they were drawn, or without {MANIFEST} any pictures")  # fmt: skip
-    if not all(own):
-        others = [name for name, is_own in zip(names, own) if not is_own]
-        _log.warning("%s: left out %d pictures that were not drawn there, such as %s", folder, len(others), others[0])
-    return own
 
 
 def config_digest(config: Any) -> str:

@@ -50,12 +50,13 @@ def nearest(
         count: neighbours per sample.
         shortlist: candidates per sample and view, at least `count`.
     """
+    wanted = features(samples, extractor, how, title="samples")  # first: damaged ones are refused before any are kept
     views = [cached_features(images, extractor, how, title="training images") for images in training]
     places = [(view, index) for view, found in enumerate(views) for index in range(len(found))]
     known = torch.cat(views)
     norms, candidates_of_each = known.square().sum(dim=1), min(shortlist * len(views), len(known))
     result = []
-    for i, feature in enumerate(tqdm(features(samples, extractor, how, title="samples"), "samples", disable=None)):
+    for i, feature in enumerate(tqdm(wanted, "samples", disable=None)):
         squared = norms - 2 * known @ feature  # up to a constant
         candidates = [places[j] for j in squared.topk(candidates_of_each, largest=False).indices.tolist()]
         best: dict[int, Neighbour] = {}

@@ -92,8 +92,8 @@ def load_checkpoint(folder: Path, step: int, device: torch.device | str = "cpu")
     """Return the training state of `step`.
 
     Raises:
-        DamagedFile: when it is damaged, or holds no training state of that step. ValueError: when it is missing, or of a
-            newer format. OSError: when it cannot be read, which says nothing about what it holds.
+        DamagedFile: when it is damaged, or holds no state of that step. ValueError: when it is missing, or of a newer
+            format. OSError: when it cannot be read, which says nothing about what it holds.
     """
     path = checkpoint_path(folder, step)
     sealed = _check_seal(path)

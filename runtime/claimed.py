@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image
@@ -16,8 +16,9 @@ from PIL.PngImagePlugin import PngInfo
 from data.pixels import to_pictures
 from runtime.files import plain, write_atomic, write_json
 
-MANIFEST = "manifest.json"  # of a folder of samples
-_MARK, SEED = "folder", "seed"  # keywords of the mark, and of the seed of a sample, in the header of a picture
+# Keywords in the header of a picture: of its mark, of the seed of a sample, and of the SHA-256 of its raw file and of
+# its field.
+_MARK, SEED, RAW, FIELD = "folder", "seed", "raw", "field"
 SHEETS = ("contact_sheet.png", "sheet.png")  # bear no mark
 
 _END = b"\0\0\0\0IEND\xaeB`\x82"  # of every PNG
@@ -76,17 +77,26 @@ def save_png(path: Path, image: torch.Tensor, mark: str, texts: Mapping[str, str
     write_atomic(path, lambda temporary: picture.save(temporary, format="png", pnginfo=info), one_of_many=True)
 
 
-def whole_png(path: Path) -> tuple[tuple[int, int], dict[str, str]] | None:
-    """The size (H, W) and the texts of a PNG if it is there and undamaged."""
+def whole_png(file: Path | bytes) -> tuple[tuple[int, int], dict[str, str]] | None:
+    """The size (H, W) and the texts of a PNG, or of its content, if it is there and undamaged."""
     try:
-        with open_png(path) as image:
-            size, texts = image.size[::-1], {k: v for k, v in image.info.items() if isinstance(v, str)}
+        content = file if isinstance(file, bytes) else file.read_bytes()
+        with open_png(io.BytesIO(content)) as image:
+            size, texts = image.size[::-1], _texts(image)
             image.verify()  # looks at no more than the name of the last chunk
-        with path.open("rb") as file:
-            file.seek(-len(_END), os.SEEK_END)
-            return (size, texts) if file.read() == _END else None
+        return (size, texts) if content.endswith(_END) else None
     except (OSError, ValueError, SyntaxError):  # Pillow raises SyntaxError for a broken PNG
         return None
+
+
+def texts_of(stream: BinaryIO) -> dict[str, str]:
+    """The texts of a PNG, by its header alone; OSError, ValueError or SyntaxError where there is none."""
+    with open_png(stream) as image:
+        return _texts(image)
+
+
+def _texts(image: Image.Image) -> dict[str, str]:
+    return {str(keyword): text for keyword, text in image.info.items() if isinstance(text, str)}
 
 
 def is_marked(texts: Mapping[str, str], mark: str) -> bool:
@@ -94,23 +104,13 @@ def is_marked(texts: Mapping[str, str], mark: str) -> bool:
     return texts.get(_MARK) == mark
 
 
-def is_sample(path: Path, mark: str) -> bool:
-    """Whether a picture was drawn into the folder of a mark for the seed in its name, by its header alone."""
-    try:
-        with open_png(path) as image:
-            texts = image.info
-    except (OSError, ValueError, SyntaxError):
-        return False
-    return is_marked(texts, mark) and str(texts.get(SEED)).zfill(6) == path.stem
-
-
-def open_png(path: Path) -> Image.Image:
+def open_png(file: Path | BinaryIO) -> Image.Image:
     """Open a PNG of any size: those that the project writes may be larger than Pillow's limit for files of strangers.
 
     Of others nothing but the header may be read.
     """
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        return Image.open(path, formats=("PNG",))
+        return Image.open(file, formats=("PNG",))
     finally:
         Image.MAX_IMAGE_PIXELS = limit

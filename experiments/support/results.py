@@ -76,6 +76,10 @@ class Results:
         self._rows[name] = stored["row"] if there else {}
         return not there
 
+    def row(self, name: str) -> dict[str, Any]:
+        """The row of a picture that is there."""
+        return self._rows[name]
+
     def add(self, name: str, made_from: str, image: torch.Tensor, row: dict[str, Any]) -> None:
         """Write an image (C, H, W), in [−1, 1] or uint8, as NAME.png, with its row of the report."""
         text = to_json({"made_from": made_from, "row": row})

@@ -28,7 +28,7 @@ from data.sources import open_source, stored_bytes
 from experiments.support.inputs import read_mask
 from experiments.support.results import Results
 from experiments.support.run_log import log_lines
-from metrics.images import MollifiedSamples, manifest_of
+from metrics.images import ImageFolder, MollifiedSamples
 from metrics.weights import load_script, read_state_dict
 from models.operators import compiled
 
@@ -282,9 +282,10 @@ def test_json_of_another_structure(tmp_path, content, message):
         "a.json": lambda: read_json(tmp_path / "a.json", dict, "an object"),
         "split.json": lambda: open_dataset(DataConfig(name="celeba", root_dir=str(tmp_path), img_size=8), "train"),
         "metrics.jsonl": lambda: log_lines(tmp_path),
-        "samples/manifest.json": lambda: manifest_of(tmp_path / "samples"),
+        "samples/manifest.json": lambda: ImageFolder(str(tmp_path / "samples"), 3, "--samples"),
     }
-    (tmp_path / "00001.png").write_bytes(png())
+    for name in ("00001.png", "samples/000001.png"):
+        (tmp_path / name).write_bytes(png())
     for name, read in places.items():
         (tmp_path / name).write_bytes(content or b"\n")
         with pytest.raises(ValueError, match=rf"{name}(, line 1)?: {message}.*; accepted: ") as caught:
