@@ -128,4 +128,4 @@ def _drawn(image: torch.Tensor, units: FieldUnits | None) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    Command(__doc__, stages(sys.argv, "--latents prior")).run(main)
+    Command(__doc__, stages(sys.argv, "--latents prior")).run(main, claims=True)

@@ -86,4 +86,4 @@ def table(means: dict[str, float], ways: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    Command(__doc__, {"config": ImageConfig}).run(main)
+    Command(__doc__, {"config": ImageConfig}).run(main, claims=True)

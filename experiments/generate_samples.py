@@ -75,4 +75,4 @@ def folder_name(options: FolderOptions, process: DiffusionProcess, weights: tupl
 
 
 if __name__ == "__main__":
-    Command(__doc__, {"config": LatentConfig, "decoder_config": ImageConfig}).run_in_all(main)
+    Command(__doc__, {"config": LatentConfig, "decoder_config": ImageConfig}).run_in_all(main, claims=True)

@@ -122,4 +122,4 @@ def fidelity(result: torch.Tensor, image: torch.Tensor, mask: torch.Tensor) -> d
 
 
 if __name__ == "__main__":
-    Command(__doc__, {"config": ImageConfig}).run(main)
+    Command(__doc__, {"config": ImageConfig}).run(main, claims=True)

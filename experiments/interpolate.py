@@ -120,4 +120,4 @@ def animate(folder: Path, pictures: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    Command(__doc__, stages(sys.argv)).run(main)
+    Command(__doc__, stages(sys.argv)).run(main, claims=True)

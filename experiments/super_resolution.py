@@ -74,4 +74,4 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
 
 
 if __name__ == "__main__":
-    Command(__doc__, {"config": ImageConfig}).run(main)
+    Command(__doc__, {"config": ImageConfig}).run(main, claims=True)

@@ -78,9 +78,9 @@ def draw_folder(
         check_steps(model.prior.process, options.latent_steps, "latent model")
 
     def claim() -> tuple[str, list[int]]:
+        mark = claim_folder(out_dir, MANIFEST, {"settings": settings, "model": provenance})
         for folder in (out_dir, out_dir / "raw", out_dir / "fields"):
             sweep(folder, "*")
-        mark = claim_folder(out_dir, MANIFEST, {"settings": settings, "model": provenance})
         return mark, [seed for seed in seeds if not _is_done(out_dir, seed, options, mark, model)]
 
     with FolderLock(out_dir) if processes.is_rank_0 else contextlib.nullcontext():

@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from data.pixels import to_pictures
 from runtime.files import plain, write_atomic, write_json
+from runtime.lock import end_of_trial
 
 # Keywords in the header of a picture: of its mark, of the seed of a sample, and of the SHA-256 of its raw file and of
 # its field.
@@ -45,6 +46,7 @@ def claim_folder(out_dir: Path, name: str, wanted: dict[str, Any]) -> str:
                     f"{out_dir} holds {picture.name}, which is not of these settings and this model, and no "
                     f"{name}; accepted: an empty folder"
                 )
+        end_of_trial()
         write_json(path, wanted)
         return mark
     try:
@@ -57,6 +59,7 @@ def claim_folder(out_dir: Path, name: str, wanted: dict[str, Any]) -> str:
             f"{out_dir} holds results of other {' and '.join(parts)} "
             f"(see its {name}); accepted: an empty folder or the same settings"
         )
+    end_of_trial()
     return mark
 
 

@@ -23,6 +23,7 @@ from configs.effects import in_vain, training_only
 from configs.schema import ImageConfig, LatentConfig
 from configs.validate import ConfigError, freeze, one_line
 from runtime.help import field_lines, flag_lines, show
+from runtime.lock import trial
 from runtime.overrides import apply_overrides, expanded, load_config, split_arguments
 from runtime.processes import Processes, leave
 from runtime.saved import saved_config
@@ -65,20 +66,24 @@ class Command:
             "dry_run", False, "print the resolved configuration, name what would stop the command, and stop"
         )
 
-    def run(self, main: Callable[[dict[str, Any], dict[str, list[str]]], None]) -> None:
+    def run(self, main: Callable[[dict[str, Any], dict[str, list[str]]], None], *, claims: bool = False) -> None:
         """Parse `sys.argv`, print the resolved configuration under --dry_run, else call `main(configs, overridden)`.
 
         `configs` holds the frozen configurations by flag name, `overridden` the fields set on the command line. Under
-        torchrun rank 0 calls `main`, and the others wait.
+        torchrun rank 0 calls `main`, and the others wait. claims: as for `run_in_all`.
         """
-        self.run_in_all(lambda *given, processes: main(*given) if processes.is_rank_0 else None)
+        self.run_in_all(lambda *given, processes: main(*given) if processes.is_rank_0 else None, claims=claims)
 
-    def run_in_all(self, main: Callable[..., None], prepare: Callable[..., Any] | None = None) -> None:
+    def run_in_all(
+        self, main: Callable[..., None], prepare: Callable[..., Any] | None = None, *, claims: bool = False
+    ) -> None:
         """As `run`, but under torchrun all processes call `main(configs, overridden, processes=…)`.
 
         prepare: called first as `prepare(configs, processes)`, under --dry_run too. It raises ConfigError or ValueError
         for whatever would stop `main`, and writes nothing. Then `main(prepared, command)` is called, with what it
         returned and this command.
+        claims: `main` claims the folder of its results before it writes anything. Under --dry_run of one process it is
+            called too, up to there.
         """
         with readable_errors():
             processes = Processes.from_environment()
@@ -100,6 +105,9 @@ class Command:
                         main(prepared, self)
                 elif not dry:
                     main(self.configs, self.overridden, processes=processes)
+                elif claims and processes.world_size == 1:
+                    with trial():
+                        main(self.configs, self.overridden, processes=processes)
             except KeyboardInterrupt:  # met by every process, at any point: too late to agree on anything
                 _interrupted(processes)
             processes.agree()

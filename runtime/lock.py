@@ -8,12 +8,15 @@ import fcntl
 import logging
 import os
 import socket
+import sys
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 
 _log = logging.getLogger(__name__)
 _BUSY = (errno.EACCES, errno.EAGAIN)
+_trying = False  # see `trial`
 _held: set[int] = set()  # file descriptors of locks; a forked child closes its copies, so that it cannot outlive them
 
 
@@ -25,6 +28,23 @@ def _close_copies() -> None:
 
 
 os.register_at_fork(after_in_child=_close_copies)
+
+
+@contextlib.contextmanager
+def trial() -> Iterator[None]:
+    """Within it, locks are looked at and not taken, and `end_of_trial` ends the command: nothing is written."""
+    global _trying
+    _trying = True
+    try:
+        yield
+    finally:
+        _trying = False
+
+
+def end_of_trial() -> None:
+    """Say that a command has met no fault and is about to write: a trial ends here, with status 0."""
+    if _trying:
+        sys.exit(0)
 
 
 class FolderLock:
@@ -45,6 +65,9 @@ class FolderLock:
         self._file: int | None = None
 
     def __enter__(self) -> FolderLock:
+        if _trying:
+            self.check()
+            return self
         self.folder.mkdir(parents=True, exist_ok=True)
         while self._file is None:
             file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)

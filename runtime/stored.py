@@ -163,6 +163,12 @@ def differences(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
     return [f"{key} is {old!r} there, {new!r} here" for key, (old, new) in found if key in SHAPING]
 
 
+def shaping(plain: dict[str, Any]) -> dict[str, Any]:
+    """Of a plain configuration the fields that shape the result."""
+    sections = {name: {k: v for k, v in part.items() if f"{name}.{k}" in SHAPING} for name, part in plain.items()}
+    return {name: part for name, part in sections.items() if part}
+
+
 def relocate(stored: Config, given: Config, overridden: list[str], where: str) -> Config:
     """The stored configuration of a run with what the command line changes of it, nothing that shapes it.
 

@@ -34,6 +34,6 @@ def images_of(path: Path, limit: int | None = None) -> ImageFolder:
 def zipped(path: Path, target: Path) -> Path:
     """The files of a folder as a zip."""
     with zipfile.ZipFile(target, "w") as archive:
-        for file in sorted(path.rglob("*.png")):
+        for file in sorted(path.rglob("*.*")):
             archive.write(file, file.relative_to(path).as_posix())
     return target

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from configs.schema import TrainConfig
 from runtime.checkpoint import open_weights, require_shapes, save_weights
-from runtime.stored import differences, require_config
+from runtime.stored import differences, require_config, shaping
 from training.ema import PowerAverages
 from training.power_averages import combination, exponent
 
@@ -45,25 +44,31 @@ def _path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}.safetensors"
 
 
-def save_snapshot(folder: Path, header: dict[str, Any], averages: PowerAverages, config: TrainConfig) -> None:
-    """Write averages atomically, if they have seen anything, with the header of the weights of their step.
+def save_snapshot(folder: Path, step: int, averages: PowerAverages, config: dict[str, Any]) -> None:
+    """Write the averages of `step` atomically, if they have seen anything; config: the plain one of the run.
 
-    While there are more than `ema_snapshots` files, only those at multiples of 2, 4, … times `ema_snapshot_steps` stay,
-    and the newest one.
+    While there are more than `train.ema_snapshots` files, only those at multiples of 2, 4, … times
+    `train.ema_snapshot_steps` stay, and the newest one.
 
     Raises:
         FloatingPointError: when a tensor is not finite; then nothing is written.
     """
     if not averages.updates:
         return
-    dtype, every = getattr(torch, config.ema_snapshot_dtype), config.ema_snapshot_steps
-    step = header["step"]
+    train = config["train"]
+    dtype, every = getattr(torch, train["ema_snapshot_dtype"]), train["ema_snapshot_steps"]
     tensors = {
         f"{i}.{name}": value.to(dtype) for i, values in enumerate(averages.values) for name, value in values.items()
     }
-    known = {"updates": averages.updates, "origin": averages.origin, "lengths": averages.lengths}
-    save_weights(_path(folder, step), tensors, {**header, **known})
-    while len(steps := _steps(folder)) > config.ema_snapshots and every <= step:
+    known = {
+        "step": step,
+        "config": shaping(config),
+        "updates": averages.updates,
+        "origin": averages.origin,
+        "lengths": averages.lengths,
+    }
+    save_weights(_path(folder, step), tensors, known)
+    while len(steps := _steps(folder)) > train["ema_snapshots"] and every <= step:
         every *= 2
         for old in steps[:-1]:
             if old % every:

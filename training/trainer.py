@@ -216,7 +216,7 @@ class Trainer:
     def _save_snapshot(self) -> None:
         """Write the power-function averages of this step."""
         try:
-            save_snapshot(self.run_dir.path / FOLDER, self._header(), self.power_averages, self.config.train)
+            save_snapshot(self.run_dir.path / FOLDER, self.step, self.power_averages, self.run_dir.plain_config)
         except FloatingPointError as error:
             raise self._diverged(str(error)) from None
 

@@ -19,6 +19,7 @@ from runtime import checkpoint
 from runtime.checkpoint import load_checkpoint, load_weights, save_checkpoint, save_weights
 
 _RUN, _PRIOR = "runs/image/", "runs/latent/"
+_PARTS = ("averages", "checkpoints", "latents", "weights")  # folders of a run
 # Which file (the first of a pattern), and by which command it is read.
 READ = (
     (_RUN + "checkpoints/step_00000006.pt", "stage one, continued"),
@@ -30,6 +31,9 @@ READ = (
     (_RUN + "best_weights.safetensors", "encoding"),
     (_PRIOR + "weights.safetensors", "sampling"),
     (_RUN + "averages/step_00000006.safetensors", "averaging"),
+    (_RUN + "weights.safetensors", "averaging"),
+    ("model/image.safetensors", "sampling, saved"),
+    ("model/latent.safetensors", "sampling, saved"),
     (_RUN + "latents/*.safetensors", "stage two"),
     ("cache/features/*.safetensors", "scoring, cached"),
     (_RUN + "config.json", "stage one, continued"),
@@ -42,14 +46,29 @@ READ = (
     ("samples/000001.png", "scoring"),
     ("samples/raw/000001.npy", "sampling, continued"),
     ("samples/raw/000001.npy", "scoring, raw"),
+    ("samples.zip", "scoring, zip"),
+    ("samples/000001.png", "neighbours"),
+    ("sensors.csv", "conditioning"),
+    ("sensors.npz", "conditioning, arrays"),
+    ("known.png", "conditioning, picture"),
+    ("conditioned/settings.json", "conditioning, continued"),
+    ("conditioned/000001.png", "conditioning, continued"),
+    ("conditioned/raw/000001.npy", "conditioning, continued"),
+    ("conditioned/mean.npy", "conditioning, continued"),
+    ("mask.png", "inpainting, mask"),
     ("pictures.zip", "stage one on an archive"),
+    ("pictures.tar", "stage one on a tar"),
+    ("fields.npy", "stage one on fields"),
     ("pictures/part0/0000.png", "stage one on files"),
     ("pictures/part0/0000.png", "reconstructing"),
     ("theirs/image/checkpoint.pkl", "importing"),
     ("theirs/latent/latents.pkl", "importing"),
     ("kernels/infty-diff/*.so", "sampling"),
 )  # fmt: skip
-_UNGUARDED = ("pictures", "theirs", "samples/raw")  # without a checksum of ours: what is readable in them is taken
+# Without a checksum of ours: what is readable in them is taken.
+_UNGUARDED = ("pictures", "theirs", "fields", "sensors", "known", "mask")
+_ARCHIVE = "samples.zip"  # what is in it has checksums; bits of it that say nothing may differ
+_LATE = ("pictures/", "stage one on files")  # read while training runs, which then has saved its state
 _LOGS = ("metrics.jsonl", "history.jsonl")  # of which whole lines are kept
 
 Damage = Callable[[bytes, random.Random], bytes]
@@ -127,10 +146,27 @@ def _rewritten(path: Path, change: Callable[[dict], None], number: int = checkpo
         checkpoint.require_finite, checkpoint.FORMAT = require, known
 
 
-def _swapped(here: World, path: Path, chance: random.Random) -> None:
-    """Put a file of the same kind from elsewhere in its place: of the other stage, of another step."""
-    others = [p for p in here.here.rglob(f"*{path.suffix}") if p.read_bytes() != path.read_bytes()]
-    shutil.copyfile(chance.choice(sorted(others)), path)
+def _of_another(here: World, path: Path, chance: random.Random) -> None:
+    """Put a file of the same format from elsewhere in its place: of another run, stage or command."""
+    _replaced(path, [p for p in here.here.rglob(f"*{path.suffix}") if _run_of(p) != _run_of(path)], chance)
+
+
+def _of_its_run(here: World, path: Path, chance: random.Random) -> None:
+    """Put another file of its run in its place: of another step, of another kind."""
+    _replaced(path, list(_run_of(path).rglob(f"*{path.suffix}")), chance)
+
+
+def _run_of(path: Path) -> Path:
+    """The folder of the run, model or cache that a file is in."""
+    return path.parent.parent if path.parent.name in _PARTS else path.parent
+
+
+def _replaced(path: Path, others: list[Path], chance: random.Random) -> None:
+    """Weights of the same networks are weights like these, unless a name says of which step they are."""
+    others = [other for other in others if other.read_bytes() != path.read_bytes()]
+    if path.suffix == ".safetensors" and not path.stem.startswith("step_"):
+        others = [other for other in others if load_weights(other)[0].keys() != load_weights(path)[0].keys()]
+    path.write_bytes(chance.choice(sorted(others)).read_bytes() if others else b"")
 
 
 def _damages(path: str) -> dict[str, Callable[[World, Path, random.Random], None]]:
@@ -142,7 +178,9 @@ def _damages(path: str) -> dict[str, Callable[[World, Path, random.Random], None
         changes = {name: partial(_rewritten, change=change) for name, change in TENSORS.items()}
         changes["a newer format"] = partial(_rewritten, change=lambda tensors: None, number=99)
         found |= {name: lambda here, path, chance, change=change: change(path) for name, change in changes.items()}
-        found["of another stage"] = _swapped
+        found["of another run"] = _of_another
+        if _RUN in path or _PRIOR in path:
+            found["another file of its run"] = _of_its_run
     return found
 
 
@@ -166,7 +204,7 @@ def read(scratch: Path, pattern: str, command: str, damage: Callable, seed: int,
     if kernels:
         shutil.copytree(kernels, caches)
     paths = sorted(here.here.glob(pattern))
-    whole = here.content()
+    whole, stored = here.content(), {path: path.read_bytes() for path in paths}
     for path in paths:
         damage(here, path, chance)
     before = here.content()
@@ -177,17 +215,21 @@ def read(scratch: Path, pattern: str, command: str, damage: Callable, seed: int,
     if done.returncode == 2:
         if not any(name in done.stderr for name in names):
             fault = fault or f"does not name the file: {done.stderr[-300:]}"
+        if pattern.startswith(_LATE[0]) and command == _LATE[1]:
+            for path, content in stored.items():
+                path.write_bytes(content)
+            return fault or here.damage(command) or here.finish(command)
         return fault or here.difference(before)
     if fault or pattern.startswith(_UNGUARDED) or all(before[f] == whole.get(f) for f in before):
         return fault
-    return _made_up(here, paths, end)
+    return _made_up(here, paths, end, (_ARCHIVE,) if pattern == _ARCHIVE else ())
 
 
-def _made_up(here: World, paths: list[Path], end: dict[str, bytes]) -> str:
+def _made_up(here: World, paths: list[Path], end: dict[str, bytes], but: tuple[str, ...]) -> str:
     """Whether a command that went on left what it leaves with whole files; damaged states may be kept aside."""
     names = [path.name for path in paths]
     if paths[0].name in _LOGS:
         for line in paths[0].read_bytes().splitlines()[1:] if paths[0].name == "metrics.jsonl" else ():
             json.loads(line)
-    aside = (*(f"{name}.damaged" for name in names), *_LOGS)
+    aside = (*(f"{name}.damaged" for name in names), *_LOGS, *but)
     return here.difference(end, aside)

@@ -11,8 +11,8 @@ import forked
 from faults.world import Attempt, World, chance_of, said, turns, world
 
 _COMMANDS = ("stage one", "stage two", "encoding", "sampling", "scoring", "saving", "stage one, continued",
-             "reconstructing", "averaging", "importing", "neighbours", "preparing")  # fmt: skip
-_FULL, _SPACE, _READ_ONLY = 24, 24, 12
+             "reconstructing", "averaging", "importing", "neighbours", "preparing", "conditioning")  # fmt: skip
+_FULL, _SPACE, _READ_ONLY = 26, 26, 13
 _MOUNT = ("mount", "-t", "tmpfs", "-o")
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import forked
 from faults.world import Attempt, chance_of, turns, world
 
-COUNT = 72
+COUNT = 78
 _COMMANDS = ("stage one", "stage two", "encoding", "sampling", "scoring", "saving", "stage one, continued",
              "stage one on files", "reconstructing", "averaging", "importing",
-             "preparing")  # fmt: skip
+             "preparing", "conditioning")  # fmt: skip
 
 
 def attempts(scratch: Path, seed: int) -> Iterator[Attempt]:

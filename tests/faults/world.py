@@ -14,6 +14,7 @@ import random
 import re
 import shutil
 import subprocess
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 import forked
 import micro
@@ -50,6 +52,7 @@ _FIRST = {**micro.IMAGE, "train.keep_every": 4, "train.ema_lengths": "(0.1,0.2)"
 _READING = {"data.name": "ffhq", "data.root_dir": "{h}/pictures", "data.in_memory": "never", "data.num_workers": 1}
 _TRAIN, _PRIOR = "train_inf_ae_diffusion.py", "train_latent_diffusion.py"
 _EDIT = "--input={h}/pictures --num_images=2 --out_dir={h}/out " + _FAST
+_GIVEN = "--seeds=0-1 " + _FAST + "--sensors={h}/"
 _DRAW = _FAST + "--latent_sampling_steps=2 --save_raw "
 _SCORE = "--samples={h}/samples --reference={h}/pictures --model=random_features --device=cpu "
 COMMANDS: dict[str, tuple[str, dict[str, tuple[str, dict[str, Any]]], str]] = {
@@ -58,6 +61,10 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[str, dict[str, Any]]], str]] = {
     "stage one on files": (_TRAIN, {"config": ("files", {**_FIRST, **_READING, "train.steps": 7})}, ""),
     "stage one on an archive": (_TRAIN, {"config": ("zip", {
         **_FIRST, "data.name": "ffhq", "data.root_dir": "{h}/pictures.zip", "train.steps": 2})}, ""),
+    "stage one on a tar": (_TRAIN, {"config": ("tar", {
+        **_FIRST, "data.name": "ffhq", "data.root_dir": "{h}/pictures.tar", "train.steps": 2})}, ""),
+    "stage one on fields": (_TRAIN, {"config": ("fields", {
+        **_FIRST, "data.name": "fields", "data.root_dir": "{h}/fields.npy", "train.steps": 2})}, ""),
     "stage one from another": (_TRAIN, {"config": ("new", {
         **_FIRST, "train.steps": 2, "train.init_from": "{h}/runs/image"})}, ""),
     "stage two": (
@@ -77,7 +84,11 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[str, dict[str, Any]]], str]] = {
     "sampling, calibrated": (
         "experiments/generate_samples.py", {"config": ("latent", {}), "decoder_config": ("image", {})},
         _DRAW + "--seeds=0 --out_dir={h}/out --inv_snr=calibrated"),
+    "sampling, saved": (
+        "experiments/generate_samples.py", {}, _DRAW + "--saved_model={h}/model --seeds=0 --out_dir={h}/out"),
     "scoring": ("experiments/calculate_fid.py", {}, _SCORE + "--cache_dir={h}/new"),
+    "scoring, zip": ("experiments/calculate_fid.py", {}, _SCORE.replace("/samples ", "/samples.zip ")
+                     + "--cache_dir={h}/new"),
     "scoring, cached": ("experiments/calculate_fid.py", {}, _SCORE + "--cache_dir={h}/cache"),
     "scoring, raw": ("experiments/calculate_fid.py", {"config": ("image", {})}, _SCORE.replace(
         "--reference={h}/pictures", "--protocol=reference") + "--cache_dir={h}/cache"),
@@ -85,9 +96,18 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[str, dict[str, Any]]], str]] = {
                    "--metric=pixels --device=cpu --cache_dir={h}/new --out_dir={h}/out"),
     "reconstructing": ("experiments/generate_recons.py", {"config": ("image", {})}, _EDIT),
     "inpainting": ("experiments/inpaint.py", {"config": ("image", {})}, _EDIT + "--seeds=0 --box=2,2,6,6"),
+    "inpainting, mask": ("experiments/inpaint.py", {"config": ("image", {})}, _EDIT.replace("=2 ", "=1 ", 1)
+                         + "--seeds=0 --mask={h}/mask.png"),
     "interpolating": ("experiments/interpolate.py", {"config": ("image", {})},
                       _EDIT.replace("--num_images=2 ", "--frames=3 ")),
     "enlarging": ("experiments/super_resolution.py", {"config": ("image", {})}, _EDIT + "--factor=2"),
+    "conditioning": ("experiments/condition.py", {"config": ("image", {})}, _GIVEN + "sensors.csv --out_dir={h}/out"),
+    "conditioning, arrays": (
+        "experiments/condition.py", {"config": ("image", {})}, _GIVEN + "sensors.npz --out_dir={h}/out"),
+    "conditioning, picture": (
+        "experiments/condition.py", {"config": ("image", {})}, _GIVEN + "known.png --out_dir={h}/out"),
+    "conditioning, continued": (
+        "experiments/condition.py", {"config": ("image", {})}, _GIVEN + "sensors.csv --out_dir={h}/conditioned"),
     "averaging": ("experiments/choose_average.py", {"config": ("image", {})}, "--length=0.15"),
     "importing": (reference_files.COMMAND, {
         "config": ("new", {**micro.IMAGE, **reference_files.SQUARE}), "latent_config": ("new_latent", micro.LATENT)},
@@ -97,7 +117,27 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[str, dict[str, Any]]], str]] = {
 }  # fmt: skip
 _ONCE = ("saving", "importing")  # which refuse to do again what is done
 # What else the world begins with.
-_MADE_BY = ("stage one, continued", "stage two, continued", "sampling, continued", "scoring, cached")
+_MADE_BY = ("stage one, continued", "stage two, continued", "sampling, continued", "scoring, cached",
+            "conditioning, continued", "saving")  # fmt: skip
+
+
+def _write_inputs(here: Path) -> None:
+    """Pictures, archives of them, fields, a mask and sensors, as users have them."""
+    pictures.folder(here / "pictures", 12, (32, 24))
+    pictures.zipped(here / "pictures", here / "pictures.zip")
+    with tarfile.open(here / "pictures.tar", "w") as archive:
+        archive.add(here / "pictures", "pictures")
+    np.save(here / "fields.npy", np.stack([pictures.noise((16, 12), i).astype(np.float32) for i in range(12)]))
+    mask = np.zeros((32, 24), np.uint8)
+    mask[8:20, 6:15] = 255
+    Image.fromarray(mask).save(here / "mask.png")
+    Image.fromarray(np.dstack([pictures.noise((16, 12), 0), np.eye(16, 12, dtype=np.uint8) * 255])).save(
+        here / "known.png"
+    )
+    y, x, value = np.linspace(0.1, 0.9, 5), np.full(5, 0.5), np.linspace(-0.5, 0.5, 15).reshape(5, 3)
+    np.savez(here / "sensors.npz", y=y, x=x, value=value)
+    lines = [f"{a},{b},{','.join(map(str, c))}" for a, b, c in zip(y, x, value)]
+    (here / "sensors.csv").write_text("\n".join(["y,x,value1,value2,value3", *lines]) + "\n")
 
 
 class World:
@@ -107,8 +147,7 @@ class World:
         self.here, self._base = scratch / "here", scratch / "base"
         self.runs = self.here / "runs"
         self._states: dict[bytes, bytes] = {}
-        pictures.folder(self.here / "pictures", 12, (32, 24))
-        pictures.zipped(self.here / "pictures", self.here / "pictures.zip")
+        _write_inputs(self.here)
         saves = _SAVES.format(root=str(forked.ROOT), runs=str(self.runs), here=str(self.here))
         (self.here / "save.py").write_text(saves)
         (self.here / "theirs").mkdir()
@@ -116,6 +155,8 @@ class World:
         for name in _MADE_BY:
             done = forked.run([*self.command(name), *(["--config.train.steps=6"] if name.startswith("stage") else [])])
             assert done.returncode == 0, done.stderr
+        (self.here / "saved").rename(self.here / "model")
+        pictures.zipped(self.here / "samples", self.here / "samples.zip")
         mollifier = build_image_process(micro.image(self.runs)).mollifier
         save_filter(self.runs / "image" / WEIGHTS, mollifier, InverseSnr(0.25, (0.01, 0.02)), {"images": 2})
         shutil.copytree(self.here, self._base)
