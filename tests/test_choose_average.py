@@ -8,7 +8,7 @@ import torch
 
 import micro
 from configs.validate import ConfigError
-from runtime.checkpoint import load_newest_checkpoint, load_weights
+from runtime.checkpoint import load_newest_checkpoint, load_weights, save_weights
 from test_commands import fails, run
 from test_training import everything, image_trainer, latent_trainer
 from training.power_averages import exponent
@@ -66,11 +66,45 @@ def test_files_hold_the_weighted_mean_of_all_steps(tmp_path):
         weights = [((n + 1) ** power - n**power) / 6**power for n in range(6)]
         expected = sum(weight * theta for weight, theta in zip(weights, seen))
         torch.testing.assert_close(tensors[f"{i}.{name}"].double(), expected, rtol=0, atol=1e-6)
+    damaged_ones_are_refused(trainer)
     averages = Reconstruction(snapshots(trainer))
     made = averages.tensors(0.2)
     assert averages.misfit(0.2) < 1e-5 and made.keys() == {key[2:] for key in tensors if key.startswith("1.")}
     for key, value in made.items():
         torch.testing.assert_close(value, tensors[f"1.{key}"], rtol=0, atol=1e-4)
+
+
+def damaged_ones_are_refused(trainer) -> None:
+    """Each in one line that names the file, for whatever is wrong with it."""
+    folder = trainer.run_dir.path / FOLDER
+    path, whole = folder / "step_00000004.safetensors", (folder / "step_00000004.safetensors").read_bytes()
+    tensors, header = load_weights(path)
+    name, other = next(iter(tensors)), {"model": {"nf": 9}}
+    cases = (
+        (tensors, {**header, "step": 3}, "holds averages of step 3; accepted: those of the step in its name"),
+        (tensors, {**header, "updates": None}, "holds no averages"),
+        (tensors, {**header, "lengths": []}, "holds no averages"),
+        (tensors, {"step": 4}, "holds no averages"),
+        (tensors, {**header, "config": other}, r"is of another run \(model\.nf is 9 there, 8 here\)"),
+        (tensors, {**header, "config": None}, "holds no configuration"),
+        ({k: v for k, v in tensors.items() if k != name}, header, f"where {name} is missing there"),
+        (
+            {**tensors, "1.latent_model.x": torch.ones(2)},
+            header,
+            r"where 1\.latent_model\.x is \[2\] there, missing here",
+        ),
+        ({**tensors, name: torch.ones(2, 3)}, header, rf"where {name} is \[2, 3\] there"),
+    )
+    for changed, facts, said in cases:
+        save_weights(path, changed, facts)
+        with pytest.raises(ValueError, match=rf"averages/step_00000004\.safetensors(: |, ){said}") as error:
+            snapshots(trainer)
+        assert "\n" not in str(error.value)
+    for content in (whole[:-1], whole[:-50] + bytes(50), b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"averages/step_00000004\.safetensors: "):
+            snapshots(trainer)
+    path.write_bytes(whole)
 
 
 def test_by_default_nothing_is_kept(tmp_path):
@@ -132,6 +166,11 @@ def test_the_command_writes_the_best(tmp_path):
     assert table["stored"] == pytest.approx(stage.held_out_loss(trainer.ema.modules), rel=1e-4)
     fails(command(tmp_path, "--length=0.01"), "--length is 0.01, with a misfit of")
     fails(command(tmp_path, "--lengths=0.1,0.4"), "--lengths is 0.1,0.4: the length of an average is 0.4")
+
+    stored, header = load_weights(path)
+    save_weights(path, {**stored, "more": torch.ones(2)}, header)
+    fails(command(tmp_path, "--length=0.15"), "weights.safetensors, where more is [2] there, missing here")
+    path.write_bytes(before)
 
     done = run(command(tmp_path, "--length=0.15"))
     assert done.returncode == 0, done.stderr

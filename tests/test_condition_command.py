@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from diffusion.sensors import Sensors
 from experiments.support.sensors import moments, read_sensors, with_sensors
 from infty_diff import InftyDiff, SamplingOptions
 from known_answers import seeded
+from runtime.lock import FolderLock
 from test_commands import fails, run
 from test_edit_commands import command
 from test_generation import Optimal, build
@@ -152,8 +154,14 @@ def test_the_command_writes_samples_moments_and_a_sheet_and_goes_on(root, tmp_pa
 
     before = {path.name: path.read_bytes() for path in tmp_path.rglob("*.*") if path.name != "sheet.png"}
     (tmp_path / "raw" / "000005.npy").unlink()
+    raw = tmp_path / "raw" / "000003.npy"
+    raw.write_bytes(raw.read_bytes()[:-1] + b"x")
+    with FolderLock(tmp_path):
+        fails([*given, "--dry_run"], f"{tmp_path}: in use by process {os.getpid()}")
+    fails([*given, "--sharp", "--dry_run"], "holds results of other settings")
+    assert run([*given, "--dry_run"]).returncode == 0 and not (tmp_path / "raw" / "000005.npy").exists()
     done = run(given)
-    assert "1 made, 1 were there" in done.stdout, done.stderr
+    assert "2 made, 0 were there" in done.stdout, done.stderr
     assert {path.name: path.read_bytes() for path in tmp_path.rglob("*.*") if path.name != "sheet.png"} == before
 
 

@@ -11,7 +11,7 @@ import torch
 import micro
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.random import Purpose, stream
-from runtime.checkpoint import load_checkpoint, load_newest_checkpoint, load_weights, save_checkpoint
+from runtime.checkpoint import load_checkpoint, load_newest_checkpoint, load_weights, save_checkpoint, save_weights
 from runtime.processes import Processes
 from runtime.run_dir import RunDir
 from runtime.saved import IMAGE, LATENT
@@ -158,6 +158,11 @@ def test_weights_that_do_not_fit_are_one_line(tmp_path, changes, said):
     before = {name: value.clone() for name, value in trainer.stage.modules["encoder"].state_dict().items()}
     with pytest.raises(ValueError, match=said):
         trainer.run()
+    if not isinstance(changes.get("train.init_from"), str):
+        tensors, header = load_weights(source.run_dir.path / "weights.safetensors")
+        save_weights(source.run_dir.path / "weights.safetensors", {**tensors, "mean": torch.ones(2)}, header)
+        with pytest.raises(ValueError, match=r"weights\.safetensors, where mean is \[2\] there, missing here"):
+            fitting_weights(str(source.run_dir.path), source.stage.modules)
     assert all(torch.equal(value, before[k]) for k, value in trainer.stage.modules["encoder"].state_dict().items())
     assert not trainer.run_dir.path.exists()
 

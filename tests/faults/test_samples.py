@@ -1,6 +1,8 @@
 """Folders of samples: what counts as drawn, what is drawn again, and who may be in a folder."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,16 @@ import torch
 from PIL import Image
 
 import micro
+from diffusion.mollifier import IDENTITY
 from infty_diff.folder import FolderOptions, draw_folder
 from infty_diff.latent_prior import LatentPrior
 from infty_diff.model import InftyDiff, SamplingOptions
+from metrics.evaluation import evaluate
+from metrics.extractors import open_extractor
+from metrics.features import Extraction
+from metrics.images import MollifiedSamples
 from models.factory import build_latent_model
+from pictures import folder, images_of, zipped
 from runtime.claimed import open_png, save_png, whole_png
 from runtime.lock import FolderLock
 
@@ -65,15 +73,45 @@ def test_what_is_no_sample_is_drawn_again(model, drawn, damage):
     assert files(drawn) == before
 
 
-@pytest.mark.parametrize("kept", [-4, 200, 5, 0])
-def test_a_cut_raw_file_is_drawn_again(model, drawn, kept):
+@pytest.mark.parametrize("damage", [cut, one_bit, lambda path: path.write_bytes(b"")])
+def test_a_damaged_raw_file_is_drawn_again(model, drawn, damage):
     raw, before = drawn / "raw" / "000001.npy", files(drawn)
-    raw.write_bytes(raw.read_bytes()[:kept])
+    damage(raw)
     assert draw_folder(model, drawn, [0, 1], OPTIONS, MODEL) == 1
     assert files(drawn) == before
-    np.save(raw, np.zeros((3, 2, 2), np.float32))
-    assert draw_folder(model, drawn, [0, 1], OPTIONS, MODEL) == 1
-    assert files(drawn) == before
+    for other in (np.zeros((3, 2, 2), np.float32), np.load(raw) + 1):
+        np.save(raw, other)
+        assert draw_folder(model, drawn, [0, 1], OPTIONS, MODEL) == 1
+        assert files(drawn) == before
+
+
+def test_damaged_samples_are_no_scores(drawn, tmp_path):
+    """Whatever is damaged is named, before features of the reference are kept; archives are as the folder."""
+    Image.new("RGB", (12, 16), "red").save(drawn / "000009.png")
+    shutil.make_archive(str(tmp_path / "tarred"), "tar", tmp_path, "out")
+    zipped(drawn, tmp_path / "zipped.zip")
+    manifest = json.loads((drawn / "manifest.json").read_text())
+    for path in (drawn, tmp_path / "tarred.tar", tmp_path / "zipped.zip"):
+        samples = images_of(path)
+        assert len(samples) == 2 and samples.manifest == manifest
+    how = Extraction(cache_dir=tmp_path / "cache")
+    reference, extractor = (
+        images_of(folder(tmp_path / "real", 4)),
+        open_extractor("random_features", torch.device("cpu")),
+    )
+    picture, raw = drawn / "000001.png", drawn / "raw" / "000001.npy"
+    for damage in (cut, one_bit, lambda path: path.write_bytes(b"null")):
+        whole = picture.read_bytes()
+        damage(picture)
+        zipped(drawn, tmp_path / "zipped.zip")
+        for path in (drawn, tmp_path / "zipped.zip"):
+            with pytest.raises(ValueError, match=rf"--samples: {path}: 000001\.png .*; accepted: whole samples"):
+                evaluate(images_of(path), reference, extractor, how)
+        picture.write_bytes(whole)
+    one_bit(raw)
+    with pytest.raises(ValueError, match=r"raw/000001\.npy is damaged: its checksum is another; accepted: whole"):
+        evaluate(MollifiedSamples(str(drawn), IDENTITY, 0.05, 3, None), reference, extractor, how)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_deleted_manifest_is_rewritten_as_it_was_or_not_at_all(model, drawn):

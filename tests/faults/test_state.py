@@ -130,6 +130,24 @@ def test_a_damaged_checkpoint_takes_no_place_of_a_good_one(root, caplog):
     assert checkpoint_steps(folder) == [4, 2] and newest.with_name("step_00000003.pt.damaged").exists()
 
 
+def test_nothing_is_set_aside_before_it_is_known_what_to_go_on_from(root):
+    folder = root / "micro" / "checkpoints"
+    older, newest = checkpoint_path(folder, 2), checkpoint_path(folder, 3)
+    whole, held = older.read_bytes(), load_checkpoint(folder, 2)
+    shutil.copy(older, newest)
+    with pytest.raises(ValueError, match=r"step_00000003\.pt is not of the step in its name: it holds step 2"):
+        load_checkpoint(folder, 3)
+    CHANGES["another stage"][0](held)
+    save_checkpoint(folder, 2, held, keep=2)
+    before = content(root)
+    with pytest.raises(ValueError, match=r"step_00000002\.pt is a state of LatentConfig"):
+        image_trainer(root).run()
+    assert content(root) == before
+    older.write_bytes(whole)
+    image_trainer(root, {"train.steps": 4, "train.checkpoint_steps": 4}).run()
+    assert checkpoint_steps(folder) == [4, 2] and newest.with_name("step_00000003.pt.damaged").exists()
+
+
 def test_an_emptied_configuration_lets_nothing_pass(root):
     (root / "micro" / "config.json").write_text("{}")
     before = content(root)
@@ -313,3 +331,6 @@ def test_numbered_checkpoints_and_weights_stay(tmp_path):
         kept = load_checkpoint(trainer.run_dir.checkpoints, step)["ema"]["modules"]["encoder"]
         tensors = load_file(weights_path(tmp_path / "micro", str(step)))
         assert all(torch.equal(tensors[f"encoder.{name}"], value) for name, value in kept.items())
+    shutil.copy(weights_path(tmp_path / "micro"), weights_path(tmp_path / "micro", "4"))
+    with pytest.raises(ValueError, match=r"step_00000004\.safetensors: holds weights of step 10; accepted: those of"):
+        weights_path(tmp_path / "micro", "4")
