@@ -61,7 +61,11 @@ class Results:
         self._lock = FolderLock(folder)
         self._lock.__enter__()
         atexit.register(self._lock.__exit__, None, None, None)
-        self._mark = claim_folder(folder, "settings.json", {"settings": settings, "model": model})
+        try:
+            self._mark = claim_folder(folder, "settings.json", {"settings": settings, "model": model})
+        except ValueError:
+            self._lock.__exit__(None, None, None)
+            raise
         sweep(folder, "*")
         self.folder, self._report = folder, {**settings, **model}
         self._rows: dict[str, dict[str, Any]] = {}  # in the order in which pictures were asked for

@@ -22,7 +22,7 @@ from metrics.images import MollifiedSamples
 from models.factory import build_latent_model
 from pictures import folder, images_of, zipped
 from runtime.claimed import open_png, save_png, whole_png
-from runtime.lock import FolderLock
+from runtime.lock import FolderLock, trial
 
 OPTIONS = FolderOptions((16, 12), SamplingOptions("2"), latent_steps="2", save_raw=True)
 MODEL = {"weights": "a"}
@@ -146,7 +146,15 @@ def test_a_second_command_is_kept_out(model, drawn):
     before = files(drawn)
     with FolderLock(drawn), pytest.raises(ValueError, match=f"out: in use by process {os.getpid()} on "):
         draw_folder(model, drawn, [0, 1, 2], OPTIONS, MODEL)
-    assert files(drawn) == before
+    for folder in (drawn, drawn.with_name("new")):
+        with trial(), pytest.raises(SystemExit) as end:
+            draw_folder(model, folder, [0, 1, 2], OPTIONS, MODEL)
+        assert end.value.code == 0
+    with FolderLock(drawn), trial(), pytest.raises(ValueError, match="in use by process"):
+        draw_folder(model, drawn, [0], OPTIONS, MODEL)
+    with trial(), pytest.raises(ValueError, match="holds results of other model"):
+        draw_folder(model, drawn, [0], OPTIONS, {"weights": "b"})
+    assert files(drawn) == before and not drawn.with_name("new").exists()
     assert draw_folder(model, drawn, [0, 1, 2], OPTIONS, MODEL) == 1
 
 
