@@ -9,11 +9,13 @@ The run must have kept power-function averages: train.ema_lengths=(0.05, 0.10). 
 their files by least squares. A length is the standard deviation of the weighting in time, as a fraction of the time
 trained. Prints the held-out loss of each of --lengths beside that of the stored weights, and writes the best as
 weights.safetensors, unless the stored weights are better. --length writes a given one. The misfit says how far the
-weighting of an average is from that of its length; above 10 % it is shown, and not written.
+weighting of an average is from that of its length; above 10 % it is shown, and not written. While the run is trained,
+--nowrite alone is accepted.
 
 Samples, encodings and filters belong to the weights they were made with: choose before stage two is trained.
 """
 
+import contextlib
 import math
 import sys
 from dataclasses import asdict
@@ -35,6 +37,7 @@ from models.factory import build_denoiser, build_encoder, build_latent_model
 from runtime.checkpoint import save_weights
 from runtime.command import Command, readable_errors, stages
 from runtime.files import plain
+from runtime.lock import FolderLock
 from runtime.precision import Precision, pick_device
 from runtime.stored import WEIGHTS, run_path
 from training.image_stage import ImageStage
@@ -55,7 +58,7 @@ _LARGEST_MISFIT = 0.1
 def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
     config, decoder = configs["config"], configs.get("decoder_config")
     run = run_path(config)
-    with readable_errors():
+    with readable_errors(), FolderLock(run) if FLAGS.write and run.exists() else contextlib.nullcontext():
         require_run_of_weights("decoder_run_weights", decoder)
         networks = networks_of(config, decoder)
         averages = Reconstruction(read_snapshots(run, networks, plain(asdict(config))))

@@ -267,6 +267,15 @@ def open_weights(path: Path) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]
     return _checked(path, lambda stored: stored)
 
 
+def stored_step(path: Path) -> int:
+    """The step of a file of weights; -1 where there is no whole one."""
+    try:
+        step = open_weights(path)[1].get("step")
+    except ValueError:
+        return -1
+    return step if isinstance(step, int) else -1
+
+
 class _Stored(Mapping[str, torch.Tensor]):
     """The tensors of an open safetensors file, read when they are asked for."""
 

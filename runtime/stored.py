@@ -49,7 +49,7 @@ def weights_path(run: Path, which: str = "newest") -> Path:
             raise ValueError(
                 f"{path}: no such file; accepted: the steps kept, {', '.join(map(str, kept)) or 'none here'}"
             )
-        if (step := stored_step(path)) not in (int(which), -1):
+        if (step := read_header(path).get("step")) != int(which):
             raise ValueError(f"{path}: holds weights of step {step}; accepted: those of the step in its name")
         return path
     if which not in WHICH_WEIGHTS:
@@ -88,15 +88,6 @@ def read_header(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: its header is no object of JSON; accepted: weights written by training")
     content.pop(GUARD, None)
     return content
-
-
-def stored_step(path: Path) -> int:
-    """The step of a file of weights; -1 where there is no readable one."""
-    try:
-        step = read_header(path).get("step")
-    except ValueError:
-        return -1
-    return step if isinstance(step, int) else -1
 
 
 def stored_config(run: Path, cls: type[Config]) -> Config | None:

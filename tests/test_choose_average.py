@@ -9,6 +9,7 @@ import torch
 import micro
 from configs.validate import ConfigError
 from runtime.checkpoint import load_newest_checkpoint, load_weights, save_weights
+from runtime.lock import FolderLock
 from test_commands import fails, run
 from test_training import everything, image_trainer, latent_trainer
 from training.power_averages import exponent
@@ -167,6 +168,8 @@ def test_the_command_writes_the_best(tmp_path):
     fails(command(tmp_path, "--length=0.01"), "--length is 0.01, with a misfit of")
     fails(command(tmp_path, "--lengths=0.1,0.4"), "--lengths is 0.1,0.4: the length of an average is 0.4")
 
+    with FolderLock(path.parent):
+        fails(command(tmp_path, "--length=0.15"), "micro: in use by process")
     stored, header = load_weights(path)
     save_weights(path, {**stored, "more": torch.ones(2)}, header)
     fails(command(tmp_path, "--length=0.15"), "weights.safetensors, where more is [2] there, missing here")

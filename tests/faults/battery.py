@@ -27,7 +27,7 @@ KINDS = {
     "signals": "signals, dead workers",
 }
 # Of so many one is tried in the quick part.
-EVERY = {"lines": 151, "kills": 45, "damaged": 51, "disks": 44, "pairs": 46, "signals": 53}
+EVERY = {"lines": 151, "kills": 45, "damaged": 79, "disks": 44, "pairs": 46, "signals": 53}
 
 
 def attempts(kind: str, scratch: Path, every: int = 1, seed: int = 0) -> Iterator[tuple[int, str, str]]:

@@ -146,9 +146,9 @@ def test_a_second_command_is_kept_out(model, drawn):
     before = files(drawn)
     with FolderLock(drawn), pytest.raises(ValueError, match=f"out: in use by process {os.getpid()} on "):
         draw_folder(model, drawn, [0, 1, 2], OPTIONS, MODEL)
-    for folder in (drawn, drawn.with_name("new")):
+    for place in (drawn, drawn.with_name("new")):
         with trial(), pytest.raises(SystemExit) as end:
-            draw_folder(model, folder, [0, 1, 2], OPTIONS, MODEL)
+            draw_folder(model, place, [0, 1, 2], OPTIONS, MODEL)
         assert end.value.code == 0
     with FolderLock(drawn), trial(), pytest.raises(ValueError, match="in use by process"):
         draw_folder(model, drawn, [0], OPTIONS, MODEL)

@@ -109,6 +109,10 @@ def test_what_a_kill_after_a_checkpoint_left_out_is_made_up(tmp_path):
     (run / "images" / "step_00000006.png").unlink()
     image_trainer(tmp_path, changes).run()
     assert content(tmp_path) == before
+    newest = run / "weights.safetensors"
+    newest.write_bytes(flipped(newest.read_bytes(), 8 * newest.stat().st_size - 9))
+    image_trainer(tmp_path, changes).run()
+    assert content(tmp_path) == before
 
 
 def test_a_folder_that_cannot_be_listed_is_no_new_run(root, monkeypatch):
