@@ -146,17 +146,28 @@ def read_latent_run(path: Path, latents: Path | None, config: LatentConfig, weig
 
 
 def refuse_existing(configs: Sequence[ImageConfig | LatentConfig]) -> None:
-    """Raise ValueError when the folder of one of these runs exists, or two are the same."""
+    """Raise ValueError when the folder of each of these runs exists, or two are the same.
+
+    One of two may be what a killed import came to; `write_runs` sees that.
+    """
     paths = [run_path(config) for config in configs]
+    if paths and all(path.exists() for path in paths):
+        raise _exists(paths[0])
     for i, path in enumerate(paths):
-        if path.exists():
-            raise ValueError(f"{path} exists; accepted: another run.experiment or run.root_dir")
         if path.resolve() in [other.resolve() for other in paths[:i]]:
             raise ValueError(f"{path}: both runs would be kept there; accepted: two values of run.experiment")
 
 
+def _exists(path: Path) -> ValueError:
+    return ValueError(f"{path} exists; accepted: another run.experiment or run.root_dir")
+
+
 def write_runs(runs: Sequence[ReferenceRun]) -> None:
-    """Write the folder of each run, which appears whole or not at all. Raises ValueError as `refuse_existing`."""
+    """Write the folder of each run, which appears whole or not at all.
+
+    Raises:
+        ValueError: as `refuse_existing`, and when the folder of one exists and holds another.
+    """
     refuse_existing([run.config for run in runs])
     unfinished = [temporary_of(run.path) for run in runs]
     for run in runs:
@@ -164,7 +175,8 @@ def write_runs(runs: Sequence[ReferenceRun]) -> None:
     try:
         for run, folder in zip(runs, unfinished):
             _write(run, folder)
-        for run, folder in zip(runs, unfinished):
+        missing = [(run, folder) for run, folder in zip(runs, unfinished) if not _is_there(run, folder)]
+        for run, folder in missing:
             try:
                 os.rename(folder, run.path)
             except OSError:
@@ -173,6 +185,17 @@ def write_runs(runs: Sequence[ReferenceRun]) -> None:
     finally:
         for folder in unfinished:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_there(run: ReferenceRun, folder: Path) -> bool:
+    """Whether the folder of a run exists, with the same files as this one; ValueError where it has others."""
+    if not run.path.exists():
+        return False
+    for file in folder.iterdir():
+        there = run.path / file.name
+        if not there.is_file() or file_digest(there) != file_digest(file):
+            raise _exists(run.path)
+    return True
 
 
 def _write(run: ReferenceRun, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints of the authors' code as runs: against numbers of their networks, through commands, and wrong input."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,14 @@ def test_imported_pair_is_sampled_and_not_trained_over(theirs, tmp_path):
     model = InftyDiff.from_runs(tmp_path / "image", tmp_path / "sampler", "cpu")
     assert np.array(Image.open(folder / "000003.png")).shape == (20, 24, 3)
     assert model.config.model.coordinate_convention == "reference" and not model.config.model.encoder_block_norm
+
+    # After a kill between the two, the same command makes the other.
+    latent = [COMMAND, *image_arguments(tmp_path, theirs / "image"), *latent_arguments(tmp_path, theirs / "latent")]
+    shutil.move(tmp_path / "sampler" / "weights.safetensors", tmp_path / "kept")
+    shutil.rmtree(tmp_path / "sampler")
+    fails([*latent, "--config.data.seed=1"], "image exists; accepted: another run.experiment")
+    assert run(latent).returncode == 0
+    assert (tmp_path / "sampler" / "weights.safetensors").read_bytes() == (tmp_path / "kept").read_bytes()
 
     # An imported run has no training state: training in its folder would replace it.
     weights = tmp_path / "sampler" / "weights.safetensors"
