@@ -58,14 +58,17 @@ _LARGEST_MISFIT = 0.1
 def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
     config, decoder = configs["config"], configs.get("decoder_config")
     run = run_path(config)
-    with readable_errors(), FolderLock(run) if FLAGS.write and run.exists() else contextlib.nullcontext():
+    with readable_errors(), contextlib.ExitStack() as held:
         require_run_of_weights("decoder_run_weights", decoder)
         networks = networks_of(config, decoder)
+        lengths = parse_lengths()
         averages = Reconstruction(read_snapshots(run, networks, plain(asdict(config))))
-        misfits = {length: averages.misfit(length) for length in parse_lengths()}
+        misfits = {length: averages.misfit(length) for length in lengths}
         if FLAGS.length and FLAGS.write and misfits[FLAGS.length] > _LARGEST_MISFIT:
             raise ValueError(f"--length is {FLAGS.length}, with a misfit of {misfits[FLAGS.length]:.0%} from the "
                              f"averages kept; accepted: a length with at most {_LARGEST_MISFIT:.0%}")  # fmt: skip
+        if FLAGS.write:
+            held.enter_context(FolderLock(run))
         _, stored, header = weights_of(run / WEIGHTS, networks)
         stage = open_stage(configs)
         if not stage.held_out_count and not FLAGS.length:

@@ -33,6 +33,8 @@ COMMANDS = {
     "experiments/inpaint.py": {"config": _IMAGE},
     "experiments/super_resolution.py": {"config": _IMAGE},
     "experiments/condition.py": {"config": _IMAGE},
+    "experiments/calibrate_filter.py": {"config": _IMAGE},
+    "experiments/choose_average.py": {"config": _IMAGE},
     "experiments/calculate_fid.py": {"config": _IMAGE},
     "experiments/nearest_neighbours.py": {"config": _IMAGE},
     "experiments/import_reference_checkpoint.py": {"config": _IMAGE},
@@ -54,6 +56,7 @@ _TEXTS = {
     "input_size": _SIZES,
     "reference_size": _SIZES,
     "sizes": (*_SIZES, "8,", "8,0"),
+    "lengths": ("nan", "inf", "0", "-1", "0.9", "text", "", "0.1,", str(2**63), "1" * 5000),
     "steps": ("0", "-1", "nan", "", "1,", str(2**63), "1" * 5000, "²"),
     "ratios": ("0", "-1", "nan", "inf", "", "1/0", "2", "1,1", "1e300", "1e-999999999"),
     "start_step": ("-1", "nan", "inf", str(2**63), "1.5", "1e300", "1" * 5000),
@@ -122,17 +125,28 @@ def flag_faults(script: str) -> Iterator[str]:
             yield from (f"--{flag}={value}" for value in _TEXTS.get(flag, ()))
 
 
+# Calls that define the flags of several commands -> the module of experiments/support and its functions.
+_SHARED = {
+    "define_scoring_flags(": ("commands", ("define_scoring_flags",)),
+    "edit.define_flags(": ("editing", ("define_flags", "define_input_flags")),
+    "edit.define_input_flags(": ("editing", ("define_input_flags",)),
+    "\ndefine_flags(": ("comparing", ("define_flags",)),
+}
+
+
 def script_flags(script: str) -> dict[str, bool]:
     """The flags that a script defines: name -> whether it is a number."""
     from experiments.support import options
 
     found: dict[str, bool] = {}
     text = (ROOT / script).read_text()
-    shared = {"define_scoring_flags(": "commands", "edit.define_flags(": "editing", "\ndefine_flags(": "comparing"}
-    sources = [ROOT / script]
-    sources += [ROOT / f"experiments/support/{module}.py" for call, module in shared.items() if call in text]
-    for source in sources:
-        for call in ast.walk(ast.parse(source.read_text())):
+    parts: list[ast.AST] = [ast.parse(text)]
+    for called, (module, functions) in _SHARED.items():
+        if called in text:
+            shared = ast.parse((ROOT / f"experiments/support/{module}.py").read_text())
+            parts += [part for part in shared.body if getattr(part, "name", "") in functions]
+    for part in parts:
+        for call in ast.walk(part):
             if not isinstance(call, ast.Call):
                 continue
             called = ast.unparse(call.func)
@@ -223,6 +237,7 @@ _GOOD = {  # what each script needs beside its configurations, {s} = the scratch
     "experiments/inpaint.py": "--input={s}/pictures --sampling_steps=2 --seeds=0 --box=0,0,2,2",
     "experiments/super_resolution.py": "--input={s}/pictures --sampling_steps=2 --ddim_encoding",
     "experiments/condition.py": "--sensors={s}/sensors.csv --sampling_steps=2 --seeds=0",
+    "experiments/calibrate_filter.py": "--input={s}/pictures --num_images=1 --sampling_steps=2",
     "experiments/calculate_fid.py": "--samples={s}/pictures --model=random_features --cache_dir={s}/cache",
     "experiments/nearest_neighbours.py": "--samples={s}/pictures --metric=pixels --cache_dir={s}/cache --device=cpu",
     "experiments/import_reference_checkpoint.py": "--checkpoint={s}/missing",
