@@ -176,6 +176,8 @@ def write_runs(runs: Sequence[ReferenceRun]) -> None:
         for run, folder in zip(runs, unfinished):
             _write(run, folder)
         missing = [(run, folder) for run, folder in zip(runs, unfinished) if not _is_there(run, folder)]
+        for folder in {*unfinished} - {folder for _, folder in missing}:
+            shutil.rmtree(folder)  # before the last rename, after which nothing sweeps
         for run, folder in missing:
             try:
                 os.rename(folder, run.path)

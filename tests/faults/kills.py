@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import forked
-from faults.world import Attempt, chance_of, turns, world
+from faults.world import ONCE, Attempt, chance_of, turns, world
 
 COUNT = 78
 _COMMANDS = ("stage one", "stage two", "encoding", "sampling", "scoring", "saving", "stage one, continued",
@@ -35,4 +35,6 @@ def killed(scratch: Path, command: str, seed: int, number: int) -> str:
             return f"status {done.returncode}: {done.stderr[-500:]}"
         if lost := here.damage(command):
             return f"after a kill: {lost}"
+        if done.returncode == 0 and command in ONCE:
+            break
     return here.finish(command)

@@ -117,7 +117,7 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[str, dict[str, Any]]], str]] = {
     "preparing": ("data/prepare.py", {}, "--source={h}/pictures --out={h}/made.zip --size=16x12 --processes=1"),
     "saving": ("{h}/save.py", {}, ""),
 }  # fmt: skip
-_ONCE = ("saving", "importing")  # which refuse to do again what is done
+ONCE = ("saving", "importing")  # which refuse to do again what is done
 # What else the world begins with.
 _MADE_BY = ("stage one, continued", "stage two, continued", "sampling, continued", "scoring, cached",
             "conditioning, continued", "saving")  # fmt: skip
@@ -237,7 +237,7 @@ class World:
     def finish(self, name: str) -> str:
         """Give the command again, undisturbed; "" if all is as if nothing had happened."""
         end = self.undisturbed(name)[0]
-        if name in _ONCE and not self.difference(end):
+        if name in ONCE and not self.difference(end):
             return ""
         return said(forked.run(self.command(name)), 0) or self.difference(end)
 
