@@ -109,8 +109,6 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[str, dict[str, Any]]], str]] = {
     "conditioning, continued": (
         "experiments/condition.py", {"config": ("image", {})}, _GIVEN + "sensors.csv --out_dir={h}/conditioned"),
     "averaging": ("experiments/choose_average.py", {"config": ("image", {})}, "--length=0.15"),
-    "calibrating": ("experiments/calibrate_filter.py", {"config": ("image", {})},
-                    "--input={h}/pictures --num_images=2 " + _FAST),
     "importing": (reference_files.COMMAND, {
         "config": ("new", {**micro.IMAGE, **reference_files.SQUARE}), "latent_config": ("new_latent", micro.LATENT)},
         "--checkpoint={h}/theirs/image --latent_checkpoint={h}/theirs/latent"),
