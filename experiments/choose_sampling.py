@@ -96,6 +96,12 @@ class Search:
 
 def main(command: Command, configs: dict[str, Any]) -> None:
     with readable_errors():
+        for name, field in (("samplers", "sampler"), ("filters", "inv_snr")):
+            for value in FLAGS[name].value:
+                try:
+                    SamplingOptions(**{field: value.strip()})
+                except ValueError as error:
+                    raise ValueError(f"--{name}: {error}") from None
         grid = [SamplingOptions(steps.strip(), sampler.strip()) for sampler in FLAGS.samplers for steps in FLAGS.steps]
         grid = list(dict.fromkeys(grid))
         filters = [SamplingOptions(inv_snr=value).inv_snr for value in FLAGS.filters]

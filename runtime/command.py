@@ -269,7 +269,7 @@ def _flag_faults() -> list[str]:
     for flag in [flags.FLAGS[name] for name in flags.FLAGS]:
         if isinstance(flag.value, float) and not math.isfinite(flag.value):
             faults.append(f"--{flag.name} is {flag.value}; accepted: a finite number")
-        elif flag.value == "" and flag.present and "empty = " not in flag.help:
+        elif flag.value in ("", []) and flag.present and "empty = " not in flag.help:
             faults.append(f"--{flag.name} is ''; accepted: {flag.help}, or no such flag")
         elif isinstance(flag.value, str):
             try:
