@@ -96,8 +96,8 @@ class Search:
 
 def main(command: Command, configs: dict[str, Any]) -> None:
     with readable_errors():
-        for name, field in (("samplers", "sampler"), ("filters", "inv_snr")):
-            for value in FLAGS[name].value:
+        for name, field, values in (("samplers", "sampler", FLAGS.samplers), ("filters", "inv_snr", FLAGS.filters)):
+            for value in values:
                 try:
                     SamplingOptions(**{field: value.strip()})
                 except ValueError as error:
