@@ -8,4 +8,6 @@ def get_config():
     config.data.name = "functions"
     config.data.num_images = 50_000
     config.data.random_flip = False  # light falls from the left in all of them
+    config.model.uno_res = 32  # on a grid of half the side the furrows, 4 pixels from one to the next, are lost
+    config.model.uno_attn_resolutions = (8,)
     return config
