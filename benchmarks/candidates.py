@@ -27,9 +27,11 @@ _TINY = (
     "diffusion.model_mean_type=mollified_epsilon", "train.batch_size=16", "optimizer.learning_rate=2e-3",
     "optimizer.warmup_steps=50", "train.ema_decay=0.99", "model.time_emb_dim=64", "model.num_conv_blocks=1",
     "model.uno_base_channels=32", "model.uno_mults=(1,2,2)", "model.uno_blocks_per_level=(1,1,1)",
-    "model.uno_attn_resolutions=(8,4)",
+    "model.uno_res=16", "model.uno_attn_resolutions=(8,4)",
 )  # fmt: skip
-_TWO = ("model.uno_blocks_per_level=(1,1)", "model.uno_attn_resolutions=(8,)", "model.uno_mults=(1,2)")
+_TWO = (
+    "model.uno_blocks_per_level=(1,1)", "model.uno_res=16", "model.uno_attn_resolutions=(8,)", "model.uno_mults=(1,2)",
+)  # fmt: skip
 _COSINE = "optimizer.schedule=cosine"
 _PAPER = (
     "diffusion.model_mean_type=mollified_epsilon", "diffusion.gaussian_filter_std=1.0", "diffusion.loss_weight=none",

@@ -31,11 +31,12 @@ from configs.schema import MOST_SAMPLES, ImageConfig
 from data.base import ImageDataset
 from data.datasets import open_dataset
 from data.loader import batches
+from data.names import MANIFEST
 from data.pixels import to_uint8
 from diffusion.random import Purpose, seed_global
 from diffusion.transfer import to_device
 from runtime.checkpoint import load_plain
-from runtime.claimed import MANIFEST, SEED, claim_folder, is_marked, save_png, whole_png
+from runtime.claimed import SEED, claim_folder, is_marked, save_png, whole_png
 from runtime.command import Command, readable_errors
 from runtime.files import file_digest, write_atomic, write_json
 from runtime.precision import Precision, pick_device

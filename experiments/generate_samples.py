@@ -19,14 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import flags
 
 from configs.schema import ImageConfig, LatentConfig
-from diffusion.process import DiffusionProcess, Prediction
 from experiments.support.commands import check_all_steps
 from experiments.support.opening import opened
-from experiments.support.options import define, requested_size, sampling_options, settings_name
+from experiments.support.options import define, folder_name, requested_size, sampling_options
 from experiments.support.parsing import parse_seeds
-from infty_diff.filter_file import CALIBRATED
 from infty_diff.folder import FolderOptions, draw_folder
-from infty_diff.sampling import SamplingOptions
 from runtime.command import Command, readable_errors
 from runtime.processes import Processes
 from runtime.run_dir import run_path
@@ -41,8 +38,6 @@ define(
     out_dir="; default: samples/SETTINGS in the latent run",
 )  # fmt: skip
 flags.DEFINE_bool("save_raw", False, "keep the mollified images too, float32 .npy under raw/")
-
-_NEWEST = ("newest", "newest")  # weights of both runs
 
 
 def main(configs: dict[str, Any], _: dict[str, list[str]], processes: Processes) -> None:
@@ -60,18 +55,6 @@ def main(configs: dict[str, Any], _: dict[str, list[str]], processes: Processes)
         drawn = draw_folder(model, out_dir, seeds, options, model.provenance(sampling), processes)
     if processes.is_rank_0:
         print(f"{drawn} images drawn, {len(seeds) - drawn} were there: {out_dir}")
-
-
-def folder_name(options: FolderOptions, process: DiffusionProcess, weights: tuple[str, str] = _NEWEST) -> str:
-    """Name a folder of samples after its settings, e.g. 192x320_ddim100; weights: which of both runs."""
-    sampling = options.sampling
-    name = settings_name(options.size, sampling.steps, sampling.sampler)
-    name += f"_eta{sampling.eta:g}" if sampling.eta else ""
-    name += "_calibrated" if sampling.inv_snr == CALIBRATED else ""
-    name += f"_snr{sampling.inv_snr:g}" if sampling.inv_snr not in (CALIBRATED, SamplingOptions.inv_snr) else ""
-    name += "_filter" if process.prediction is Prediction.X0 and not process.keep_sharp else ""
-    name += "".join(f"_{which}" for which in weights) if weights != _NEWEST else ""
-    return name + (f"_latent{options.latent_steps.replace(',', '-')}" if options.latent_steps else "")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from diffusion.coordinates import image_to_points
 from diffusion.mollifier import Mollifier
 from diffusion.process import Denoised, Prediction
 from diffusion.samplers import LastEstimate, ancestral, ddim, dpmpp
-from experiments.generate_samples import folder_name
+from experiments.support.options import folder_name
 from infty_diff.editing import InpaintOptions, inpaint, super_resolve
 from infty_diff.folder import FolderOptions, draw_folder
 from infty_diff.latent_prior import LatentPrior

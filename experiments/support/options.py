@@ -7,9 +7,12 @@ from typing import Any
 from absl import flags
 
 from configs.schema import MOST_SAMPLES, MOST_SEED
+from diffusion.process import DiffusionProcess, Prediction
 from diffusion.samplers import SAMPLERS
 from diffusion.schedules import STEPS_ACCEPTED
 from experiments.support.parsing import parse_size
+from infty_diff.filter_file import CALIBRATED
+from infty_diff.folder import FolderOptions
 from infty_diff.sampling import SamplingOptions, stored_sampling
 from metrics.extractors import EXTRACTORS
 from metrics.features import Extraction
@@ -17,6 +20,7 @@ from metrics.resize import by
 from runtime.saved import saved_files
 
 FLAGS = flags.FLAGS
+_NEWEST = ("newest", "newest")  # weights of both runs
 
 
 def between(low: float, high: float) -> dict[str, float]:
@@ -110,3 +114,15 @@ def requested_size() -> tuple[int, int] | None:
 def settings_name(size: tuple[int, int], steps: str, sampler: str = "ddim") -> str:
     """Name a folder of samples after its settings, e.g. 192x320_ddim100."""
     return f"{by(size)}_{sampler}{steps.replace(',', '-').removeprefix(sampler)}"
+
+
+def folder_name(options: FolderOptions, process: DiffusionProcess, weights: tuple[str, str] = _NEWEST) -> str:
+    """Name a folder of samples after its settings, e.g. 192x320_ddim100; weights: which of both runs."""
+    sampling = options.sampling
+    name = settings_name(options.size, sampling.steps, sampling.sampler)
+    name += f"_eta{sampling.eta:g}" if sampling.eta else ""
+    name += "_calibrated" if sampling.inv_snr == CALIBRATED else ""
+    name += f"_snr{sampling.inv_snr:g}" if sampling.inv_snr not in (CALIBRATED, SamplingOptions.inv_snr) else ""
+    name += "_filter" if process.prediction is Prediction.X0 and not process.keep_sharp else ""
+    name += "".join(f"_{which}" for which in weights) if weights != _NEWEST else ""
+    return name + (f"_latent{options.latent_steps.replace(',', '-')}" if options.latent_steps else "")
