@@ -56,7 +56,8 @@ def flags_of(source: Path) -> set[str]:
             continue
         called = getattr(node.func, "attr", getattr(node.func, "id", ""))
         if called == "add_argument" or called.lower().startswith("define"):
-            names = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            first = [arg.values[0] if isinstance(arg, ast.JoinedStr) else arg for arg in node.args]  # f"name={default}"
+            names = [arg.value for arg in first if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
             found |= {name.partition("=")[0].removeprefix("--") for name in names}
     return found
 
