@@ -29,9 +29,7 @@ _TINY = (
     "model.uno_base_channels=32", "model.uno_mults=(1,2,2)", "model.uno_blocks_per_level=(1,1,1)",
     "model.uno_res=16", "model.uno_attn_resolutions=(8,4)",
 )  # fmt: skip
-_TWO = (
-    "model.uno_blocks_per_level=(1,1)", "model.uno_res=16", "model.uno_attn_resolutions=(8,)", "model.uno_mults=(1,2)",
-)  # fmt: skip
+_TWO = ("model.uno_blocks_per_level=(1,1)", "model.uno_attn_resolutions=(16,)", "model.uno_mults=(1,2)")
 _COSINE = "optimizer.schedule=cosine"
 _PAPER = (
     "diffusion.model_mean_type=mollified_epsilon", "diffusion.gaussian_filter_std=1.0", "diffusion.loss_weight=none",
@@ -77,6 +75,7 @@ CANDIDATES = {
     "unet_48": Candidate("a wider U-Net, fewer steps", ("model.uno_base_channels=48",)),
     "unet_48_2": Candidate("a wider U-Net of two levels", ("model.uno_base_channels=48", *_TWO)),
     "unet_32_2": Candidate("a U-Net of two levels", _TWO),
+    "grid_16": Candidate("a U-Net on a grid of 16×16", ("model.uno_res=16", "model.uno_attn_resolutions=(4,)")),
     "nf_24": Candidate("fewer channels at the points", ("model.nf=24",)),
     "nf_48": Candidate("more channels at the points", ("model.nf=48",)),
     "ratio_4": Candidate("a quarter of the points seen", ("mc_integral.ratio=0.25",)),

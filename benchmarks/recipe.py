@@ -38,10 +38,10 @@ from benchmarks.candidates import CANDIDATES, Candidate
 from benchmarks.report import machine
 from benchmarks.tasks import ROOT, as_settings, execute, last_line, overrides
 from data.opening import read_json
-from runtime.checkpoint import load_weights
 from runtime.claimed import claim_folder
 from runtime.files import to_json, write_atomic, write_json
 from runtime.stored import WEIGHTS
+from runtime.weights import load_weights
 
 _RESULT, _RECORD = "the result of a candidate", "the record of a run"
 _FEWER, _MORE = 5, 45  # steps of the two runs whose difference is the time of a step: what they begin with cancels

@@ -34,12 +34,12 @@ from experiments.support.options import define, require_run_of_weights
 from infty_diff.encodings import load_or_encode
 from infty_diff.model import InftyDiff
 from models.factory import build_denoiser, build_encoder, build_latent_model
-from runtime.checkpoint import save_weights
 from runtime.command import Command, readable_errors, stages
 from runtime.files import plain
 from runtime.lock import FolderLock
 from runtime.precision import Precision, pick_device
 from runtime.stored import WEIGHTS, run_path
+from runtime.weights import save_weights
 from training.image_stage import ImageStage
 from training.init_from import weights_of
 from training.latent_stage import LatentStage

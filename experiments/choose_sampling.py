@@ -38,13 +38,13 @@ from experiments.support.results import digest
 from experiments.support.tables import aligned
 from infty_diff.loading import store_sampling
 from infty_diff.sampling import SamplingOptions
-from runtime.checkpoint import load_weights
 from runtime.claimed import claim_folder
 from runtime.command import Command, readable_errors
 from runtime.files import write_atomic, write_json
 from runtime.run_dir import run_path
 from runtime.saved import saved_files
 from runtime.stored import weights_path
+from runtime.weights import load_weights
 
 FLAGS = flags.FLAGS
 define_scoring_flags(num_samples=500)

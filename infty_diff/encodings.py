@@ -17,9 +17,9 @@ from data.latents import LatentSet
 from data.loader import sequential
 from diffusion.transfer import to_device
 from infty_diff.model import InftyDiff
-from runtime.checkpoint import load_cache, save_weights
 from runtime.files import file_digest
 from runtime.processes import ALONE, Processes
+from runtime.weights import load_cache, save_weights
 
 log = logging.getLogger(__name__)
 _BATCH = 32

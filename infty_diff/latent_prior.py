@@ -14,7 +14,7 @@ from diffusion.random import Purpose, key, normals
 from diffusion.samplers import ancestral
 from models.factory import build_latent_model, for_evaluation
 from models.latent_mlp import MLPSkipNet
-from runtime.checkpoint import load_networks
+from runtime.weights import load_networks
 
 _MODEL, STATISTICS = "latent_model", ("mean", "std")  # of the latents
 _STEPS_AT_ONCE = 50  # whose noise is drawn together

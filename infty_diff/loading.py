@@ -20,10 +20,10 @@ from infty_diff.latent_prior import LatentPrior
 from infty_diff.sampling import SamplingOptions, stored_sampling
 from infty_diff.stage_files import load_stage, save_stages
 from models.factory import build_denoiser, build_encoder, for_evaluation
-from runtime.checkpoint import load_networks, save_weights
 from runtime.files import file_digest
 from runtime.precision import Precision, pick_device
 from runtime.saved import IMAGE, LATENT, resolve
+from runtime.weights import load_networks, save_weights
 
 if TYPE_CHECKING:
     from infty_diff.model import InftyDiff

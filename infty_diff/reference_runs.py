@@ -19,10 +19,11 @@ from infty_diff.latent_prior import LatentPrior
 from models.factory import build_denoiser, build_encoder, build_latent_model
 from models.operators.dispatch import get_backend
 from models.reference_weights import LAYOUTS, layout_of_state, state_from_reference
-from runtime.checkpoint import load_plain, save_weights
+from runtime.checkpoint import load_plain
 from runtime.files import file_digest, plain, sweep, temporary_of, write_json
 from runtime.run_dir import run_path
 from runtime.stored import WEIGHTS
+from runtime.weights import save_weights
 
 IMAGE_FILE, LATENT_FILE, LATENTS_FILE = "checkpoint.pkl", "latent_checkpoint.pkl", "latents.pkl"
 CHOICES = ("auto", "averaged", "last")

@@ -15,9 +15,9 @@ import torch
 
 from configs.schema import ImageConfig, LatentConfig
 from infty_diff import __version__
-from runtime.checkpoint import load_weights, save_weights
 from runtime.files import plain, sweep, temporary_of
 from runtime.stored import Config, config_from, require_config, stage_of
+from runtime.weights import load_weights, save_weights
 
 _LOCAL = {"run": ("root_dir", "wandb_dir"), "data": ("root_dir",), "train": ("init_from",)}  # paths of one machine
 

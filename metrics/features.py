@@ -20,8 +20,8 @@ from tqdm import tqdm
 from diffusion.random import Purpose, numpy_stream
 from metrics.extractors import Extractor
 from metrics.images import ImageSet
-from runtime.checkpoint import load_cache, save_weights
 from runtime.files import plain
+from runtime.weights import load_cache, save_weights
 
 _log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from configs.defaults import image_config, latent_config
 from configs.schema import ImageConfig, LatentConfig
 from configs.validate import freeze
 from models.factory import build_denoiser, build_encoder, build_latent_model
-from runtime.checkpoint import save_weights
 from runtime.stored import WEIGHTS, run_path
+from runtime.weights import save_weights
 
 IMAGE = {
     "data.name": "functions", "data.img_size": 16, "data.img_width": 12, "data.num_images": 24,

@@ -8,8 +8,9 @@ import torch
 
 import micro
 from configs.validate import ConfigError
-from runtime.checkpoint import load_newest_checkpoint, load_weights, save_weights
+from runtime.checkpoint import load_newest_checkpoint
 from runtime.lock import FolderLock
+from runtime.weights import load_weights, save_weights
 from test_commands import fails, run
 from test_training import everything, image_trainer, latent_trainer
 from training.power_averages import exponent

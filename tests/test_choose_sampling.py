@@ -13,9 +13,9 @@ from experiments.support import commands
 from infty_diff import InftyDiff, SamplingOptions
 from infty_diff.filter_file import filter_path, load_filter, save_filter
 from infty_diff.loading import store_sampling
-from runtime.checkpoint import load_weights
 from runtime.saved import saved_config
 from runtime.stored import config_from, read_header
+from runtime.weights import load_weights
 from test_generation import build
 
 

@@ -11,11 +11,12 @@ import torch
 import micro
 from configs.schema import ImageConfig, LatentConfig
 from diffusion.random import Purpose, stream
-from runtime.checkpoint import load_checkpoint, load_newest_checkpoint, load_weights, save_checkpoint, save_weights
+from runtime.checkpoint import load_checkpoint, load_newest_checkpoint, save_checkpoint
 from runtime.processes import Processes
 from runtime.run_dir import RunDir
 from runtime.saved import IMAGE, LATENT
 from runtime.stored import BEST_WEIGHTS, SHAPING
+from runtime.weights import load_weights, save_weights
 from test_training import CPU, everything, image_trainer, latent_trainer, metrics
 from training.init_from import fitting_weights
 from training.state import restore

@@ -8,17 +8,11 @@ import pytest
 import torch
 
 from configs.schema import OptimizerConfig
-from runtime.checkpoint import (
-    checkpoint_steps,
-    load_checkpoint,
-    load_weights,
-    require_finite,
-    save_checkpoint,
-    save_weights,
-)
+from runtime.checkpoint import checkpoint_steps, load_checkpoint, require_finite, save_checkpoint
 from runtime.command import readable_errors
 from runtime.precision import Precision
 from runtime.processes import ALONE
+from runtime.weights import load_weights, save_weights
 from test_training import everything, image_trainer, latent_trainer, metrics
 from training.guard import StepGuard
 from training.means import Means

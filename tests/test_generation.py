@@ -25,9 +25,9 @@ from infty_diff.latent_prior import LatentPrior
 from infty_diff.model import InftyDiff, SamplingOptions
 from models.factory import build_latent_model
 from models.operators.sparse_conv import native
-from runtime.checkpoint import save_weights
 from runtime.claimed import save_png
 from runtime.precision import Precision
+from runtime.weights import save_weights
 
 FAST = SamplingOptions(steps="4")
 ROOT = Path(__file__).resolve().parents[1]

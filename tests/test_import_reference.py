@@ -19,8 +19,8 @@ from infty_diff.reference_runs import read_image_run, read_latent_run, write_run
 from models.reference_weights import LAYOUTS
 from parity_vectors import OUTPUTS, Vectors, assert_close
 from reference_files import COMMAND, SQUARE, checkpoint, image_arguments, latent_arguments, write_theirs
-from runtime.checkpoint import load_weights
 from runtime.stored import config_from
+from runtime.weights import load_weights
 from test_commands import fails, run
 from test_parity import FOLDER
 

@@ -44,7 +44,7 @@ TRAINER = {"runtime.processes", "configs.schema", "runtime.stored", "diffusion.r
            "training.acceleration", "runtime.checkpoint", "training.ema", "training.guard", "training.init_from",
            "training.means", "training.parallel", "runtime.precision", "training.rates", "training.report",
            "runtime.run_dir", "runtime.signals", "training.snapshots", "training.stage", "training.state",
-           "configs.validate"}  # fmt: skip
+           "configs.validate", "runtime.weights"}  # fmt: skip
 
 
 def imports(file: Path) -> set[str]:

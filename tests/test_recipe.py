@@ -9,9 +9,9 @@ import torch
 from benchmarks import recipe
 from configs.schema import ImageConfig, LatentConfig
 from configs.validate import freeze
-from runtime.checkpoint import save_weights
 from runtime.overrides import apply_overrides, load_config
 from runtime.stored import WEIGHTS
+from runtime.weights import save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 FID = {"rate_5e-4": 30.0, "v": 20.0, "tiny": 40.0, "tiny_filter": 35.0}

@@ -13,8 +13,8 @@ import micro
 from configs.schema import ImageConfig, LatentConfig
 from data.splits import place
 from pictures import noise
-from runtime.checkpoint import save_weights
 from runtime.stored import stored_config
+from runtime.weights import save_weights
 from test_commands import ROOT, run
 
 TINY = "configs/tiny_config.py"

@@ -14,9 +14,9 @@ from data.pixels import to_uint8
 from forked import run
 from infty_diff import InftyDiff, SamplingOptions, stage_files
 from runtime import saved
-from runtime.checkpoint import save_weights
 from runtime.saved import saved_files
 from runtime.stored import read_header
+from runtime.weights import save_weights
 from test_api import FAST, one_line, states
 from test_commands import fails
 from test_generation import build, stored

@@ -91,6 +91,22 @@ def test_the_density_is_not_rounded_in_half_precision(name, dtype, autocast):
     one_rounding(get_backend(name), dtype, autocast)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", AUTOMATIC)
+def test_features_may_be_of_half_precision_where_the_kernel_is_not(name, dtype):
+    """Without autocast; off by two roundings at most, of each tap and of the result."""
+    backend, exact = get_backend(name), get_backend("torch_dense")
+    for points in (Points((9, 7)), random_points(2, (9, 7), 20)):
+        x, weight = torch.randn(2, points.count, 3).to(dtype), torch.randn(3, 1, 5, 5)
+        plan, exact_plan = (some.plan(points, 2, (5, 5), 5, CPU) for some in (backend, exact))
+        out = backend.conv(x, weight, plan, 3)
+        assert out.dtype == dtype
+        expected, size = (
+            exact.conv(f(x.double()), f(weight.double()), exact_plan, 3) for f in (torch.clone, torch.abs)
+        )
+        assert ((out.double() - expected).abs() <= 2 * torch.finfo(dtype).eps * size).all()
+
+
 @pytest.mark.parametrize(("size", "kernel_shape"), [((5, 8), (3, 7)), ((4, 4), (13, 13)), ((1, 6), (3, 5))])
 def test_counts_are_a_convolution_of_ones(size, kernel_shape):
     total = size[0] * size[1]

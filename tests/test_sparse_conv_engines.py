@@ -69,6 +69,17 @@ def test_the_lattice_kernel_is_called_without_a_list(fake_gpu, monkeypatch):
     assert len(calls) == 1 and calls[0].counts is None
 
 
+@can_pretend
+def test_a_device_without_a_number_is_any_of_its_kind(fake_gpu):
+    with fake_gpu():
+        points = Points(SIZE, torch.zeros(2, 9, dtype=torch.int64, device="cuda:0"))
+        for name in ("cuda", "cuda:0"):
+            base.check_points(points, 2, torch.device(name))
+        for name in ("cuda:1", "cpu"):
+            with pytest.raises(ValueError, match=f"on cuda:0; accepted: {name}"):
+                base.check_points(points, 2, torch.device(name))
+
+
 def test_lists_take_the_bytes_they_are_said_to():
     points = random_points(3, (40, 32), 500)
     for engine, fields in ((cpu, ("rows", "taps")), (pairs, None)):

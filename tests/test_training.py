@@ -15,10 +15,11 @@ from data.datasets import open_dataset
 from data.latents import LatentSet
 from data.splits import place
 from infty_diff.model import InftyDiff
-from runtime.checkpoint import checkpoint_steps, load_newest_checkpoint, load_weights, save_checkpoint, save_weights
+from runtime.checkpoint import checkpoint_steps, load_newest_checkpoint, save_checkpoint
 from runtime.precision import Precision, pick_device
 from runtime.processes import ALONE
 from runtime.run_dir import RunDir
+from runtime.weights import load_weights, save_weights
 from training.ema import Ema
 from training.image_stage import ImageStage
 from training.latent_stage import LatentStage

@@ -11,9 +11,9 @@ import torch
 import micro
 from infty_diff.encodings import load_or_encode
 from infty_diff.model import InftyDiff
-from runtime.checkpoint import load_weights, save_weights
 from runtime.files import file_digest
 from runtime.stored import weights_path
+from runtime.weights import load_weights, save_weights
 from test_commands import ROOT, fails, run
 from test_generation import stored
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from infty_diff.latent_prior import STATISTICS
-from runtime.checkpoint import load_networks, load_weights, require_fitting
 from runtime.saved import resolve
 from runtime.stored import differences, require_config
+from runtime.weights import load_networks, load_weights, require_fitting
 
 
 def fitting_weights(

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from runtime.checkpoint import open_weights, require_shapes, save_weights
 from runtime.stored import differences, require_config, shaping
+from runtime.weights import open_weights, require_shapes, save_weights
 from training.ema import PowerAverages
 from training.power_averages import combination, exponent
 

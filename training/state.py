@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from runtime.checkpoint import require_fitting
 from runtime.stored import differences, require_config, stage_of
+from runtime.weights import require_fitting
 
 log = logging.getLogger(__name__)
 _DRAWS = "for the whole batch"  # in earlier states each process drew for its own part

@@ -32,14 +32,13 @@ from runtime.checkpoint import (
     load_checkpoint,
     load_newest_checkpoint,
     save_checkpoint,
-    save_weights,
-    stored_step,
 )
 from runtime.precision import Precision, describe
 from runtime.processes import ALONE, Processes, leave
 from runtime.run_dir import RunDir
 from runtime.signals import Signals
 from runtime.stored import BEST_WEIGHTS, WEIGHTS, numbered_weights
+from runtime.weights import save_weights, stored_step
 from training.acceleration import accelerate
 from training.ema import Ema, PowerAverages
 from training.guard import StepGuard

@@ -15,8 +15,9 @@ import torch
 
 import forked
 from faults.world import Attempt, World, chance_of, said, world
-from runtime import checkpoint
-from runtime.checkpoint import load_checkpoint, load_weights, save_checkpoint, save_weights
+from runtime import checkpoint, weights
+from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime.weights import load_weights, save_weights
 
 _RUN, _PRIOR = "runs/image/", "runs/latent/"
 _PARTS = ("averages", "checkpoints", "latents", "weights")  # folders of a run
@@ -129,7 +130,7 @@ TENSORS = {"a missing tensor": _missing, "an extra tensor": _extra, "another sha
 
 def _rewritten(path: Path, change: Callable[[dict], None], number: int = checkpoint.FORMAT) -> None:
     """Write a file of tensors anew, with a change, as of a format."""
-    require, known = checkpoint.require_finite, checkpoint.FORMAT
+    places, kept = (checkpoint, weights), (checkpoint.require_finite, checkpoint.FORMAT)
     if path.suffix == ".pt":
         step = int(path.stem.removeprefix("step_"))
         state = load_checkpoint(path.parent, step)
@@ -139,11 +140,13 @@ def _rewritten(path: Path, change: Callable[[dict], None], number: int = checkpo
         tensors, header = load_weights(path)
         change(tensors)
         write = partial(save_weights, path, tensors, header)
-    checkpoint.require_finite, checkpoint.FORMAT = lambda state: None, number
+    for module in places:
+        module.require_finite, module.FORMAT = lambda state: None, number
     try:
         write()
     finally:
-        checkpoint.require_finite, checkpoint.FORMAT = require, known
+        for module in places:
+            module.require_finite, module.FORMAT = kept
 
 
 def _of_another(here: World, path: Path, chance: random.Random) -> None:

@@ -10,19 +10,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import micro
-import runtime.checkpoint as checkpoint
+from runtime import checkpoint, weights
 from runtime.checkpoint import (
     checkpoint_path,
     checkpoint_steps,
-    load_cache,
     load_checkpoint,
     load_newest_checkpoint,
-    load_weights,
     save_checkpoint,
-    save_weights,
 )
 from runtime.run_dir import RunDir
 from runtime.stored import weights_path
+from runtime.weights import load_cache, load_weights, save_weights
 from test_training import image_trainer, latent_trainer
 
 
@@ -203,7 +201,8 @@ def test_a_state_that_does_not_fit_is_one_line(root, name):
 
 
 def test_a_newer_format_is_refused_and_not_passed_over(root, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    for module in (checkpoint, weights):
+        monkeypatch.setattr(module, "FORMAT", 2)
     changed(root, lambda held: None)
     save_weights(root / "weights.safetensors", {"a": torch.ones(2)}, {"step": 1})
     monkeypatch.undo()

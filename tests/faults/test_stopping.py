@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from data.loader import batches
-from runtime.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint, save_weights
+from runtime.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint
 from runtime.files import sweep, write_atomic, write_json
 from runtime.lock import FolderLock
 from runtime.signals import Signals
+from runtime.weights import save_weights
 from test_training import image_trainer, metrics
 
 ENDING = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)

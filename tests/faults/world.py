@@ -32,9 +32,10 @@ import reference_files
 from diffusion.factory import build_image_process
 from diffusion.mollifier import InverseSnr
 from infty_diff.filter_file import save_filter
-from runtime.checkpoint import checkpoint_steps, load_checkpoint, load_weights
+from runtime.checkpoint import checkpoint_steps, load_checkpoint
 from runtime.claimed import whole_png
 from runtime.stored import WEIGHTS
+from runtime.weights import load_weights
 
 Attempt = tuple[str, Callable[[], str]]
 _IMAGE, _LATENT = "configs/tiny_config.py", "configs/tiny_latent_config.py"
