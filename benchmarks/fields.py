@@ -142,7 +142,7 @@ def station_rows(results: list[Estimates], unit: float) -> list[dict[str, Any]]:
     return rows
 
 
-def station_picture(one: Estimates, size: Size, unit: float, south_first: bool) -> torch.Tensor:
+def station_picture(one: Estimates, size: Size, unit: float, origin: str) -> torch.Tensor:
     """A picture, uint8 (3, h, w), of the first channel."""
     seen = one.truth[0].clone()
     seen[one.ids] = torch.nan
@@ -158,7 +158,7 @@ def station_picture(one: Estimates, size: Size, unit: float, south_first: bool) 
         maps = unit * torch.stack(list(row.values())).unflatten(1, size)
         units = FieldUnits((0.0,) * 3, (1.0,) * 3, tuple(row))
         limits = [(0.0, most_sd) if "sd" in name else ends for name in row]
-        pictures.append(field_picture(maps.flip(1) if south_first else maps, units, limits))
+        pictures.append(field_picture(maps, units, limits, origin))
     return torch.cat(pictures, 1)
 
 
@@ -199,7 +199,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=19, help="samples of each")
     parser.add_argument("--steps", type=int, default=25, help="steps of the sampler")
     parser.add_argument("--picture", type=Path, help="file for a picture of the first of them")
-    parser.add_argument("--south_first", action="store_true", help="turn it, since row 0 is south")
     parser.add_argument("--half", help="run of fields known in part, for the table of spectra")
     parser.add_argument("--half_latent", help="its latent run")
     parser.add_argument("--complete", help="run of the same fields with all points known")
@@ -216,7 +215,7 @@ def main() -> None:
         unit = float(_scale(model)[0]) if model.channels == 1 else 1.0
         rows = station_rows(found, unit)
         if given.picture:
-            picture = station_picture(found[0], size_of(train), unit, given.south_first)
+            picture = station_picture(found[0], size_of(train), unit, model.config.data.origin)
             Image.fromarray(picture.permute(1, 2, 0).numpy()).save(given.picture)
         result["stations"] = {"fields": len(held_out), "seeds": given.seeds, "steps": given.steps, "rows": rows}
     if given.complete:

@@ -10,10 +10,12 @@ _NEEDS = {
     "data.root_dir": ("data.name", tuple(name for name in DATASETS if name != "functions")),
     "data.fields": ("data.name", ("fields",)),
     "data.anomalies": ("data.name", ("fields",)),
+    "data.origin": ("data.name", ("fields",)),
     "data.memory_gb": ("data.in_memory", ("auto",)),
     "train.amp_dtype": ("train.amp", (True,)),
     "model.kld_weight": ("model.stochastic_encoding", (True,)),
     "diffusion.min_snr_gamma": ("diffusion.loss_weight", ("min_snr",)),
+    "diffusion.min_snr_least": ("diffusion.loss_weight", ("min_snr",)),
     "optimizer.gradient_skip_threshold": ("optimizer.gradient_skip", (True,)),
     "optimizer.schedule_ref_steps": ("optimizer.schedule", ("inverse_sqrt",)),
 }

@@ -11,6 +11,7 @@ from typing import Any
 from configs.option import option
 from data.base import MEMORY_MODES
 from data.datasets import DATASETS, SPLIT_RULES
+from data.field_pictures import ORIGINS
 from data.images import ERROR_MODES
 from diffusion.coordinates import CONVENTIONS
 from diffusion.losses import LOSS_WEIGHTS, LOSSES
@@ -77,6 +78,9 @@ class DataConfig:
         "", "variables of a file of fields, with commas between: its channels; empty = the only one", shapes=True
     )
     anomalies: bool = option(False, "subtract the mean map of the training fields, and add it to results", shapes=True)
+    origin: str = option(
+        "upper", "where pictures of fields show row 0; lower for maps from south to north", choices=ORIGINS
+    )
     random_flip: bool = option(True, "mirror training images at random")
     split: str = option(
         "published",
@@ -244,11 +248,18 @@ class ProcessConfig:
     loss_type: str = option("mse", "loss on the prediction", choices=LOSSES, shapes=True)
     loss_weight: str = option(
         "none",
-        "weight of the loss by step; min_snr = min(SNR, min_snr_gamma) on the error of x_0",
+        "weight of the loss by step; min_snr = SNR, from min_snr_least to min_snr_gamma, on the error of x_0",
         choices=LOSS_WEIGHTS,
         shapes=True,
     )
     min_snr_gamma: float = option(5.0, "largest weight of min_snr", low=0.0, high=1e12, shapes=True)
+    min_snr_least: float = option(
+        0.0,
+        "smallest weight of min_snr; for data of variance v, 1/v lets early steps of sampling count",
+        low=0.0,
+        high=1e12,
+        shapes=True,
+    )
     model_mean_type: str = option("mollified_epsilon", "what the network predicts", choices=PREDICTIONS, shapes=True)
 
 

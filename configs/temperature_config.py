@@ -9,5 +9,6 @@ def get_config():
     config.data.channels = 1
     config.data.anomalies = True  # one year differs from another by a tenth of what places differ by
     config.data.val_ratio = 0.1
+    config.data.origin = "lower"  # the first row is the south
     config.data.random_flip = False  # west must stay west
     return config

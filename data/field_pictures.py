@@ -13,6 +13,7 @@ from data.units import FieldUnits
 # Viridis, at eight places of equal distance: dark is low, and grey prints keep the order.
 _COLOURS = np.array([(68, 1, 84), (70, 50, 127), (54, 92, 141), (39, 127, 142),
                      (31, 161, 135), (74, 194, 109), (159, 218, 58), (253, 231, 37)], dtype=float)  # fmt: skip
+ORIGINS = ("upper", "lower")  # where row 0 of a field is drawn, as matplotlib calls it
 _UNKNOWN = (190, 190, 190)
 _READABLE = 192  # height of a small field, about
 _MARGIN, _BAR, _TEXT, _LINE, _FONT = 8, 12, 76, 20, 13
@@ -28,13 +29,17 @@ def coloured(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def field_picture(
-    values: torch.Tensor, units: FieldUnits, limits: Sequence[tuple[float, float]] | None = None
+    values: torch.Tensor,
+    units: FieldUnits,
+    limits: Sequence[tuple[float, float]] | None = None,
+    origin: str = "upper",
 ) -> torch.Tensor:
     """A field (C, H, W) in the units of the data as a picture, uint8 (3, h, w): its channels beside each other.
 
     limits: the values at both ends of the bar of each channel; by default `units.limits`, so that pictures of one model
-    can be compared.
+    can be compared. origin: one of `ORIGINS`.
     """
+    values = values.flip(1) if origin == "lower" else values
     limits = limits or units.limits
     channels, height, width = values.shape
     factor = max(1, round(_READABLE / max(height, width)))

@@ -83,7 +83,8 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         for seed, (name, path) in zip(seeds, arrays.items()):
             if results.lacks(name, made_from) or not is_whole_npy(path, shape, results.row(name).get("sha256")):
                 missing.append(seed)
-        observe, drawn, units = sensors.observer(model.device), settings["latents"], model.units
+        observe, drawn = sensors.observer(model.device), settings["latents"]
+        units, origin = model.units, model.config.data.origin
         with edit.steps_bar(FLAGS.rounds * len(missing) * edit.step_count(model, sampling), "conditioning") as bar:
             for seed in missing:
                 last = LastEstimate(lambda *_: bar.update())
@@ -98,20 +99,20 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
                     picture, measured = units.undo(picture), units.undo(measured)
                 sha256 = save_npy(arrays[f"{seed:06d}"], measured[0].cpu())
                 row = {"seed": seed, "misfit": round(float(missed.square().mean().sqrt()), 6), "sha256": sha256}
-                results.add(f"{seed:06d}", made_from, _drawn(picture[0].cpu(), units), row)
+                results.add(f"{seed:06d}", made_from, _drawn(picture[0].cpu(), units, origin), row)
         mean, sd = moments(list(arrays.values()), shape)
         for name, array in (("mean", mean), ("sd", sd)):
             save_npy(results.folder / f"{name}.npy", array)
         white = max(float(sd.square().mean(0).sqrt().max()), 1e-12)
-        results.add("mean", made_from, _drawn(mean, units), {"of": len(seeds)})
+        results.add("mean", made_from, _drawn(mean, units, origin), {"of": len(seeds)})
         below, marks = mean, sensors
         if units is None:
             spread = sd.square().mean(0, keepdim=True).sqrt() / white * 2 - 1
         else:
-            spread = field_picture(sd, units, [(0.0, float(channel.max())) for channel in sd])
+            spread = field_picture(sd, units, [(0.0, float(channel.max())) for channel in sd], origin)
             below, marks = units.apply(mean)[:1], of_first_channel(sensors)
         results.add("sd", made_from, spread, {"white": white})
-        marked = [with_sensors(None, marks, size), with_sensors(below, marks, size)]
+        marked = [with_sensors(image, marks, size, origin) for image in (None, below)]
         largest = f"sd, white is {white:.2g}" if units is None else "sd"
         captions = ["sensors", "mean, sensors on it", "mean", largest]
         results.show(f"{len(sensors.readings)} measurements", marked, ["mean", "sd"], captions)
@@ -122,9 +123,9 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
     print(f"{len(missing)} made, {len(seeds) - len(missing)} were there: {results.folder}")
 
 
-def _drawn(image: torch.Tensor, units: FieldUnits | None) -> torch.Tensor:
-    """An image (C, H, W), or a field in its units, as `Results.add` takes it."""
-    return image.clamp(-1, 1) if units is None else field_picture(image, units)
+def _drawn(image: torch.Tensor, units: FieldUnits | None, origin: str) -> torch.Tensor:
+    """An image (C, H, W), or a field in its units with row 0 at `origin`, as `Results.add` takes it."""
+    return image.clamp(-1, 1) if units is None else field_picture(image, units, origin=origin)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,8 @@ def _draw_batch(model: InftyDiff, out_dir: Path, seeds: list[int], options: Fold
             texts[RAW] = save_npy(_raw_path(out_dir, seed), raw)
         if model.units is not None:
             texts[FIELD] = save_npy(_field_path(out_dir, seed), image)
-        image = to_uint8(image) if model.units is None else field_picture(image, model.units)
+        origin = model.config.data.origin
+        image = to_uint8(image) if model.units is None else field_picture(image, model.units, origin=origin)
         save_png(out_dir / f"{seed:06d}.png", image, mark, texts)
 
 

@@ -122,6 +122,7 @@ def test_tables_arrays_and_pictures(tmp_path):
     shown = with_sensors(None, picture, (4, 5))
     y, x = (round(float(p) * n) for p, n in zip(picture.places[0], shown.shape[1:]))
     assert shown[:, y, x].tolist() == [1, -1, -1] and shown[:, 0, 0].abs().max() < 0.01
+    assert with_sensors(None, picture, (4, 5), "lower")[:, shown.shape[1] - 1 - y, x].tolist() == [1, -1, -1]
 
 
 def test_moments(tmp_path):

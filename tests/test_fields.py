@@ -442,6 +442,9 @@ def test_pictures_have_a_colour_for_each_value_and_grey_where_none_is_known():
     picture = field_picture(values, units)
     y, x = picture.shape[1] // 2, [8 + 180 * k // 6 for k in (1, 3, 5)]
     assert [tuple(picture[:, y, place].tolist()) for place in x] == [(68, 1, 84), (253, 231, 37), (190, 190, 190)]
+    upside_down = values.clone()
+    upside_down[0, :5] = 12.0
+    assert field_picture(upside_down, units, origin="lower").equal(field_picture(upside_down.flip(1), units))
     bar = picture[:, 8, 8 + 180 + 8 + 2], picture[:, 8 + 119, 8 + 180 + 8 + 2]
     assert [tuple(colour.tolist()) for colour in bar] == [(253, 231, 37), (68, 1, 84)]
 
@@ -480,7 +483,7 @@ def test_kriging_of_the_benchmark_is_the_gaussian_posterior(tmp_path):
     model = InftyDiff(config, **micro.networks(config))
     train = fields[:40, None].repeat_interleave(2, 2).repeat_interleave(2, 3).float() / 20
     found = estimates(model, train, train[:1], seeds=2, steps=2)
-    assert station_picture(found[0], tuple(train.shape[2:]), 2.0, south_first=True).dtype == torch.uint8
+    assert station_picture(found[0], tuple(train.shape[2:]), 2.0, origin="lower").dtype == torch.uint8
     rows = station_rows(found, 1.0)
     assert [row["method"] for row in rows] == ["posterior", "kriging, stationary", "kriging, empirical"]
     assert all(math.isfinite(row["rmse"]) and 0 <= row["coverage"] <= 1 for row in rows)

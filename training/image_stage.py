@@ -236,7 +236,8 @@ class ImageStage:
         last = LastEstimate()
         mollified = model.decode(model.encode(images), noise, options, deblur=False, callback=last)
         deblurred = model.sharpened(mollified, last.denoised)
-        return {"images": images, "mollified": mollified, "deblurred": deblurred}
+        rows = {"images": images, "mollified": mollified, "deblurred": deblurred}
+        return {name: row.flip(2) for name, row in rows.items()} if self.config.data.origin == "lower" else rows
 
     def weights(self, ema: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
         """The EMA weights of both networks, as `InftyDiff.from_runs` reads them."""

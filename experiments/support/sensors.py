@@ -149,8 +149,13 @@ def of_first_channel(sensors: Sensors) -> Sensors:
     return Sensors(sensors.places[seen], sensors.values[seen, :1], sensors.sd[seen], sensors.sides[seen])
 
 
-def with_sensors(image: torch.Tensor | None, sensors: Sensors, size: tuple[int, int]) -> torch.Tensor:
-    """An image (C, H, W) in [-1, 1], or grey, enlarged, with its sensors on it in the colours that they read."""
+def with_sensors(
+    image: torch.Tensor | None, sensors: Sensors, size: tuple[int, int], origin: str = "upper"
+) -> torch.Tensor:
+    """An image (C, H, W) in [-1, 1], or grey, enlarged, with its sensors on it in the colours that they read.
+
+    origin: where row 0 is shown, one of `data.field_pictures.ORIGINS`.
+    """
     factor = max(1, round(_SHOWN / max(size)))
     height, width = factor * size[0], factor * size[1]
     base = to_pictures((torch.zeros(1, 1, 1, 1) if image is None else image[None]).clamp(-1, 1))[0].convert("RGB")
@@ -164,7 +169,8 @@ def with_sensors(image: torch.Tensor | None, sensors: Sensors, size: tuple[int, 
         draw.rectangle([round(edge) for edge in box], fill=colours.getpixel((0, i)), outline="white")
         if least > 1:
             draw.rectangle([round(e + s) for e, s in zip(box, (-1, -1, 1, 1))], outline="black")
-    return to_float(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+    shown = to_float(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+    return shown.flip(1) if origin == "lower" else shown
 
 
 def moments(files: list[Path], shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
