@@ -11,6 +11,7 @@ In --out_dir: a folder of samples and a report for each setting, choose_sampling
 on; what was scored before counts as long as the tensors of the weights are the same.
 """
 
+import contextlib
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -41,6 +42,7 @@ from infty_diff.sampling import SamplingOptions
 from runtime.claimed import claim_folder
 from runtime.command import Command, readable_errors
 from runtime.files import write_atomic, write_json
+from runtime.lock import FolderLock
 from runtime.run_dir import run_path
 from runtime.saved import saved_files
 from runtime.stored import weights_path
@@ -95,7 +97,7 @@ class Search:
 
 
 def main(command: Command, configs: dict[str, Any]) -> None:
-    with readable_errors():
+    with readable_errors(), contextlib.ExitStack() as held:
         for name, field, values in (("samplers", "sampler", FLAGS.samplers), ("filters", "inv_snr", FLAGS.filters)):
             for value in values:
                 try:
@@ -114,6 +116,7 @@ def main(command: Command, configs: dict[str, Any]) -> None:
         wanted = {"tensors": tensors, "latent_steps": FLAGS.latent_sampling_steps}
         default = run_path(configs["config"]) / f"choose_sampling-{digest(wanted)[:8]}"
         search = Search(command, configs, Path(FLAGS.out_dir) if FLAGS.out_dir else default)
+        held.enter_context(FolderLock(search.out))
         claim_folder(search.out, "settings.json", wanted)
         search.measure(grid)
         chosen = search.best(grid)

@@ -13,6 +13,7 @@ from experiments.support import commands
 from infty_diff import InftyDiff, SamplingOptions
 from infty_diff.filter_file import filter_path, load_filter, save_filter
 from infty_diff.loading import store_sampling
+from runtime.lock import FolderLock
 from runtime.saved import saved_config
 from runtime.stored import config_from, read_header
 from runtime.weights import load_weights
@@ -30,6 +31,8 @@ def test_the_choice_is_stored_and_made_once(saved, tmp_path, monkeypatch, capsys
     drawn = []
 
     def sample(folder, model, *options):
+        with pytest.raises(ValueError, match="in use by"), FolderLock(tmp_path / "out"):
+            pass
         drawn.append(dict(option.removeprefix("--").split("=") for option in options))
 
     def score(folder, report, reference):

@@ -64,7 +64,7 @@ def test_another_schedule_is_refused():
         with pytest.raises(ConfigError, match=r"config.diffusion.min_snr_gamma is 0.0; accepted: a number > 0"):
             freeze(config, cls)
         config.diffusion.min_snr_gamma, config.diffusion.min_snr_least = 5.0, 6.0
-        with pytest.raises(ConfigError, match=r"min_snr_least is 6.0; accepted: a number <= diffusion.min_snr_gamma=5.0"):
+        with pytest.raises(ConfigError, match=r"min_snr_least is 6.0; accepted: a number <= diffusion.min_snr_gamma"):
             freeze(config, cls)
 
 
