@@ -65,8 +65,7 @@ class Search:
     """Draws and scores what settings make, each once."""
 
     def __init__(self, command: Command, configs: dict[str, Any], out: Path) -> None:
-        both = [argument for name in ("config", "decoder_config") for argument in command.arguments(name, name, {})]
-        self.model = list(dict.fromkeys(both))  # --saved_model stands for both
+        self.model = [word for name in ("config", "decoder_config") for word in command.arguments(name, name, {})]
         self.reference = [*command.arguments("decoder_config", "config", {}), f"--split={FLAGS.split}"]
         self.process = build_image_process(configs["decoder_config"])
         self.size, self.out = configs["decoder_config"].size, out

@@ -78,12 +78,12 @@ def sample(out_dir: Path, model: Sequence[str], *options: str) -> None:
 
     Args:
         out_dir: the folder.
-        model: the arguments --config and --decoder_config, with their overrides.
+        model: the arguments --config and --decoder_config with their overrides, or --saved_model, once or twice.
         options: further arguments: which seeds, what size, how many steps.
     """
     latent = [f"--latent_sampling_steps={FLAGS.latent_sampling_steps}"] if FLAGS.latent_sampling_steps else []
     how = [f"--{name}={FLAGS[name].value}" for name in ("sample_batch_size", "run_weights", "decoder_run_weights")]
-    run("experiments/generate_samples.py", *model, *options, *latent, *how, f"--out_dir={out_dir}")
+    run("experiments/generate_samples.py", *dict.fromkeys(model), *options, *latent, *how, f"--out_dir={out_dir}")
 
 
 def score(samples: Path, report: Path, reference: Sequence[str]) -> dict[str, Any]:
