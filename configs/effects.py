@@ -15,7 +15,6 @@ _NEEDS = {
     "train.amp_dtype": ("train.amp", (True,)),
     "model.kld_weight": ("model.stochastic_encoding", (True,)),
     "diffusion.min_snr_gamma": ("diffusion.loss_weight", ("min_snr",)),
-    "diffusion.min_snr_least": ("diffusion.loss_weight", ("min_snr",)),
     "optimizer.gradient_skip_threshold": ("optimizer.gradient_skip", (True,)),
     "optimizer.schedule_ref_steps": ("optimizer.schedule", ("inverse_sqrt",)),
 }

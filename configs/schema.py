@@ -248,18 +248,11 @@ class ProcessConfig:
     loss_type: str = option("mse", "loss on the prediction", choices=LOSSES, shapes=True)
     loss_weight: str = option(
         "none",
-        "weight of the loss by step; min_snr = SNR, from min_snr_least to min_snr_gamma, on the error of x_0",
+        "weight of the loss by step; min_snr = min(SNR, min_snr_gamma) on the error of x_0",
         choices=LOSS_WEIGHTS,
         shapes=True,
     )
     min_snr_gamma: float = option(5.0, "largest weight of min_snr", low=0.0, high=1e12, shapes=True)
-    min_snr_least: float = option(
-        0.0,
-        "smallest weight of min_snr; for data of variance v, 1/v lets early steps of sampling count",
-        low=0.0,
-        high=1e12,
-        shapes=True,
-    )
     model_mean_type: str = option("mollified_epsilon", "what the network predicts", choices=PREDICTIONS, shapes=True)
 
 

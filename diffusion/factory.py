@@ -37,7 +37,7 @@ def _build_process(
 
 def build_objective(config: ProcessConfig, process: DiffusionProcess) -> Objective:
     """What training minimises."""
-    return Objective(process, config.loss_type, config.loss_weight, config.min_snr_gamma, config.min_snr_least)
+    return Objective(process, config.loss_type, config.loss_weight, config.min_snr_gamma)
 
 
 def build_timesteps(config: ProcessConfig, device: torch.device, gather: Gather) -> TimestepSampler:

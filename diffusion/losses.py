@@ -12,8 +12,7 @@ from torch.nn.functional import avg_pool2d
 from diffusion.process import DiffusionProcess, Prediction
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (prediction, target), each (B, ...), to (B,)
-# (process, t, loss, γ, least), to (B,)
-LossWeight = Callable[[DiffusionProcess, torch.Tensor, str, float, float], torch.Tensor]
+LossWeight = Callable[[DiffusionProcess, torch.Tensor, float, str], torch.Tensor]  # (process, t, γ, loss), to (B,)
 
 COARSEST_LEVEL = 32
 HALF_GREY_LEVEL = 1 / 255  # half the distance of two 8-bit values, in units of [-1, 1]
@@ -42,28 +41,22 @@ def l1(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 LOSSES: dict[str, Loss] = {"mse": mse, "l1": l1}
 
 
-def uniform_weight(
-    process: DiffusionProcess, t: torch.Tensor, loss_type: str, gamma: float, least: float
-) -> torch.Tensor:
+def uniform_weight(process: DiffusionProcess, t: torch.Tensor, gamma: float, loss_type: str = "mse") -> torch.Tensor:
     """Weights 1, float64 (B,); arguments as in `min_snr_weight`."""
     return torch.ones(t.shape, dtype=torch.float64, device=t.device)
 
 
-def min_snr_weight(
-    process: DiffusionProcess, t: torch.Tensor, loss_type: str, gamma: float, least: float
-) -> torch.Tensor:
+def min_snr_weight(process: DiffusionProcess, t: torch.Tensor, gamma: float, loss_type: str = "mse") -> torch.Tensor:
     """Weights (B,), float64, of the losses at steps t, after Hang et al. 2023 (min-SNR-γ), with SNR = ᾱ / (1 - ᾱ):
 
-        w  for a predicted x_0,   w / SNR  for ξ and Tξ,   w / (SNR + 1)  for v,   with w = max(least, min(SNR, γ)).
+        min(SNR, γ)  for a predicted x_0,   min(SNR, γ) / SNR  for ξ and Tξ,   min(SNR, γ) / (SNR + 1)  for v.
 
-    Then an error in x_0 at a fixed state weighs w, whatever the network predicts. An x_0 known from the data alone is
-    off by their variance σ². With least = 1 / σ² that costs 1 or more, so that nearly pure noise teaches something too.
-    loss_type: a name in `LOSSES`; "l1", a loss of first degree, takes the roots of these weights.
-    gamma: γ > 0. least: >= 0; 0 is min-SNR-γ, 1 without γ the truncated SNR of Salimans & Ho 2022.
+    Then an error in x_0 at a fixed state weighs min(SNR, γ), whatever the network predicts.
+    gamma: γ > 0. loss_type: a name in `LOSSES`; "l1", a loss of first degree, takes the roots of these weights.
     """
     like = torch.empty(0, dtype=torch.float64, device=t.device)
     snr = process.schedule.at("log_snr", t, like).exp()
-    weight = snr.clamp(max=gamma).clamp(min=least) * _x_0_per_target(process, t, like).square()
+    weight = snr.clamp(max=gamma) * _x_0_per_target(process, t, like).square()
     return weight.sqrt() if loss_type == "l1" else weight
 
 
@@ -163,14 +156,13 @@ def variational_bound(
 class Objective:
     """What training minimises: a loss of the prediction, weighted by step, and the bound for a learned variance.
 
-    loss: a name in `LOSSES`. weight: a name in `LOSS_WEIGHTS`. gamma, least: its bounds.
+    loss: a name in `LOSSES`. weight: a name in `LOSS_WEIGHTS`. gamma: its γ.
     """
 
     process: DiffusionProcess
     loss: str
     weight: str
     gamma: float
-    least: float
 
     def __call__(
         self,
@@ -187,7 +179,7 @@ class Objective:
         loss: stands in for `LOSSES[self.loss]`, and is of the same degree.
         """
         prediction, raw_variance = self.process.split(output.float(), axis)
-        weight = LOSS_WEIGHTS[self.weight](self.process, t, self.loss, self.gamma, self.least).float()
+        weight = LOSS_WEIGHTS[self.weight](self.process, t, self.gamma, self.loss).float()
         base = weight * (loss or LOSSES[self.loss])(prediction, target)
         if raw_variance is None:
             return base, torch.zeros_like(base)
