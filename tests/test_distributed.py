@@ -4,23 +4,16 @@ Real processes exchange real messages (gloo, on a CPU).
 """
 
 import contextlib
-import io
 import json
 import math
 import os
 import re
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.multiprocessing import spawn
 
@@ -34,10 +27,10 @@ from infty_diff.encodings import load_or_encode
 from infty_diff.folder import draw_folder
 from infty_diff.latent_prior import LatentPrior
 from infty_diff.model import InftyDiff
+from process_faults import damaged, image, loss, outcome, overflowing, share, state
+from processes import COUNT, environment, free_port, together
 from runtime import shared_memory
 from runtime.checkpoint import checkpoint_steps, load_newest_checkpoint
-from runtime.command import readable_errors
-from runtime.precision import pick_device
 from runtime.processes import Processes
 from test_generation import build, folder_options
 from test_training import everything, image_trainer, latent_trainer, metrics
@@ -45,8 +38,6 @@ from training import image_stage
 from training.prepare import prepare_image_run
 from training.trainer import Trainer
 
-ROOT = Path(__file__).parents[1]
-COUNT = 2
 ALL_PARTS = {
     "train.batch_size": 8, "diffusion.schedule_sampler": "loss-second-moment", "diffusion.steps": 2,
     "train.plot_sampling_steps": "2", "model.stochastic_encoding": True, "model.learn_sigma": True,
@@ -66,18 +57,6 @@ DIVIDED = {
          "train.plot_graph_steps": 2},
     ),
 }  # fmt: skip
-
-
-def environment(rank: int, port: int) -> dict[str, str]:
-    """What torchrun tells a process."""
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": COUNT, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    return {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
 
 
 def work(rank: int, port: int, root: Path) -> None:
@@ -168,78 +147,6 @@ def images_of(root: Path, processes: Processes) -> dict:
         patch.setattr(shared_memory, "_opened", lambda *_: (_ for _ in ()).throw(closed))
         own = open_dataset(config.data, "train", shared_memory.one_per_machine(processes)).pixels
     return {"times": times, "pixels": pixels.clone(), "own": own.clone()}
-
-
-def share(root: Path, processes: Processes) -> None:
-    """Images that two processes cannot share."""
-    image_trainer(root / "share", {"train.batch_size": 5}, processes).run()
-
-
-def damaged(root: Path, processes: Processes) -> None:
-    """An image of which only the header is good, which one process decodes for both."""
-    folder = root / "damaged"
-    if processes.is_rank_0:
-        folder.mkdir()
-        for i in range(3):
-            Image.effect_noise((16, 16), 90).save(folder / f"{i}.png")
-        (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:-99])
-    processes.agree()
-    changes = {"data.name": "folder", "data.root_dir": str(folder), "data.val_ratio": 0.0, "data.channels": 1}
-    prepare_image_run({"config": micro.image(root / "none", changes)}, processes)
-
-
-def image(root: Path, processes: Processes) -> None:
-    """A second batch that one process cannot read."""
-
-    def damaged(seen: int) -> Iterator[torch.Tensor]:
-        yield torch.zeros(2, 3, 16, 12, dtype=torch.uint8)
-        raise ValueError("17.png is damaged")
-
-    trainer = image_trainer(root / "image", processes=processes)
-    if not processes.is_rank_0:
-        trainer.stage.batches = damaged
-    trainer.run()
-
-
-def overflowing(root: Path, processes: Processes, steps: range, changes: dict | None = None) -> Trainer:
-    """A trainer whose loss overflows in the second process, in some steps."""
-    trainer = image_trainer(root, changes, processes)
-    plain = trainer.stage.loss
-
-    def loss(*given) -> tuple:
-        value, *rest = plain(*given)
-        return value * (torch.inf if trainer.step in steps else 1.0), *rest
-
-    if not processes.is_rank_0:
-        trainer.stage.loss = loss
-    return trainer
-
-
-def loss(root: Path, processes: Processes) -> None:
-    """A loss that overflows in one process, too often."""
-    overflowing(root / "loss", processes, range(10), {"optimizer.max_nonfinite_steps": 2}).run()
-
-
-def state(root: Path, processes: Processes) -> None:
-    """A state that is not finite, which rank 0 alone writes."""
-    trainer = image_trainer(root / "state", {"train.checkpoint_steps": 2}, processes)
-    update = trainer.ema.update
-
-    def broken() -> None:
-        update()
-        if trainer.step == 4:
-            next(trainer.ema.modules["encoder"].parameters()).view(-1)[0] = torch.nan
-
-    trainer.ema.update = broken
-    trainer.run()
-
-
-def outcome(fault: Callable[[Path, Processes], None], root: Path, processes: Processes) -> tuple[int, str]:
-    """The status a process leaves with, and what it says."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as left, readable_errors():
-        fault(root, processes)
-    return left.value.code, "".join(line for line in said.getvalue().splitlines(True) if "error" in line)
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:
@@ -360,27 +267,12 @@ def test_a_run_of_one_process_continues_in_two(root):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
-def stage_one(root: Path, changes: dict | None = None) -> list[str]:
-    fields = micro.overrides(root, micro.IMAGE, {"run.experiment": "micro", **(changes or {})})
-    return ["train_inf_ae_diffusion.py", "--config", "configs/ffhq_256_config.py", *micro.arguments("config", fields)]
-
-
 def stage_two(root: Path) -> list[str]:
     fields = micro.overrides(root, micro.LATENT, {"run.experiment": "sampler"})
     decoder = {"run.root_dir": root, "run.experiment": "micro"}
     return ["train_latent_diffusion.py", "--config", "configs/ffhq_latent_config.py",
             *micro.arguments("config", fields), "--decoder_config", "configs/ffhq_256_config.py",
             *micro.arguments("decoder_config", decoder)]  # fmt: skip
-
-
-def together(command: list[str]) -> list[tuple[int, str]]:
-    """Status and errors of each process of a command."""
-    port = free_port()
-    started = [
-        subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True, stderr=subprocess.PIPE,
-                         env={**os.environ, **environment(rank, port)}) for rank in range(COUNT)
-    ]  # fmt: skip
-    return [(process.wait(timeout=120), process.stderr.read()) for process in started]
 
 
 def test_encodings_are_shared_out(root):
@@ -424,62 +316,3 @@ def test_a_fault_of_any_ends_all_with_one_line_of_the_first(root):
     assert checkpoint_steps(root / "state" / "micro" / "checkpoints") == [2]
     assert second == {name: (status, "") for name, (status, _) in first.items()}
     assert not (root / "share").exists()
-
-
-def test_a_fault_of_the_command_line_is_said_once(tmp_path):
-    (first, said), (second, silent) = together(stage_one(tmp_path, {"model.nf": 0}))
-    assert (first, second) == (2, 2)
-    assert [line for line in said.splitlines() if "error" in line] == [
-        "error: config.model.nf is 0; accepted: int 1 to 65536"
-    ]
-    assert "error" not in silent and "Traceback" not in said + silent
-
-
-def test_malformed_variables_and_missing_devices_are_one_line(monkeypatch):
-    for name, value in environment(1, 0).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    taken = []
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    assert pick_device("auto") == torch.device("cuda", 1) == taken[0]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match="LOCAL_RANK 1, beyond the 1 CUDA devices"):
-        pick_device("auto")
-    assert pick_device("cpu") == torch.device("cpu")
-    for changes, said in (
-        ({"LOCAL_RANK": "one"}, "LOCAL_RANK is 'one'"),
-        ({"RANK": "2"}, "RANK, WORLD_SIZE, LOCAL_RANK is 2, 2"),
-    ):
-        with monkeypatch.context() as patch, pytest.raises(ValueError, match=said):
-            for name, value in changes.items():
-                patch.setenv(name, value)
-            Processes.from_environment()
-    monkeypatch.delenv("WORLD_SIZE")
-    with pytest.raises(ValueError, match="WORLD_SIZE is ''"):
-        Processes.from_environment()
-
-
-def test_a_signal_to_torchrun_saves_one_state_that_continues(tmp_path):
-    """Decoding processes get it too; the next command has another end and other rates, which do not shape the run."""
-    endless = {name: 100_000 for name in ("train.steps", "train.checkpoint_steps", "train.plot_samples_steps")}
-    endless |= {"data.in_memory": "never", "data.num_workers": 1}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={COUNT}"]
-    log = tmp_path / "micro" / "metrics.jsonl"
-    process = subprocess.Popen([*torchrun, *stage_one(tmp_path, endless)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 90
-    while process.poll() is None and time.monotonic() < deadline and not (log.exists() and log.stat().st_size):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    (state,) = (tmp_path / "micro" / "checkpoints").iterdir()
-    step = int(re.fullmatch(r"step_(\d+)\.pt", state.name)[1])
-    assert step > 0 and torch.load(state)["step"] == step
-    assert f"stopped by signal 15 at step {step}" in errors and errors.count("stopped by") == 1
-    changed = {"train.steps": step + 2, "train.amp": False, "optimizer.learning_rate": 1e-4}
-    done = together(stage_one(tmp_path, {**endless, **changed}))
-    assert [status for status, _ in done] == [0, 0], done
-    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert steps == list(range(1, step + 3))
-    (told,) = map(json.loads, (tmp_path / "micro" / "history.jsonl").read_text().splitlines())
-    assert told["step"] == step and told["changed"].keys() == changed.keys()
