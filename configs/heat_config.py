@@ -8,4 +8,5 @@ def get_config():
     config.data.root_dir = "heat.npz"
     config.data.fields = "before, after"
     config.data.channels = 2
+    config.train.steps = 8000
     return config
