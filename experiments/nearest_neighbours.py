@@ -55,7 +55,7 @@ def show(config: ImageConfig | None, folder: Path, device: torch.device) -> str:
     everything = ImageFolder(FLAGS.samples, 3, "--samples")
     samples = ImageFolder(FLAGS.samples, 3, "--samples", FLAGS.num_samples or min(_SAMPLES, len(everything)))
     training = training_sets(config)
-    how = Extraction(threads=os.cpu_count() or 1, cache_dir=Path(FLAGS.cache_dir))
+    how = Extraction(threads=os.cpu_count() or 1, cache_dir=Path(FLAGS.cache_dir), device=device)
     shortlist = max(FLAGS.shortlist, FLAGS.neighbours)
     found = nearest(samples, training, distance, extractor, how, count=FLAGS.neighbours, shortlist=shortlist)
     beside = folder.resolve().with_name(f"{folder.resolve().stem}_nearest_neighbours")

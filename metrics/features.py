@@ -30,14 +30,19 @@ _log = logging.getLogger(__name__)
 class Extraction:
     """How features and their distances are computed; changes no value.
 
-    batch_size: images in the network at once. threads: decoding. cache_dir: where features of references are kept.
-    device: of the distances.
+    batch_size: images in the network at once; 0 = 64 on a GPU, 4 on a CPU, whose caches hold no more.
+    threads: decoding. cache_dir: where features of references are kept. device: of the network and the distances.
     """
 
-    batch_size: int = 64
+    batch_size: int = 0
     threads: int = 8
     cache_dir: Path = Path("~/.cache/infty-diff")
     device: torch.device | str = "cpu"
+
+    @property
+    def together(self) -> int:
+        """Images in the network at once."""
+        return self.batch_size or (4 if torch.device(self.device).type == "cpu" else 64)
 
 
 def features(
@@ -109,8 +114,8 @@ def _loaded(load: Callable[[int], torch.Tensor], count: int, how: Extraction) ->
     """Batches in order; threads prepare the next one meanwhile, since decoding and resizing release the lock."""
     indices = iter(range(count))
     with ThreadPoolExecutor(max(1, how.threads)) as pool:
-        ahead = deque(pool.submit(load, i) for i in islice(indices, 2 * how.batch_size))
+        ahead = deque(pool.submit(load, i) for i in islice(indices, how.together + max(how.together, how.threads)))
         while ahead:
-            batch = [ahead.popleft().result() for _ in range(min(how.batch_size, len(ahead)))]
+            batch = [ahead.popleft().result() for _ in range(min(how.together, len(ahead)))]
             ahead.extend(pool.submit(load, i) for i in islice(indices, len(batch)))
             yield torch.stack(batch)
