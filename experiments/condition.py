@@ -36,7 +36,7 @@ from experiments.support.options import between, define, requested_size, require
 from experiments.support.parsing import parse_seeds
 from experiments.support.results import digest
 from experiments.support.sensors import moments, of_first_channel, read_sensors, with_sensors
-from infty_diff.folder import check_steps, is_whole_npy, save_npy
+from infty_diff.folder import check_steps, is_whole_npy, orientation, save_npy
 from infty_diff.posterior import LATENTS
 from runtime.command import Command, readable_errors, stages
 
@@ -75,7 +75,8 @@ def main(configs: dict[str, Any], _: dict[str, list[str]]) -> None:
         sensors = read_sensors(FLAGS.sensors, model.channels, FLAGS.sd, model.units)
         made_from = digest(sensors.places, sensors.values, sensors.sd, sensors.sides)
         settings = {"sensors": made_from, "size": list(size), "sharp": FLAGS.sharp, "latents": FLAGS.latents,
-                    "rounds": FLAGS.rounds, "latent_steps": FLAGS.latent_sampling_steps}  # fmt: skip
+                    "rounds": FLAGS.rounds, "latent_steps": FLAGS.latent_sampling_steps,
+                    **orientation(model.config.data.origin)}  # fmt: skip
         results = edit.open_results("condition", config, model, sampling, settings, Path(FLAGS.sensors).stem)
         arrays = {f"{seed:06d}": results.folder / "raw" / f"{seed:06d}.npy" for seed in seeds}
         shape = (model.channels, *size)

@@ -72,7 +72,7 @@ def draw_folder(
         ValueError: when the folder was made with other settings or another model, holds other pictures, or is in use.
     """
     settings = {"size": list(options.size), "sampling": asdict(options.sampling), "latent_steps": options.latent_steps}
-    settings |= final_estimate(model.process)
+    settings |= final_estimate(model.process) | orientation(model.config.data.origin)
     check_steps(model.process, options.sampling.steps, "images")
     if model.prior is not None and options.latent_steps is not None:
         check_steps(model.prior.process, options.latent_steps, "latent model")
@@ -109,6 +109,11 @@ def _draw_share(
 def final_estimate(process: DiffusionProcess) -> dict[str, str]:
     """What the settings of a folder say of how its images are found; nothing where a filter finds them."""
     return {"final_estimate": "network"} if process.gives_sharp else {}
+
+
+def orientation(origin: str) -> dict[str, str]:
+    """What the settings of a folder say of where pictures of fields show row 0; nothing where that is above."""
+    return {} if origin == "upper" else {"origin": origin}
 
 
 def check_steps(process: DiffusionProcess, steps: str, whose: str) -> None:

@@ -146,7 +146,12 @@ def test_networks_see_known_points_alone_and_in_proportion(tmp_path):
         counts.add(size)
     assert counts == {(16, 13), (9, 21)}
     assert math.isfinite(stage.held_out_loss(stage.modules))
-    assert stage.shown.isnan().any() and stage.previews(stage.modules)["deblurred"].isfinite().all()
+    rows = stage.previews(stage.modules)
+    assert stage.shown.isnan().any() and rows["deblurred"].isfinite().all()
+    stage.config = dataclasses.replace(config, data=dataclasses.replace(config.data, origin="lower"))
+    turned = stage.previews(stage.modules)
+    assert all(torch.equal(turned[name].nan_to_num(9), row.flip(2).nan_to_num(9)) for name, row in rows.items())
+    stage.config = config
     assert stage.facts["units"] == dataclasses.asdict(train.units)
 
 
