@@ -36,11 +36,11 @@ def field_picture(
 ) -> torch.Tensor:
     """A field (C, H, W) in the units of the data as a picture, uint8 (3, h, w): its channels beside each other.
 
-    limits: the values at both ends of the bar of each channel; by default `units.limits`, so that pictures of one model
-    can be compared. origin: one of `ORIGINS`.
+    limits: the values at both ends of the bar of each channel; by default `units.common`, or without it `units.limits`,
+    so that pictures of one model can be compared. origin: one of `ORIGINS`.
     """
     values = values.flip(1) if origin == "lower" else values
-    limits = limits or units.limits
+    limits = limits or units.common or units.limits
     channels, height, width = values.shape
     factor = max(1, round(_READABLE / max(height, width)))
     height, width = factor * height, factor * width

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from diffusion.conditioning import fill_unknown
 ENDINGS = (".npy", ".npz", ".nc")
 ACCEPTED = "a .npy, .npz or NetCDF (.nc) file of numbers, or a folder of them"
 _Array = np.ndarray
+_COMMON = (0.005, 0.995)  # the middle 99 % of values
 
 
 def read_fields(root_dir: str, fields: str, channels: int) -> tuple[list[_Array], list[str], tuple[str, ...]]:
@@ -159,24 +159,29 @@ def measured_units(
     The range, and not a deviation: samplers keep estimates in [-1, 1], and must cut nothing off.
     mean_size: subtract the mean map of the fields of this size first. Where no field is known, it is filled smoothly.
     """
+    mean: Maps = ()
+    known = _known(fields)
+    common = np.quantile(known, _COMMON, axis=1).T.tolist()
     if mean_size is not None:
         some = [field for field in fields if field.shape[1:] == mean_size]
         if not some:
             raise ValueError("data.anomalies is True; accepted: False, where no training field has the training size")
         mean = _mean_map(some)
         without = FieldUnits((0.0,) * len(names), (1.0,) * len(names), names, mean)
-        fields = [without.apply(torch.from_numpy(field)).double().numpy() for field in fields]
-        return replace(measured_units(fields, names), mean=mean)
-    known = [field[:, np.isfinite(field).all(0)] for field in fields]
-    lows = np.min([part.min(1) for part in known if part.size], axis=0)
-    highs = np.max([part.max(1) for part in known if part.size], axis=0)
+        known = _known([without.apply(torch.from_numpy(field)).double().numpy() for field in fields])
+    lows, highs = known.min(1), known.max(1)
     offset, scale = lows / 2 + highs / 2, highs / 2 - lows / 2
     for c, name in enumerate(names):
         if not scale[c] > 1e-9 * abs(offset[c]):
             raise ValueError(
                 f"data.root_dir: {name} is {offset[c]:g} wherever it is known; accepted: values that differ"
             )
-    return FieldUnits(tuple(offset.tolist()), tuple(scale.tolist()), names)
+    return FieldUnits(tuple(offset.tolist()), tuple(scale.tolist()), names, mean, tuple(map(tuple, common)))
+
+
+def _known(fields: Sequence[_Array]) -> _Array:
+    """The values (C, N) of fields (C, H, W) at the points where all channels are known."""
+    return np.concatenate([field[:, np.isfinite(field).all(0)] for field in fields], axis=1)
 
 
 def _mean_map(fields: Sequence[_Array]) -> Maps:

@@ -21,12 +21,14 @@ class FieldUnits:
 
     offset, scale: one for each channel; scale above 0. names: of the channels.
     mean: a map (H, W) for each channel, read by its cosine series between and beside its points; () for none.
+    common: the ends of the middle 99 % of the known training values of each channel, for pictures; () for none.
     """
 
     offset: tuple[float, ...]
     scale: tuple[float, ...]
     names: tuple[str, ...]
     mean: Maps = field(default=(), repr=False)
+    common: tuple[tuple[float, float], ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         right = all(map(math.isfinite, self.offset)) and all(0 < s < math.inf for s in self.scale)
@@ -37,6 +39,9 @@ class FieldUnits:
         maps = torch.tensor(self.mean, dtype=torch.float64)  # a ValueError where rows have different lengths
         if self.mean and (maps.ndim != 3 or len(maps) != len(self.names) or not maps.isfinite().all()):
             raise ValueError(f"units have means {tuple(maps.shape)}; accepted: a finite map for each channel")
+        ordered = all(-math.inf < low <= high < math.inf for low, high in self.common)
+        if self.common and not (ordered and len(self.common) == len(self.names)):
+            raise ValueError(f"units have common values {self.common}; accepted: two finite ones in order per channel")
 
     def undo(self, x: torch.Tensor, spread: bool = False) -> torch.Tensor:
         """Values (..., C, H, W) in the units of the data, of values in those of the model.
@@ -84,7 +89,9 @@ class FieldUnits:
             return None
         try:
             mean = tuple(tuple(tuple(map(float, row)) for row in one) for one in known.get("mean", ()))
-            return cls(**{name: tuple(map(kind, known[name])) for name, kind in _PARTS.items()}, mean=mean)
+            common = tuple((float(low), float(high)) for low, high in known.get("common", ()))
+            parts = {name: tuple(map(kind, known[name])) for name, kind in _PARTS.items()}
+            return cls(**parts, mean=mean, common=common)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} has no units of fields ({error!r}); accepted: weights as written") from None
 

@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import flags
 
 from configs.schema import ImageConfig, LatentConfig
-from data.opening import read_json
 from diffusion.factory import build_image_process
 from experiments.support.commands import (
     check_all_steps,
@@ -49,13 +48,12 @@ from runtime.stored import weights_path
 from runtime.weights import load_weights
 
 FLAGS = flags.FLAGS
-define_scoring_flags(num_samples=500)
+define_scoring_flags(num_samples=500, split="val")
 define("saved_model", "out_dir", out_dir="; default: choose_sampling-DIGEST in the latent run")
 flags.DEFINE_list("samplers", "ddim,dpmpp", "samplers tried")
 flags.DEFINE_list("steps", "5,10,15,25,50,100", "step subsets tried with each: numbers, or such as logsnr25")
 flags.DEFINE_list("filters", "0.02,0.05,0.1,0.2,0.3", "values of --inv_snr tried, where a filter undoes the mollifier")
 flags.DEFINE_float("within", 0.02, "how much larger the distance of fewer steps may be", **between(0.0, 10.0))
-flags.DEFINE_enum("split", "val", ("train", "val"), "images that samples are compared with")
 flags.DEFINE_bool("write", True, "store the choice with the weights of --saved_model; else print the table alone")
 _FIRST_SEED = 1_000_000
 _COLUMNS = ("sampler", "steps", "filter", "distance", "floor", "KID × 1000", "precision", "recall")
@@ -66,7 +64,7 @@ class Search:
 
     def __init__(self, command: Command, configs: dict[str, Any], out: Path) -> None:
         self.model = [word for name in ("config", "decoder_config") for word in command.arguments(name, name, {})]
-        self.reference = [*command.arguments("decoder_config", "config", {}), f"--split={FLAGS.split}"]
+        self.reference = command.arguments("decoder_config", "config", {})
         self.process = build_image_process(configs["decoder_config"])
         self.size, self.out = configs["decoder_config"].size, out
         self.rows: dict[SamplingOptions, dict[str, Any]] = {}
@@ -76,17 +74,14 @@ class Search:
         return self.process.respaced(options.steps).schedule.num_steps
 
     def measure(self, options: Iterable[SamplingOptions]) -> None:
-        for some in options:
+        for some in [one for one in options if one not in self.rows]:
             name = settings_name(self.size, some.steps, some.sampler)
             name += "" if self.process.gives_sharp else f"_snr{some.inv_snr}"
             folder = self.out / f"{name}_{FLAGS.num_samples}"
-            report = self.out / f"{folder.name}_{FLAGS.model}_{FLAGS.split}.json"
-            if not report.exists():
-                seeds = f"--seeds={_FIRST_SEED}-{_FIRST_SEED + FLAGS.num_samples - 1}"
-                sample(folder, self.model, seeds, f"--sampling_steps={some.steps}", f"--sampler={some.sampler}",
-                       f"--inv_snr={some.inv_snr}")  # fmt: skip
-                score(folder, report, self.reference)
-            self.rows[some] = read_json(report, dict, "the report of calculate_fid.py")
+            seeds = f"--seeds={_FIRST_SEED}-{_FIRST_SEED + FLAGS.num_samples - 1}"
+            sample(folder, self.model, seeds, f"--sampling_steps={some.steps}", f"--sampler={some.sampler}",
+                   f"--inv_snr={some.inv_snr}")  # fmt: skip
+            self.rows[some] = score(folder, self.out / f"{folder.name}_{FLAGS.model}.json", self.reference)
 
     def best(self, options: Iterable[SamplingOptions]) -> SamplingOptions:
         """The cheapest that is at most --within above the least distance, of these the best."""

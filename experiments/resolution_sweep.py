@@ -7,9 +7,9 @@
 draws every seed at every size and puts the pictures together: above in proportion, below at one height.
 With --figure=7 (and --decoder_config.data.root_dir=ffhq.zip, the reference) it draws --num_samples images for each of
 --sizes and --steps, scores them and plots the result. --reference_at_size compares with the data at the size of the
-samples, and --enlarged adds what simple enlargement would give: samples of the training size, by Lanczos' filter. Both
-figures continue where they were. In --out_dir: the samples, and resolutions.png or steps_and_resolutions.png, with JSON
-beside it.
+samples, and --split=val with held-out data. --enlarged adds what simple enlargement would give: samples of the training
+size, by Lanczos' filter. Both figures continue where they were. In --out_dir: the samples, and resolutions.png or
+steps_and_resolutions.png, with JSON beside it.
 """
 
 import re
@@ -139,7 +139,7 @@ def steps_and_resolutions(
         for name in SCORES
     }
     line_plot(figure, found["fid"], f"Sampling steps ({sampling.sampler})", label, "Size (pixels)")
-    return figure, {"metric": metric_name(), "num_samples": FLAGS.num_samples, **found}
+    return figure, {"metric": metric_name(), "split": FLAGS.split, "num_samples": FLAGS.num_samples, **found}
 
 
 def enlarge(samples: Path, out_dir: Path, size: Size) -> None:

@@ -278,6 +278,12 @@ def test_pictures_have_a_colour_for_each_value_and_grey_where_none_is_known():
     assert field_picture(upside_down, units, origin="lower").equal(field_picture(upside_down.flip(1), units))
     bar = picture[:, 8, 8 + 180 + 8 + 2], picture[:, 8 + 119, 8 + 180 + 8 + 2]
     assert [tuple(colour.tolist()) for colour in bar] == [(253, 231, 37), (68, 1, 84)]
+    narrow = FieldUnits((10.0,), (2.0,), ("temperature",), common=((8.0, 10.0),))  # rare values beyond have its ends
+    assert field_picture(values - 2, narrow, [(8.0, 10.0)]).equal(field_picture(values - 2, narrow))
+    assert not field_picture(values - 2, narrow).equal(field_picture(values - 2, units))
+    for ends in ((9.0, 8.0), (float("nan"), 9.0)):
+        with pytest.raises(ValueError, match="common"):
+            FieldUnits((10.0,), (2.0,), ("temperature",), common=(ends,))
 
 
 def test_the_example_solves_the_heat_equation(tmp_path):

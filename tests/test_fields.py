@@ -99,7 +99,10 @@ def test_anomalies_are_differences_from_the_mean_map_of_training_fields(tmp_path
         assert np.allclose(one, (seen - low) / (high - low) * 2 - 1, atol=1e-5)
     np.testing.assert_allclose(data.units.undo(found), chosen, rtol=1e-5)
     assert torch.allclose(data.units.apply(data.units.undo(found)).double(), found, atol=1e-4, equal_nan=True)
-    assert FieldUnits.stored({"units": json.loads(json.dumps(dataclasses.asdict(data.units)))}, "a") == data.units
+    again = FieldUnits.stored({"units": json.loads(json.dumps(dataclasses.asdict(data.units)))}, "a")
+    assert again == data.units and again.common == data.units.common
+    middle = np.nanquantile(chosen, (0.005, 0.995), axis=(0, 2, 3)).T  # of values, not of anomalies
+    np.testing.assert_allclose(data.units.common, middle, rtol=1e-9)
     smooth = FieldUnits((1.0, 2.0), (2.0, 4.0), ("u", "v"), waves((4, 5)))
     at, sides = torch.tensor([[0.125, 0.3], [0.8, 0.5]]), torch.tensor([[0.0, 0.0], [0.2, 0.4]])
     larger = smooth.undo(torch.zeros(1, 2, 8, 10, dtype=torch.float64))

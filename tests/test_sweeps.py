@@ -81,19 +81,19 @@ def test_a_score_is_computed_once(tmp_path, monkeypatch):
     samples, report, calls = tmp_path / "samples", tmp_path / "fid.json", []
     samples.mkdir()
     Image.new("RGB", (4, 4)).save(samples / "000000.png")
-    wanted = SimpleNamespace(num_samples=2, model="random_features", weights=None)
+    wanted = SimpleNamespace(num_samples=2, model="random_features", weights=None, split="train")
 
     def fake(script: str, *arguments: str) -> None:
         calls.append([script, *arguments])
         content = {"fid": 7.0, "num_samples": wanted.num_samples, "extractor": {"name": wanted.model}}
-        report.write_text(json.dumps(content))
+        Path(arguments[-1].removeprefix("--json=")).write_text(json.dumps(content))
 
     monkeypatch.setattr(commands, "run", fake)
     monkeypatch.setattr(commands, "FLAGS", wanted)
     for _ in range(2):
         assert commands.score(samples, report, ["--config=c.py"])["fid"] == 7.0
     assert calls == [["experiments/calculate_fid.py", f"--samples={samples}", "--config=c.py",
-                      "--model=random_features", "--num_samples=2", f"--json={report}"]]  # fmt: skip
+                      "--split=train", "--model=random_features", "--num_samples=2", f"--json={report}"]]  # fmt: skip
     later = report.stat().st_mtime_ns + 10**9
     os.utime(samples / "000000.png", ns=(later, later))  # a sample drawn again
     commands.score(samples, report, [])
@@ -102,6 +102,11 @@ def test_a_score_is_computed_once(tmp_path, monkeypatch):
     wanted.num_samples, wanted.weights = 3, "w.pt"
     commands.score(samples, report, [])
     assert "--weights=w.pt" in calls[2]
+    wanted.split = "val"  # another reference, another report
+    commands.score(samples, report, [])
+    os.utime(tmp_path / "fid_val.json", ns=(later + 1, later + 1))
+    commands.score(samples, report, [])
+    assert len(calls) == 4 and "--split=val" in calls[3]
 
 
 def test_a_command_that_fails_ends_the_experiment(capfd):
@@ -169,7 +174,7 @@ def test_table_3_in_one_command(sweep):
     ("figure", "extra", "picture"),
     [
         ("2", ["--seeds=0-1", "--sampling_steps=2"], "resolutions.png"),
-        ("7", ["--steps=2", *SCORING, "--reference_at_size", "--enlarged"], "steps_and_resolutions.png"),
+        ("7", ["--steps=2", *SCORING, "--reference_at_size", "--split=all", "--enlarged"], "steps_and_resolutions.png"),
     ],
 )
 def test_figures_2_and_7_in_one_command(sweep, command, tmp_path, figure, extra, picture):
@@ -185,8 +190,9 @@ def test_figures_2_and_7_in_one_command(sweep, command, tmp_path, figure, extra,
     if figure == "7":
         assert report["fid"]["20x10"]["2"] > 0 and report["floor"]["20x10"]["2"] > 0
         assert report["kid"]["20x10"].keys() == {"2"}
-        scored = json.loads((tmp_path / "20x10_ddim2_scored_fid_at_size.json").read_text())["reference"]
-        assert scored["path"].startswith("data.name=folder") and scored["size"] == [20, 10]
+        scored = json.loads((tmp_path / "20x10_ddim2_scored_fid_at_size_all.json").read_text())["reference"]
+        assert scored["path"].startswith("data.name=folder") and scored["path"].endswith("split all")
+        assert scored["size"] == [20, 10]
         assert report["fid"].keys() == {"20x10", "20x10 enlarged"}
         small, large = (Image.open(tmp_path / f"{name}/000000.png") for name in
                         ("16x12_ddim2_scored", "20x10_ddim2_scored_enlarged"))  # fmt: skip

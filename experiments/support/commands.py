@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from absl import flags
 
+from data.datasets import SPLITS
 from data.opening import read_json
 from diffusion.factory import build_image_process, build_latent_process
 from experiments.support.options import define
@@ -26,8 +27,9 @@ ROOT = Path(__file__).resolve().parents[2]
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of ru_maxrss
 
 
-def define_scoring_flags(num_samples: int) -> None:
-    """The flags of experiments that draw samples and score them."""
+def define_scoring_flags(num_samples: int, split: str = "train") -> None:
+    """The flags of experiments that draw samples and score them; split: the default."""
+    flags.DEFINE_enum("split", split, SPLITS, "part of the data set that samples are compared with")
     define(f"num_samples={num_samples}", "latent_sampling_steps", "sample_batch_size", "model", "weights",
            "run_weights", "decoder_run_weights",
            num_samples=" that are scored")  # fmt: skip
@@ -87,19 +89,20 @@ def sample(out_dir: Path, model: Sequence[str], *options: str) -> None:
 
 
 def score(samples: Path, report: Path, reference: Sequence[str]) -> dict[str, Any]:
-    """The report of the first --num_samples samples, computed unless `report` holds it already.
+    """The report of the first --num_samples samples, computed unless its file holds it already.
 
     Args:
         samples: a folder of samples.
-        report: JSON file of the report.
+        report: JSON file of the report; the name of --split is added, but for "train".
         reference: the arguments that name the reference images: --config with its overrides.
     """
+    report = report if FLAGS.split == "train" else report.with_stem(f"{report.stem}_{FLAGS.split}")
     newest = max(file.stat().st_mtime_ns for file in samples.glob("[0-9]*.png"))
     known = read_json(report, dict, _REPORT) if report.exists() and report.stat().st_mtime_ns > newest else {}
     extractor = known.get("extractor")
     name = extractor.get("name") if isinstance(extractor, dict) else None
     if (known.get("num_samples"), name) != (FLAGS.num_samples, FLAGS.model):
         weights = [f"--weights={FLAGS.weights}"] if FLAGS.weights else []
-        run("experiments/calculate_fid.py", f"--samples={samples}", *reference, f"--model={FLAGS.model}", *weights,
-            f"--num_samples={FLAGS.num_samples}", f"--json={report}")  # fmt: skip
+        run("experiments/calculate_fid.py", f"--samples={samples}", *reference, f"--split={FLAGS.split}",
+            f"--model={FLAGS.model}", *weights, f"--num_samples={FLAGS.num_samples}", f"--json={report}")  # fmt: skip
     return read_json(report, dict, _REPORT)
