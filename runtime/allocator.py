@@ -1,19 +1,17 @@
 """How a process holds memory, for computations on a CPU."""
 
 import ctypes
-import os
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees, as PyTorch itself does on GPUs, and take large pages where there are any.
+    """Let this process keep what it frees, as PyTorch itself does on GPUs.
 
     By default glibc gives large blocks back to the system at once. The system clears them again, page by page, when
     they are next asked for: for a large lattice that takes longer than the arithmetic. The process then holds what it
     once needed. Other C libraries stay as they are.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it at its first large block
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
