@@ -18,10 +18,11 @@ kriging it is mean ± 1.645 sd.
 --picture shows the first of these fields, with its stations in grey, as its difference from the middle of the range, or
 with data.anomalies from the mean map.
 
-Spectrum: ratios of power by frequency, of which 1 is the finest wave along an axis. "data" are fields known everywhere,
-"smooth" and "completed" the same, known in part, with smooth surfaces and with draws in the holes. "complete" and
-"partly" are samples of the models trained on these data. The result of a second call with the same --json
-is added to that of the first.
+Spectrum: ratios of power by frequency, of which 1 is the finest wave along an axis, and the share that a band has of
+the power of its channel. "data" are fields known everywhere, "smooth" and "completed" the same, known in part, with
+smooth surfaces and with draws in the holes. "complete" and "partly" are samples of the models trained on these data.
+
+The result of a second call with the same --json is added to that of the first.
 """
 
 import argparse
@@ -170,8 +171,10 @@ def spectrum_rows(power: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
     rows = []
     for low, high in itertools.pairwise(BANDS):
         sums = {name: one[:, (low <= frequency) & (frequency < high)].sum(1) for name, one in power.items()}
+        share = sums["data"] / power["data"].sum((1, 2))
         rows += [
-            {"channel": c, "from": low, "to": high} | {f"{a}/{b}": float(sums[a][c] / sums[b][c]) for a, b in RATIOS}
+            {"channel": c, "from": low, "to": high, "share": float(share[c])}
+            | {f"{a}/{b}": float(sums[a][c] / sums[b][c]) for a, b in RATIOS}
             for c in range(len(power["data"]))
         ]
     return sorted(rows, key=lambda row: row["channel"])

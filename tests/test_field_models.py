@@ -329,3 +329,4 @@ def test_kriging_of_the_benchmark_is_the_gaussian_posterior(tmp_path):
         {"partly": 3 * lattice, "complete": 2 * lattice} | dict.fromkeys(("data", "smooth", "completed"), lattice)
     )
     assert all((row["partly/complete"], row["complete/data"]) == (1.5, 2.0) for row in powers) and len(powers) == 6
+    assert [round(256 * row["share"]) for row in powers][:2] == [1, 3]  # wave (0, 0); waves (0, 1), (1, 0), (1, 1)
