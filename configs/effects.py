@@ -10,6 +10,7 @@ _NEEDS = {
     "data.root_dir": ("data.name", tuple(name for name in DATASETS if name != "functions")),
     "data.fields": ("data.name", ("fields",)),
     "data.anomalies": ("data.name", ("fields",)),
+    "data.unknown": ("data.name", ("fields",)),
     "data.origin": ("data.name", ("fields",)),
     "data.memory_gb": ("data.in_memory", ("auto",)),
     "train.amp_dtype": ("train.amp", (True,)),

@@ -78,6 +78,12 @@ class DataConfig:
         "", "variables of a file of fields, with commas between: its channels; empty = the only one", shapes=True
     )
     anomalies: bool = option(False, "subtract the mean map of the training fields, and add it to results", shapes=True)
+    unknown: str = option(
+        "skip",
+        "points of fields that are not known: skip = neither seen nor scored; complete = drawn, then as if known",
+        choices=("skip", "complete"),
+        shapes=True,
+    )
     origin: str = option(
         "upper", "where pictures of fields show row 0; lower for maps from south to north", choices=ORIGINS
     )

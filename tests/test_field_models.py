@@ -170,6 +170,20 @@ class Ids:
         return torch.full((1, *self.data[i].shape[1:]), i, dtype=torch.uint8)
 
 
+def test_completed_fields_count_as_known_where_asked(tmp_path):
+    config = written_run(tmp_path, **{"data.unknown": "complete", "mc_integral.ratio": 1.0})
+    train, val = (open_dataset(config.data, split) for split in ("train", "val"))
+    stage, seen = ImageStage(config, train, val, Precision(torch.device("cpu"), None)), []
+    stage.modules["denoiser"].register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    items = torch.cat([item.flatten() for item in stage._read[0]])
+    given = torch.cat([train[i].flatten() for i in range(len(train))])
+    assert items.isfinite().all() and torch.equal(items[given.isfinite()], given[given.isfinite()])
+    for batch in itertools.islice(stage.batches(0), 4):
+        loss, *_ = stage.loss(batch, stage.draw(stream(0, Purpose.STEP), 4, slice(None), batch))
+        assert batch.shape[1] == 2 and loss.isfinite() and seen.pop().is_full
+    assert math.isfinite(stage.held_out_loss(stage.modules))
+
+
 def test_sizes_take_turns_and_resuming_is_exact(tmp_path):
     config = written_run(tmp_path, **{"data.val_ratio": 0.0})
     data = open_dataset(config.data, "train")

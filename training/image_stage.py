@@ -79,6 +79,7 @@ class ImageStage:
         sets = [some for some in (train_set, val_set) if some is not None]
         self.units = getattr(train_set, "units", None)  # of fields
         self.partly_known = any(getattr(some, "partly_known", False) for some in sets)
+        self.skips_unknown = self.partly_known and config.data.unknown == "skip"
         wanted = config.size, config.train.sample_size
         shown = _of_size(val_set or train_set, *wanted) or _of_size(train_set, *wanted)
         self.shown = as_values(torch.stack([shown[i % len(shown)] for i in range(config.train.sample_size)]))
@@ -90,14 +91,14 @@ class ImageStage:
 
     @cached_property
     def _read(self) -> list[Any]:
-        """The sets as they are read: fields known in part are beside their completions, for T needs all points."""
+        """The sets as they are read: fields known in part are completed, for T needs all points."""
         sets = [some for some in (self.train_set, self.val_set) if some is not None]
-        return completed_sets(sets, self.config.run.seed) if self.partly_known else sets
+        return completed_sets(sets, self.config.run.seed, self.skips_unknown) if self.partly_known else sets
 
     def batches(self, seen: int) -> Iterator[torch.Tensor]:
         """Yield this process's images (B, C, H, W), uint8 or fields, of every step after `seen` of all processes.
 
-        Fields known in part are (B, 2C, H, W), see `CompletedFields`.
+        Where points are skipped, fields are pairs (B, 2C, H, W), see `CompletedFields`.
         """
         data, seed = self.config.data, self.config.run.seed
         return batches(
@@ -130,7 +131,7 @@ class ImageStage:
 
         data, model, mc = self.config.data, self.config.model, self.config.mc_integral
         size = self.config.size if images is None else size_of(images)
-        known = images[:, : data.channels].isfinite().all(1) if self.partly_known and images is not None else None
+        known = images[:, : data.channels].isfinite().all(1) if self.skips_unknown and images is not None else None
         draws = {"white": normals(data.channels, *size)}
         count = self._count(size)
         if known is not None or count < math.prod(size):  # else all points are seen
@@ -150,14 +151,14 @@ class ImageStage:
         count, own = self.config.mc_integral.q_sample, self.config.size
         if size != own:
             count = max(self.config.model.knn_neighbours, count * math.prod(size) // math.prod(own))
-        sets = (getattr(some, "least_known", {}) for some in (self.train_set, self.val_set))
-        return min(count, *(least.get(size, count) for least in sets))
+        sets = [self.train_set, self.val_set] if self.skips_unknown else []
+        return min([count, *(getattr(some, "least_known", {}).get(size, count) for some in sets)])
 
     def loss(self, images: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Eq. (46) on random coordinates, eq. (10): ‖f(x_t(c), t, z) − T ξ(c)‖², z from other coordinates of x_0.
 
         Args:
-            images: as of `batches`. Points of fields that are not known are neither drawn nor scored.
+            images: as of `batches`.
             draws: theirs, of `draw`.
         """
         base, bound, kld = self._per_image(self.modules, as_values(images), draws)
@@ -179,7 +180,7 @@ class ImageStage:
         """Of each image (B,): the base loss, the bound that trains a learned variance, and the KL term of a stochastic
         encoder, zero where there is none."""
         t, size = draws["t"], size_of(x_0)
-        if self.partly_known:
+        if self.skips_unknown:
             x_0 = x_0[:, self.config.data.channels :]
         x_t, target = self.process.training_pair(x_0, t, draws["white"])
         seen, encoded = (Points(size, draws.get(name)) for name in ("seen", "encoded"))
