@@ -21,8 +21,8 @@ from diffusion.coordinates import Size, size_of
 from diffusion.cosine import dct, idct, on_rows
 from diffusion.posterior import conjugate_residuals
 
-_NUGGET = 1e-6  # of the variance: what known values may be off by, lest solving take for ever
-_ITERATIONS, _TOLERANCE = 50, 1e-3
+_NUGGET = 1e-4  # of the variance: what known values are taken to be off by, lest solving take for ever
+_ITERATIONS, _TOLERANCE = 100, 1e-4
 _AT_ONCE = 1 << 16  # values; of each as many numbers are held as there are iterations, twice
 _LEAST = 1e-9  # of the variance: S of waves that the data do not have
 _FIELDS, _ROUNDS = 64, 12  # with which S is measured, and how often
@@ -77,7 +77,9 @@ def _place(size: Size, own: Size) -> torch.Tensor:
 def completed(fields: torch.Tensor, moments: Moments, generator: torch.Generator) -> torch.Tensor:
     """Fields (B, C, H, W), NaN where not known, with draws of p(unknown | known) there; float64.
 
-    From a draw u of the field, x = u + S Hᵗ (H S Hᵗ + ε)⁻¹ (y - H u), with H the known points, y their values.
+    From a draw u of the field and a draw e of variance 2 ε, x = u + S Hᵗ (H S Hᵗ + ε)⁻¹ (y - H u + e), with H the known
+    points, y their values. Without e, x would be too smooth: waves that are known to about ε would lose up to half of
+    their power.
     """
     spectrum = moments.at(size_of(fields))
     root = torch.linalg.cholesky(spectrum)
@@ -92,7 +94,8 @@ def completed(fields: torch.Tensor, moments: Moments, generator: torch.Generator
             w = w.view_as(known)
             return torch.where(known, _filtered(spectrum, w) + nugget * w, 0.0).flatten(1)
 
-        missed = torch.where(known, some - drawn, 0.0).flatten(1)
+        error = (2 * nugget).sqrt() * torch.randn(some.shape, generator=generator, dtype=torch.float64)
+        missed = torch.where(known, some - drawn + error, 0.0).flatten(1)
         weights = conjugate_residuals(product, missed, _ITERATIONS, _TOLERANCE).view_as(some)
         parts.append(torch.where(known, some, drawn + _filtered(spectrum, weights)))
     return torch.cat(parts)

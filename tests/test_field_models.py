@@ -85,9 +85,10 @@ def test_completions_are_draws_given_what_is_known():
     drawn = completed(field.masked_fill(~known, torch.nan).expand(3000, -1, -1, -1), moments, generator)
     assert torch.equal(drawn[..., known], field[..., known].expand(3000, -1, -1))
     covariance, seen = waves_of(moments, size), known.flatten().repeat(2)
-    gain = covariance[~seen][:, seen] @ covariance[seen][:, seen].inverse()
+    nugget = 1e-4 * covariance.diagonal().view(2, -1).mean(1).repeat_interleave(30)[seen].diag()
+    gain = covariance[~seen][:, seen] @ (covariance[seen][:, seen] + nugget).inverse()
     mean, found = gain @ field.flatten()[seen], drawn.flatten(1)[:, ~seen]
-    left = covariance[~seen][:, ~seen] - gain @ covariance[seen][:, ~seen]
+    left = covariance[~seen][:, ~seen] - gain @ covariance[seen][:, ~seen] + gain @ nugget @ gain.mT
     sd = left.diagonal().sqrt()
     assert ((found.mean(0) - mean).abs() < 5 * sd / 3000**0.5 + 1e-3 * sd).all()
     assert ((torch.cov(found.mT) - left).abs() < 6 * (sd[:, None] * sd) * (2 / 3000) ** 0.5).all()
@@ -97,10 +98,10 @@ def test_completed_fields_keep_the_spectrum_that_smooth_ones_lose():
     size, generator = (16, 13), seeded(5)
     k, l = (torch.arange(n).double() for n in size)  # noqa: E741
     amplitude = 1 / (1 + (k[:, None] ** 2 + l**2) / 8)
-    white = torch.randn(32, 2, *size, generator=generator).double()
+    white = torch.randn(64, 2, *size, generator=generator).double()
     white[:, 1] = 0.6 * white[:, 0] + 0.8 * white[:, 1]  # channels are correlated
     fields = torch.from_numpy(idctn((white * amplitude).numpy(), axes=(2, 3), norm="ortho"))
-    partly = fields.masked_fill(torch.rand(32, 1, *size, generator=generator) < 0.5, torch.nan)
+    partly = fields.masked_fill(torch.rand(64, 1, *size, generator=generator) < 0.5, torch.nan)
     whole = completed(partly, measure_moments(partly, generator), generator)
     band = (amplitude < 0.2) & (amplitude > 0.04)
 
