@@ -40,6 +40,8 @@ def build_objective(config: ProcessConfig, process: DiffusionProcess) -> Objecti
     return Objective(process, config.loss_type, config.loss_weight, config.min_snr_gamma)
 
 
-def build_timesteps(config: ProcessConfig, device: torch.device, gather: Gather) -> TimestepSampler:
-    """How training draws its steps; device, gather: see `LossAwareTimesteps`."""
-    return TIMESTEP_SAMPLERS[config.schedule_sampler](config.steps, device, gather)
+def build_timesteps(
+    config: ProcessConfig, process: DiffusionProcess, device: torch.device, gather: Gather
+) -> TimestepSampler:
+    """How training draws the steps of a process; device, gather: see `LossAwareTimesteps`."""
+    return TIMESTEP_SAMPLERS[config.schedule_sampler](process.schedule.log_snr.to(device), gather)

@@ -29,7 +29,7 @@ class TimestepSampler(Protocol):
 class UniformTimesteps:
     """Every step equally often; all weights are 1. Nothing is learnt, so there is nothing to keep or to gather."""
 
-    def __init__(self, num_steps: int, device: torch.device | str = "cpu", gather: Gather | None = None) -> None:
+    def __init__(self, num_steps: int) -> None:
         self.num_steps = num_steps
 
     def sample(
@@ -46,7 +46,34 @@ class UniformTimesteps:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         if state:
-            raise ValueError(f"state of the timestep sampler holds {sorted(state)}; accepted by the uniform one: none")
+            raise ValueError(
+                f"state of the timestep sampler holds {sorted(state)}; accepted by one that learns nothing: none"
+            )
+
+
+class LogNormalTimesteps(UniformTimesteps):
+    """Steps whose log SNR is distributed as N(mean, deviation²), and with probability `uniform` any step.
+
+    All weights are 1: the loss counts steps as often as they are drawn. Mean and deviation are those of Karras et al.
+    2022, table 1, where ln σ is distributed as N(-1.2, 1.2²), and SNR = 1/σ².
+
+    log_snr: log ᾱ_t/(1 - ᾱ_t) of the steps, falling, (T,), T >= 2, on the device of the draws.
+    """
+
+    def __init__(self, log_snr: torch.Tensor, mean: float = 2.4, deviation: float = 2.4, uniform: float = 0.1) -> None:
+        super().__init__(len(log_snr))
+        (width,) = torch.gradient(log_snr.double())  # a step stands for what lies between its neighbours
+        wanted = width.abs() * torch.exp(-0.5 * ((log_snr.double() - mean) / deviation).square())
+        self._probabilities = (1 - uniform) * wanted / wanted.sum() + uniform / len(log_snr)
+
+    def probabilities(self) -> torch.Tensor:
+        """The probability of each step, float64 (T,)."""
+        return self._probabilities
+
+    def sample(
+        self, generator: torch.Generator, batch: int, device: torch.device | str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _drawn(self._probabilities, generator, batch, device), torch.ones(batch, device=device)
 
 
 class LossAwareTimesteps:
@@ -92,10 +119,7 @@ class LossAwareTimesteps:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Steps t int64 (B,) and weights 1/(T·p_t) float32 (B,); arguments as for `UniformTimesteps`."""
         probabilities = self.probabilities()
-        # By the distribution function: `torch.multinomial` reads its argument back for a batch of one.
-        ends = probabilities.cumsum(0)
-        places = torch.rand(batch, generator=generator, dtype=torch.float64, device=device) * ends[-1]
-        t = torch.searchsorted(ends, places, right=True).clamp(max=self.num_steps - 1)
+        t = _drawn(probabilities, generator, batch, device)
         return t, (1 / (self.num_steps * probabilities[t])).float()
 
     def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
@@ -130,7 +154,18 @@ class LossAwareTimesteps:
         self._counts = state["counts"].to(device, torch.int64, copy=True)
 
 
-TIMESTEP_SAMPLERS: dict[str, Callable[[int, torch.device | str, Gather], TimestepSampler]] = {
-    "uniform": UniformTimesteps,
-    "loss-second-moment": LossAwareTimesteps,
+def _drawn(
+    probabilities: torch.Tensor, generator: torch.Generator, batch: int, device: torch.device | str
+) -> torch.Tensor:
+    """Steps int64 (B,), by their distribution function: `torch.multinomial` reads its argument back for one of them."""
+    ends = probabilities.cumsum(0)
+    places = torch.rand(batch, generator=generator, dtype=torch.float64, device=device) * ends[-1]
+    return torch.searchsorted(ends, places, right=True).clamp(max=len(ends) - 1)
+
+
+# From log SNR of the steps, on the device of the draws, and what gathers a tensor of all processes.
+TIMESTEP_SAMPLERS: dict[str, Callable[[torch.Tensor, Gather], TimestepSampler]] = {
+    "uniform": lambda log_snr, gather: UniformTimesteps(len(log_snr)),
+    "loss-second-moment": lambda log_snr, gather: LossAwareTimesteps(len(log_snr), log_snr.device, gather),
+    "log-normal": lambda log_snr, gather: LogNormalTimesteps(log_snr),
 }

@@ -2,11 +2,13 @@
 
 import collections
 import math
+import statistics
 
 import pytest
 import torch
 
-from diffusion.timestep_sampling import LossAwareTimesteps, UniformTimesteps
+from diffusion.schedules import Schedule
+from diffusion.timestep_sampling import LogNormalTimesteps, LossAwareTimesteps, UniformTimesteps
 
 
 def generator(seed=0):
@@ -24,6 +26,18 @@ def test_uniform():
     t, weights = UniformTimesteps(5).sample(generator(), 10_000, "cpu")
     assert t.dtype == torch.int64 and torch.equal(weights, torch.ones(10_000))
     assert (torch.bincount(t, minlength=5) / 10_000 - 0.2).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_log_normal_steps_have_the_quantiles_of_a_normal_log_snr(name):
+    log_snr = Schedule.create(name, 1000, 32).log_snr
+    t, weights = LogNormalTimesteps(log_snr, mean=1.0, deviation=2.0, uniform=0.0).sample(generator(), 100_000, "cpu")
+    assert torch.equal(weights, torch.ones(100_000)) and t.dtype == torch.int64
+    drawn, normal = log_snr[t], statistics.NormalDist(1.0, 2.0)
+    for share in (0.05, 0.25, 0.5, 0.75, 0.95):
+        assert float(drawn.quantile(share)) == pytest.approx(normal.inv_cdf(share), abs=0.06)
+    sampler = LogNormalTimesteps(log_snr)
+    assert sampler.probabilities().sum() == pytest.approx(1) and sampler.probabilities().min() >= 0.1 / 1000
 
 
 def test_loss_aware_is_uniform_until_every_step_is_known():

@@ -26,6 +26,7 @@ VARIANTS = [
     {"diffusion.gaussian_filter_std": 0.0, "diffusion.model_mean_type": "v"},
     {"mc_integral.q_sample": 16 * 12, "model.nf": 16, "model.uno_conv_type": "spectral"},
     {"diffusion.schedule_sampler": "loss-second-moment"},
+    {"diffusion.schedule_sampler": "log-normal"},
 ]
 
 
@@ -44,7 +45,9 @@ def test_no_value_is_read_back_before_the_backward_pass(tmp_path, fake_gpu, chan
         for network in stage.modules.values():
             moved(network)
         stage.device = torch.device("cuda")
-        stage.timesteps = build_timesteps(stage.config.diffusion, stage.device, lambda own: own.unsqueeze(0))
+        stage.timesteps = build_timesteps(
+            stage.config.diffusion, stage.process, stage.device, lambda own: own.unsqueeze(0)
+        )
         images = torch.zeros(4, 3, *stage.config.size, dtype=torch.uint8, device="cuda")
         draws = stage.draw(torch.Generator(), 8, slice(2, 6))
         loss, each, scalars = stage.loss(images, draws)

@@ -67,7 +67,8 @@ class ImageStage:
             "denoiser": build_denoiser(config.model, config.data.channels, config.size).to(self.device),
             "encoder": build_encoder(config.model, config.data.channels, config.size).to(self.device),
         }
-        self.timesteps = build_timesteps(config.diffusion, self.device, partial(stacked, processes=processes))
+        gather = partial(stacked, processes=processes)
+        self.timesteps = build_timesteps(config.diffusion, self.process, self.device, gather)
         self.val_set, self.held_out = val_set, "val_loss"
         self.examples = {"images": len(train_set), "held out": 0 if val_set is None else len(val_set)}
         self.held_out_count = 0 if val_set is None else min(len(val_set), config.train.val_images)

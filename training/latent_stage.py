@@ -59,7 +59,8 @@ class LatentStage:
         self.prior = self._prior(self.model)
         self.process = self.prior.process
         self.objective = build_objective(config.diffusion, self.process)
-        self.timesteps = build_timesteps(config.diffusion, self.device, partial(stacked, processes=processes))
+        gather = partial(stacked, processes=processes)
+        self.timesteps = build_timesteps(config.diffusion, self.process, self.device, gather)
 
     def _prior(self, model: nn.Module) -> LatentPrior:
         return LatentPrior(self.config, model, self.mean, self.std)
