@@ -6,11 +6,13 @@ import logging
 from collections.abc import Sequence
 
 import torch
+from tqdm import tqdm
 
 from data.fields import FieldSet
 from diffusion.completion import Moments, completed, measure_moments
 from diffusion.random import Purpose, stream
 
+_AT_ONCE = 64  # fields, from one report of progress to the next
 log = logging.getLogger(__name__)
 
 
@@ -22,11 +24,14 @@ class CompletedFields:
     def __init__(self, fields: FieldSet, moments: Moments, seed: int, number: int, pairs: bool) -> None:
         self.groups = fields.groups
         self._items: list[torch.Tensor] = []
-        for group in fields.groups:
-            some = torch.stack([fields[i] for i in group])
-            generator = stream(seed, Purpose.COMPLETION, number, group[0])
-            whole = completed(some, moments, generator).float() if some.isnan().any() else some
-            self._items += torch.cat([some, whole], 1) if pairs else whole  # items of one size follow each other
+        with tqdm(total=len(fields), desc="completing fields", disable=None, leave=False) as bar:
+            for group in fields.groups:
+                generator = stream(seed, Purpose.COMPLETION, number, group[0])
+                for start in range(0, len(group), _AT_ONCE):
+                    some = torch.stack([fields[i] for i in group[start : start + _AT_ONCE]])
+                    whole = completed(some, moments, generator).float() if some.isnan().any() else some
+                    self._items += torch.cat([some, whole], 1) if pairs else whole  # those of one size in turn
+                    bar.update(len(some))
 
     def __len__(self) -> int:
         return len(self._items)
