@@ -21,6 +21,7 @@ from data.datasets import open_dataset
 from data.field_pictures import field_picture
 from data.loader import batches, sequential
 from data.units import FieldUnits
+from diffusion import completion
 from diffusion.completion import Moments, completed, measure_moments
 from diffusion.conditioning import fill_hole, fill_unknown
 from diffusion.coordinates import Points
@@ -76,7 +77,13 @@ def waves_of(moments, size):
     return torch.einsum("wp,wij,wq->ipjq", waves, moments.at(size).flatten(0, 1), waves).flatten(2).flatten(0, 1)
 
 
-def test_completions_are_draws_given_what_is_known():
+@pytest.mark.parametrize("part", [None, 0.3])
+def test_completions_are_draws_given_what_is_known(monkeypatch, part):
+    """With errors of known values as they are, which hardly matter here, and with large ones, which do."""
+    if part is None:
+        part = 1e-4
+    else:
+        monkeypatch.setattr(completion, "_NUGGET", part)
     generator, size = seeded(4), (5, 6)
     root = torch.randn(8, 2, 2, generator=generator).double() / torch.arange(1, 9)[:, None, None]
     moments = Moments(root @ root.mT + 1e-3 * torch.eye(2), (5, 7))
@@ -85,7 +92,7 @@ def test_completions_are_draws_given_what_is_known():
     drawn = completed(field.masked_fill(~known, torch.nan).expand(3000, -1, -1, -1), moments, generator)
     assert torch.equal(drawn[..., known], field[..., known].expand(3000, -1, -1))
     covariance, seen = waves_of(moments, size), known.flatten().repeat(2)
-    nugget = 1e-4 * covariance.diagonal().view(2, -1).mean(1).repeat_interleave(30)[seen].diag()
+    nugget = part * covariance.diagonal().view(2, -1).mean(1).repeat_interleave(30)[seen].diag()
     gain = covariance[~seen][:, seen] @ (covariance[seen][:, seen] + nugget).inverse()
     mean, found = gain @ field.flatten()[seen], drawn.flatten(1)[:, ~seen]
     left = covariance[~seen][:, ~seen] - gain @ covariance[seen][:, ~seen] + gain @ nugget @ gain.mT

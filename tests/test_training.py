@@ -79,7 +79,7 @@ def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
                      "train.plot_sampling_steps": "2", "model.stochastic_encoding": True, "model.learn_sigma": True}),
     (image_trainer, {"mc_integral.type": "sobol", "diffusion.multiscale_loss": True, "train.plot_graph_steps": 4,
                      "train.accumulate": 2}),
-    (latent_trainer, {"model.dropout": 0.2, "model.learn_sigma": True}),
+    (latent_trainer, {"model.dropout": 0.2, "model.learn_sigma": True, "diffusion.schedule_sampler": "log-normal"}),
 ], ids=["image", "image-learned-lossaware-stochastic", "image-multiscale-sobol", "latent"])  # fmt: skip
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path, make, changes):
     """n + n steps give bit for bit what 2n steps give: weights, EMA weights, optimiser, metrics."""
