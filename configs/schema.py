@@ -229,6 +229,14 @@ class ModelConfig:
     encoder_block_norm: bool = option(
         True, "norms in the encoder's sparse blocks; False = the authors' encoder", shapes=True
     )
+    encoder_texture: tuple = option(
+        (),
+        "windows (rows, columns) in which the encoder measures texture: autocorrelations of local contrast; () = none",
+        items=int,
+        low=1,
+        high=MOST_SIDE,
+        shapes=True,
+    )
     attention: str = option("sdpa", "attention kernels", choices=ATTENTION_KERNELS)
 
 

@@ -72,6 +72,7 @@ def build_encoder(config: ModelConfig, channels: int, train_size: Size) -> Spars
         grid_spec(config),
         stochastic=config.stochastic_encoding,
         block_norm=config.encoder_block_norm,
+        texture=tuple(config.encoder_texture),
     )
     return use_backend(network, config.backend)
 

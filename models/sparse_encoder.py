@@ -14,6 +14,7 @@ from diffusion.coordinates import Points, Size
 from models import tiled
 from models.grid_unet import GridEncoder, GridSpec
 from models.sparse_unet import SparseDescent, SparseSpec
+from models.texture import TextureCode
 
 
 class Encoding(NamedTuple):
@@ -28,7 +29,8 @@ class SparseEncoder(SparseDescent):
     """The first half of the denoiser's architecture, without conditioning, averaged over the coarsest grid.
 
     in_channels, train_size, sparse, grid: as for `SparseUNet`. z_dim: D. stochastic: return an `Encoding`.
-    block_norm: norms in the sparse blocks; False is the published encoder.
+    block_norm: norms in the sparse blocks; False is the published encoder. texture: windows of a `TextureCode` of the
+    function on the grid, () for none.
     """
 
     def __init__(
@@ -41,11 +43,15 @@ class SparseEncoder(SparseDescent):
         *,
         stochastic: bool = False,
         block_norm: bool = True,
+        texture: tuple[int, ...] = (),
     ):
+        if texture and grid.nodes != "grid":
+            raise ValueError(f"model.downsampling is {grid.nodes!r}; accepted: 'grid', with model.encoder_texture")
         super().__init__(in_channels, train_size, sparse, grid, block_norm=block_norm)
         self.z_dim = z_dim
         self.grid = GridEncoder(self.grid_spec, z_dim)
         self.linear_out = nn.Linear(z_dim, z_dim)
+        self.texture = TextureCode(texture, z_dim) if texture else None
         self.mu = nn.Linear(z_dim, z_dim) if stochastic else None
         self.logvar = nn.Linear(z_dim, z_dim) if stochastic else None
 
@@ -63,6 +69,8 @@ class SparseEncoder(SparseDescent):
             _, grid = self.descend(x, self.plan(x, points), nodes)
         h = self.grid(grid, nodes.pyramid).mean(dim=(1, 2))  # (B, U', U', D) -> (B, D)
         z = self.linear_out(h)
+        if self.texture is not None:
+            z = z + self.texture(nodes.enter(x))
         if self.mu is None:
             return z
         mu, logvar = self.mu(z), self.logvar(z)

@@ -73,6 +73,7 @@ def test_fields_arrive():
     assert build_denoiser(replace(TINY, depthwise_sparse=False), 2, (8, 6)).down_blocks[0].kernel.shape == (4, 4, 3, 3)
     assert build_encoder(replace(TINY, encoder_block_norm=False), 2, (8, 6)).down_blocks[0].norm1 is None
     assert build_encoder(replace(TINY, stochastic_encoding=True), 2, (8, 6)).mu is not None
+    assert build_encoder(TINY, 2, (8, 6)).texture is None
     assert build_latent_model(LatentModelConfig(learn_sigma=True, hid_channels=8), 6).out_layer.out_features == 12
 
 
@@ -93,6 +94,7 @@ OPTIONS = [
     *({"downsampling": name} for name in NODES),
     *({"coordinate_convention": name} for name in CONVENTIONS),
     {"depthwise_sparse": False, "learn_sigma": True, "stochastic_encoding": True, "encoder_block_norm": False},
+    {"encoder_texture": (2, 1)},
     {"tile_points": 40},
 ]
 
@@ -124,3 +126,13 @@ def test_settings_that_do_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
         with torch.device("meta"):
             build_denoiser(replace(TINY, **change), 1, (8, 6))
+
+
+def test_texture_wants_two_numbers():
+    with pytest.raises(ValueError, match=r"model\.encoder_texture is \(4,\)"):
+        build_encoder(replace(TINY, encoder_texture=(4,)), 1, (8, 6))
+
+
+def test_texture_wants_a_grid():
+    with pytest.raises(ValueError, match=r"model\.downsampling is 'random'"):
+        build_encoder(replace(TINY, downsampling="random", encoder_texture=(2, 1)), 1, (8, 6))

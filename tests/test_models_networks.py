@@ -122,7 +122,9 @@ def test_every_parameter_is_trained(grid, z_dim):
     assert all_parameters_have_gradients(network) == []
 
 
-@pytest.mark.parametrize("options", [{}, {"block_norm": False}, {"stochastic": True}, {"grid": SPECTRAL}])
+@pytest.mark.parametrize(
+    "options", [{}, {"block_norm": False}, {"stochastic": True}, {"grid": SPECTRAL}, {"texture": (2, 1)}]
+)
 def test_every_parameter_of_the_encoder_is_trained(options):
     coder, points = encoder(**options), random_points(2, (8, 8), 30)
     code = coder(torch.randn(2, 30, 3), points, torch.randn(2, 5))
