@@ -27,13 +27,13 @@ _TINY = (
     "diffusion.model_mean_type=mollified_epsilon", "train.batch_size=16", "optimizer.learning_rate=2e-3",
     "optimizer.warmup_steps=50", "train.ema_decay=0.99", "model.time_emb_dim=64", "model.num_conv_blocks=1",
     "model.uno_base_channels=32", "model.uno_mults=(1,2,2)", "model.uno_blocks_per_level=(1,1,1)",
-    "model.uno_res=16", "model.uno_attn_resolutions=(8,4)",
+    "model.uno_res=16", "model.uno_attn_resolutions=(8,4)", "model.encoder_texture=()",
 )  # fmt: skip
 _TWO = ("model.uno_blocks_per_level=(1,1)", "model.uno_attn_resolutions=(16,)", "model.uno_mults=(1,2)")
 _COSINE = "optimizer.schedule=cosine"
 _PAPER = (
     "diffusion.model_mean_type=mollified_epsilon", "diffusion.gaussian_filter_std=1.0", "diffusion.loss_weight=none",
-    "mc_integral.ratio=0.25",
+    "mc_integral.ratio=0.25", "model.encoder_texture=()",
 )  # fmt: skip
 
 
@@ -76,6 +76,7 @@ CANDIDATES = {
     "unet_48_2": Candidate("a wider U-Net of two levels", ("model.uno_base_channels=48", *_TWO)),
     "unet_32_2": Candidate("a U-Net of two levels", _TWO),
     "grid_16": Candidate("a U-Net on a grid of 16×16", ("model.uno_res=16", "model.uno_attn_resolutions=(4,)")),
+    "no_texture": Candidate("an encoder that does not measure texture", ("model.encoder_texture=()",)),
     "nf_24": Candidate("fewer channels at the points", ("model.nf=24",)),
     "nf_48": Candidate("more channels at the points", ("model.nf=48",)),
     "ratio_4": Candidate("a quarter of the points seen", ("mc_integral.ratio=0.25",)),
@@ -86,6 +87,6 @@ CANDIDATES = {
     "latent_256": Candidate("a latent four times as large", ("model.z_dim=256",)),
     "white_noise": Candidate("white noise, no mollifier", ("diffusion.gaussian_filter_std=0.0",)),
     "reference": Candidate("the published coordinates", ("model.coordinate_convention=reference",)),
-    "paper": Candidate("prediction, mollifier, points and loss of the paper", _PAPER),
+    "paper": Candidate("prediction, mollifier, points, loss and encoder of the paper", _PAPER),
     **_ablations(),
 }  # fmt: skip

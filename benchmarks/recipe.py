@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.list:
         for name, candidate in CANDIDATES.items():
             changes = " ".join((*candidate.image, *candidate.sampling)) or "nothing"
-            print(f"{name:<18}{candidate.what}: {changes}" + (f", models of {candidate.of}" * bool(candidate.of)))
+            print(f"{name:<32}{candidate.what}: {changes}" + (f", models of {candidate.of}" * bool(candidate.of)))
         return
     common = settings(options)
     try:
