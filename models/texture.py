@@ -62,4 +62,6 @@ class TextureCode(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, H, W, C), the function on the grid. Returns (B, D)."""
-        return super().forward(autocorrelation(local_contrast(x), self.windows).flatten(1))
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision would round faint contrast
+        features = autocorrelation(local_contrast(x), self.windows)
+        return super().forward(features.flatten(1).to(self.weight.dtype))

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from models.texture import autocorrelation, local_contrast
+from models.texture import TextureCode, autocorrelation, local_contrast
 
 SHIFTS = [(dy, dx) for dy in range(5) for dx in range(-4, 5) if (dy, dx) > (0, 0)]
 
@@ -53,3 +53,11 @@ def test_stripes_are_known_by_spacing_and_direction_and_not_by_phase():
         ours = autocorrelation(wave((32, 32), rows, cols, phase), (4, 4))[0, :, 1, 1]
         expected = [0.5 * math.cos(2 * math.pi * (rows * dy + cols * dx)) for dy, dx in SHIFTS]
         torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_half_precision_keeps_faint_texture():
+    """Rounded on the way, contrast of the size of bfloat16's steps would be noise."""
+    torch.manual_seed(0)
+    x, code = (0.9 + 0.01 * wave((16, 8), 0.2, 0.1, 0.0)).bfloat16(), TextureCode((2, 1), 3)
+    expected = code(x.float()).detach()
+    torch.testing.assert_close(code.bfloat16()(x).float(), expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
