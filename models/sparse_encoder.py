@@ -47,6 +47,8 @@ class SparseEncoder(SparseDescent):
     ):
         if texture and grid.nodes != "grid":
             raise ValueError(f"model.downsampling is {grid.nodes!r}; accepted: 'grid', with model.encoder_texture")
+        if max(texture, default=0) > grid.resolution:
+            raise ValueError(f"model.encoder_texture is {texture}; accepted: at most model.uno_res, {grid.resolution}")
         super().__init__(in_channels, train_size, sparse, grid, block_norm=block_norm)
         self.z_dim = z_dim
         self.grid = GridEncoder(self.grid_spec, z_dim)

@@ -1,5 +1,6 @@
 """From configurations to networks: sizes of the published models, and that every field arrives."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -128,9 +129,10 @@ def test_settings_that_do_not_fit(change, message):
             build_denoiser(replace(TINY, **change), 1, (8, 6))
 
 
-def test_texture_wants_two_numbers():
-    with pytest.raises(ValueError, match=r"model\.encoder_texture is \(4,\)"):
-        build_encoder(replace(TINY, encoder_texture=(4,)), 1, (8, 6))
+@pytest.mark.parametrize("windows", [(4,), (2, 1, 1), (1, 1000)])
+def test_windows_that_do_not_fit(windows):
+    with pytest.raises(ValueError, match=re.escape(f"model.encoder_texture is {windows}")):
+        build_encoder(replace(TINY, encoder_texture=windows), 1, (8, 6))
 
 
 def test_texture_wants_a_grid():
